@@ -1,0 +1,1 @@
+//! proto ⇄ domain. Validation happens here, once, on receipt.

@@ -1,0 +1,1 @@
+//! Durability: commit journal, checkpoints, sled, block files.

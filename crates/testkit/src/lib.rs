@@ -1,0 +1,1 @@
+//! Checkers, oracles and fault injection for tests.

@@ -1,0 +1,1 @@
+//! The block-store service as a library and a binary.

@@ -1,0 +1,1 @@
+//! The conversion service as a library and a binary.

@@ -1,0 +1,1 @@
+//! The writeback service as a library and a binary.

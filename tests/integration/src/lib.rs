@@ -1,0 +1,1 @@
+//! The real stack in one process.
