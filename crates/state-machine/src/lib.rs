@@ -1,1 +1,4 @@
 //! The pure completion protocol: io_ends, leases, extent map, free space, dirty map.
+
+pub mod chunk;
+pub mod extent_map;
