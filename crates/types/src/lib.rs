@@ -5,6 +5,7 @@
 
 mod ids;
 mod reason;
+mod size;
 mod span;
 
 pub use ids::{
@@ -12,6 +13,7 @@ pub use ids::{
     StoreId, VolumeId,
 };
 pub use reason::Reason;
+pub use size::{ByteSize, ByteSizeError};
 pub use span::{ByteRange, LblkRange, PblkRange};
 
 /// Size of a block in bytes: the unit of allocation, of checksums and of conversion.
