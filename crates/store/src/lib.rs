@@ -1,1 +1,3 @@
 //! Durability: commit journal, checkpoints, sled, block files.
+
+pub mod meta;
