@@ -1,1 +1,14 @@
-//! What every process needs: config, telemetry, net, shutdown.
+//! What every process needs: config, telemetry, net, health, reflection, shutdown.
+//!
+//! No word of the storage domain stands here, so that a reader of a service finds its rules in the
+//! service and its plumbing in this crate.
+
+pub mod backoff;
+pub mod config;
+pub mod metrics;
+pub mod net;
+pub mod recorder;
+pub mod report;
+pub mod server;
+pub mod shutdown;
+pub mod telemetry;

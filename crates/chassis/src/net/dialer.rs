@@ -1,0 +1,134 @@
+//! The connecting side: lazy channels that outlive their peer.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use hyper_util::rt::TokioIo;
+use serde::{Deserialize, Serialize};
+use tokio::net::{TcpStream, UnixStream};
+use tonic::transport::{Channel, Endpoint, Uri};
+use tower::service_fn;
+
+use super::NetError;
+use super::conn::Conn;
+use super::listener::dial_memory;
+
+/// How channels connect and how they notice that their peer is gone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DialerConfig {
+    /// Longest wait for a connection, in ms. Too small: slow networks never connect. Too large: a
+    /// call to a host that swallows packets hangs for so long.
+    pub connect_timeout_ms: u64,
+    /// Pause between HTTP/2 pings, in ms, also while idle. Too small: traffic for nothing. Too
+    /// large: a dead peer is noticed late.
+    pub keepalive_interval_ms: u64,
+    /// Wait for the answer of a ping before the connection counts as dead, in ms. Too small: a
+    /// busy peer is cut off. Too large: a dead peer holds calls for so long.
+    pub keepalive_timeout_ms: u64,
+    /// Bytes that the peer may send ahead on one stream. Too small: throughput is bounded by the
+    /// round trip. Too large: memory per stream.
+    pub stream_window_bytes: u32,
+    /// The same for all streams of a connection together.
+    pub connection_window_bytes: u32,
+}
+
+impl Default for DialerConfig {
+    fn default() -> Self {
+        Self {
+            connect_timeout_ms: 2_000,
+            keepalive_interval_ms: 2_000,
+            keepalive_timeout_ms: 4_000,
+            stream_window_bytes: 8 << 20,
+            connection_window_bytes: 32 << 20,
+        }
+    }
+}
+
+/// Makes channels. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct Dialer {
+    config: DialerConfig,
+}
+
+#[derive(Clone)]
+enum Target {
+    Tcp(String),
+    Unix(PathBuf),
+    Memory(String),
+}
+
+impl Dialer {
+    /// A dialer with these settings.
+    #[must_use]
+    pub fn new(config: DialerConfig) -> Self {
+        Self { config }
+    }
+
+    /// A channel to `http://host:port`, `unix:/path` or `memory:name`.
+    ///
+    /// It connects on first use, and again after the peer went away: a call made while nobody
+    /// listens fails with `UNAVAILABLE`, and a later one on the same channel succeeds once
+    /// somebody does. A peer that stops answering is noticed by HTTP/2 pings, also while idle.
+    /// Must be called inside a tokio runtime.
+    ///
+    /// # Errors
+    /// The url has none of these forms.
+    pub fn channel(&self, url: &str) -> Result<Channel, NetError> {
+        let (target, uri) = parse(url)?;
+        let config = &self.config;
+        let endpoint = Endpoint::from(uri)
+            .connect_timeout(Duration::from_millis(config.connect_timeout_ms))
+            .http2_keep_alive_interval(Duration::from_millis(config.keepalive_interval_ms))
+            .keep_alive_timeout(Duration::from_millis(config.keepalive_timeout_ms))
+            .keep_alive_while_idle(true)
+            .initial_stream_window_size(config.stream_window_bytes)
+            .initial_connection_window_size(config.connection_window_bytes)
+            .tcp_nodelay(true);
+        let connector = service_fn(move |_: Uri| connect(target.clone()));
+        Ok(endpoint.connect_with_connector_lazy(connector))
+    }
+}
+
+fn parse(url: &str) -> Result<(Target, Uri), NetError> {
+    let bad = || NetError::Url { url: url.to_owned() };
+    // The authority that peers see where the address is no host name.
+    let local = Uri::from_static("http://localhost");
+    if let Some(path) = url.strip_prefix("unix:") {
+        // `unix:///path` is the same place as `unix:/path`.
+        let path = path.strip_prefix("//").unwrap_or(path);
+        return if path.starts_with('/') {
+            Ok((Target::Unix(path.into()), local))
+        } else {
+            Err(bad())
+        };
+    }
+    if let Some(name) = url.strip_prefix("memory:") {
+        return if name.is_empty() {
+            Err(bad())
+        } else {
+            Ok((Target::Memory(name.to_owned()), local))
+        };
+    }
+    let uri: Uri = url.parse().map_err(|_| bad())?;
+    let is_bare = uri.path_and_query().is_none_or(|p| p.as_str() == "/");
+    match (uri.scheme_str(), uri.host(), uri.port_u16()) {
+        (Some("http"), Some(host), Some(port)) if is_bare => {
+            Ok((Target::Tcp(format!("{host}:{port}")), uri))
+        }
+        _ => Err(bad()),
+    }
+}
+
+fn connect(target: Target) -> BoxFuture<'static, io::Result<TokioIo<Conn>>> {
+    Box::pin(async move {
+        let conn = match target {
+            Target::Tcp(host_port) => Conn::tcp(TcpStream::connect(host_port).await?),
+            Target::Unix(path) => Conn::unix(UnixStream::connect(path).await?),
+            Target::Memory(name) => dial_memory(&name)?,
+        };
+        Ok(TokioIo::new(conn))
+    })
+}
