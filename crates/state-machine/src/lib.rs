@@ -2,3 +2,5 @@
 
 pub mod chunk;
 pub mod extent_map;
+
+pub mod writeback;

@@ -1,0 +1,486 @@
+//! Dirty blocks of one volume and what is under writeback of them.
+//!
+//! A block has at most two versions: one *in flight* (picked into an io, not yet converted) and one
+//! *waiting* (newer than the one in flight, or the only one). A version in flight is never changed,
+//! so the device never sees half of a newer write; a write to a block in flight makes a waiting
+//! version, which is picked only after the io ended. So no block is ever in two ios at once, and
+//! the end of an io clears exactly what that io carried.
+//!
+//! Each version knows two log numbers: `lsn`, the newest record in it, and `since`, the oldest
+//! record that no converted version covers yet. Overwriting a waiting version keeps its `since`:
+//! an fsync that began before the overwrite still waits for the block, and a block that is written
+//! all the time still becomes the oldest one and is picked.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use endio_types::{BLOCK_BYTES, Lblk, LblkRange};
+
+use super::Lsn;
+
+/// Names one pick of blocks. Never reused within a map.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct WriteOutId(pub u64);
+
+/// What [`DirtyMap::pick`] may take.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PickLimit {
+    /// Most blocks in the run; 0 picks nothing.
+    pub blocks_max: u64,
+    /// Only when the oldest block of the run waits since this record or an earlier one (fsync).
+    pub up_to: Option<Lsn>,
+    /// Only blocks of this range (writing out before a trim or a direct write).
+    pub within: Option<LblkRange>,
+}
+
+impl PickLimit {
+    /// The oldest run of at most `blocks_max` blocks, wherever it lies.
+    pub fn blocks(blocks_max: u64) -> Self {
+        Self { blocks_max, up_to: None, within: None }
+    }
+}
+
+/// A contiguous run that is now under writeback. It ends with exactly one [`DirtyMap::complete`]
+/// or [`DirtyMap::fail`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Picked<D> {
+    /// Names this write-out.
+    pub io: WriteOutId,
+    /// The blocks.
+    pub range: LblkRange,
+    /// Data of each block, in order.
+    pub data: Vec<D>,
+    /// Newest record that this covers: the log must be durable up to here before the submitter's
+    /// token is released.
+    pub max_lsn: Lsn,
+    /// Where the volume's data ends, in bytes, as far as these blocks show: captured now, so a
+    /// write that grows the volume later does not leak into the size that this one makes durable.
+    pub end_bytes: u64,
+}
+
+/// Blocks whose data up to a record is converted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct CleanRun {
+    /// The blocks.
+    pub range: LblkRange,
+    /// Records up to this one are no longer needed for these blocks; exact for each block, so
+    /// a record that was appended meanwhile is never covered by accident.
+    pub up_to: Lsn,
+}
+
+/// What ended with a write-out that succeeded.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Completed {
+    /// For `Clean` records; ascending, every block of the io once.
+    pub runs: Vec<CleanRun>,
+    /// Blocks that are clean now.
+    pub cleaned_blocks: u64,
+    /// Blocks of the io that are dirty with newer data.
+    pub redirtied_blocks: u64,
+}
+
+/// What ended with a write-out that failed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Failed {
+    /// Blocks dirty again with the data of this io.
+    pub dirty_again_blocks: u64,
+    /// Blocks whose version is not needed any more (a newer one waits, or it was discarded):
+    /// their credit, which the abort gave back, is free.
+    pub credit_freed_blocks: u64,
+}
+
+/// What [`DirtyMap::discard`] found.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Discarded {
+    /// Blocks whose waiting version was dropped; their credit is free.
+    pub credit_freed_blocks: u64,
+    /// Write-outs that still carry blocks of the range. They must end before the trim goes on;
+    /// if they fail, the blocks of the range do not become dirty again.
+    pub in_flight: BTreeSet<WriteOutId>,
+}
+
+/// How the caller of [`DirtyMap::complete`] or [`DirtyMap::fail`] was wrong.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum DirtyError {
+    /// There is no such write-out: it never was, or it has ended.
+    #[error("no write-out {} is under way", .0.0)]
+    UnknownWriteOut(WriteOutId),
+    /// An insert whose number of blocks and of data items differ.
+    #[error("{blocks} blocks with {items} data items")]
+    LengthMismatch {
+        /// Blocks of the range.
+        blocks: u64,
+        /// Items given.
+        items: u64,
+    },
+}
+
+#[derive(Clone, Debug)]
+struct Version<D> {
+    data: D,
+    lsn: Lsn,
+    since: Lsn,
+    end_bytes: u64,
+}
+
+#[derive(Clone, Debug)]
+struct Flight<D> {
+    version: Version<D>,
+    io: WriteOutId,
+    discarded: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Block<D> {
+    waiting: Option<Version<D>>,
+    flight: Option<Flight<D>>,
+}
+
+/// The dirty blocks of one volume. `D` is a handle on 4096 bytes that is cheap to clone.
+#[derive(Clone, Debug)]
+pub struct DirtyMap<D> {
+    blocks: BTreeMap<u64, Block<D>>,
+    /// Blocks that may be picked, by `since`: those with a waiting version and none in flight.
+    ready: BTreeSet<(Lsn, u64)>,
+    /// `since` of every version, waiting or in flight, with the block and whether it is in flight.
+    since: BTreeSet<(Lsn, u64, bool)>,
+    write_outs: BTreeMap<WriteOutId, LblkRange>,
+    next_io: u64,
+    waiting_blocks: u64,
+    in_flight_blocks: u64,
+}
+
+impl<D> Default for DirtyMap<D> {
+    fn default() -> Self {
+        Self {
+            blocks: BTreeMap::new(),
+            ready: BTreeSet::new(),
+            since: BTreeSet::new(),
+            write_outs: BTreeMap::new(),
+            next_io: 1,
+            waiting_blocks: 0,
+            in_flight_blocks: 0,
+        }
+    }
+}
+
+impl<D: Clone> DirtyMap<D> {
+    /// A map without dirty blocks.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Blocks of credit that an [`insert`](Self::insert) of `range` would need now.
+    pub fn credit_needed(&self, range: LblkRange) -> u64 {
+        let waiting = self.overlapping(range).filter(|(_, block)| block.waiting.is_some()).count();
+        range.len.saturating_sub(waiting as u64)
+    }
+
+    /// Makes `range` dirty with `data`, one item per block. `lsn` is the record that holds it, and
+    /// `end_bytes` is where the write ends (offset + length). Returns how many blocks of credit
+    /// this used: each version needs its own, a rewritten waiting version needs none.
+    ///
+    /// # Errors
+    /// [`DirtyError::LengthMismatch`]; nothing has changed then.
+    pub fn insert(
+        &mut self,
+        range: LblkRange,
+        lsn: Lsn,
+        end_bytes: u64,
+        data: Vec<D>,
+    ) -> Result<u64, DirtyError> {
+        if data.len() as u64 != range.len {
+            let (blocks, items) = (range.len, data.len() as u64);
+            return Err(DirtyError::LengthMismatch { blocks, items });
+        }
+        let mut credit = 0;
+        for (lblk, data) in (range.start.0..range.end()).zip(data) {
+            credit += u64::from(self.insert_block(lblk, lsn, end_bytes, data));
+        }
+        Ok(credit)
+    }
+
+    /// Returns whether credit for one more block is needed.
+    fn insert_block(&mut self, lblk: u64, lsn: Lsn, end_bytes: u64, data: D) -> bool {
+        let end_bytes = end_bytes.min(block_end(lblk));
+        let block = self.blocks.entry(lblk).or_insert(Block { waiting: None, flight: None });
+        if let Some(waiting) = &mut block.waiting {
+            waiting.data = data;
+            waiting.lsn = waiting.lsn.max(lsn);
+            waiting.end_bytes = waiting.end_bytes.max(end_bytes);
+            return false;
+        }
+        block.waiting = Some(Version { data, lsn, since: lsn, end_bytes });
+        if block.flight.is_none() {
+            self.ready.insert((lsn, lblk));
+        }
+        self.since.insert((lsn, lblk, false));
+        self.waiting_blocks += 1;
+        true
+    }
+
+    /// The newest cached data of a block; `None`: the block is clean, read it from the stores.
+    pub fn read(&self, lblk: Lblk) -> Option<&D> {
+        let block = self.blocks.get(&lblk.0)?;
+        match (&block.waiting, &block.flight) {
+            (Some(version), _) => Some(&version.data),
+            // The trim that discarded it decides what readers see.
+            (None, Some(flight)) => (!flight.discarded).then_some(&flight.version.data),
+            (None, None) => None,
+        }
+    }
+
+    /// Cached blocks of a range with their newest data, ascending.
+    pub fn read_range(&self, range: LblkRange) -> impl Iterator<Item = (Lblk, &D)> {
+        self.overlapping(range)
+            .filter_map(|(lblk, _)| self.read(Lblk(lblk)).map(|data| (Lblk(lblk), data)))
+    }
+
+    /// Takes the contiguous run around the oldest pickable block, as large as the limit allows,
+    /// and puts it under writeback. `None`: nothing to pick under that limit.
+    pub fn pick(&mut self, limit: PickLimit) -> Option<Picked<D>> {
+        if limit.blocks_max == 0 {
+            return None;
+        }
+        let seed = self.seed(limit)?;
+        let range = self.run_around(seed, limit);
+        let io = WriteOutId(self.next_io);
+        self.next_io += 1;
+        let mut picked =
+            Picked { io, range, data: Vec::new(), max_lsn: Lsn(0), end_bytes: 0 };
+        for lblk in range.start.0..range.end() {
+            let Some(version) = self.launch(lblk, io) else { continue };
+            picked.max_lsn = picked.max_lsn.max(version.lsn);
+            picked.end_bytes = picked.end_bytes.max(version.end_bytes);
+            picked.data.push(version.data);
+        }
+        self.write_outs.insert(io, range);
+        Some(picked)
+    }
+
+    /// The oldest block that the limit allows.
+    fn seed(&self, limit: PickLimit) -> Option<u64> {
+        let allowed = |since: Lsn| limit.up_to.is_none_or(|up_to| since <= up_to);
+        match limit.within {
+            None => {
+                let (since, lblk) = *self.ready.first()?;
+                allowed(since).then_some(lblk)
+            }
+            Some(range) => self
+                .overlapping(range)
+                .filter(|(_, block)| block.flight.is_none())
+                .filter_map(|(lblk, block)| Some((block.waiting.as_ref()?.since, lblk)))
+                .filter(|(since, _)| allowed(*since))
+                .min()
+                .map(|(_, lblk)| lblk),
+        }
+    }
+
+    /// Grows forward first: a sequential writer's data then leaves in its own order.
+    fn run_around(&self, seed: u64, limit: PickLimit) -> LblkRange {
+        let inside = |lblk: u64| {
+            limit.within.is_none_or(|range| lblk >= range.start.0 && lblk < range.end())
+        };
+        let mut start = seed;
+        let mut end = seed + 1;
+        while end - start < limit.blocks_max && inside(end) && self.is_ready(end) {
+            end += 1;
+        }
+        while end - start < limit.blocks_max
+            && start > 0
+            && inside(start - 1)
+            && self.is_ready(start - 1)
+        {
+            start -= 1;
+        }
+        LblkRange::new(start, end - start)
+    }
+
+    fn is_ready(&self, lblk: u64) -> bool {
+        self.blocks.get(&lblk).is_some_and(|b| b.waiting.is_some() && b.flight.is_none())
+    }
+
+    fn launch(&mut self, lblk: u64, io: WriteOutId) -> Option<Version<D>> {
+        let block = self.blocks.get_mut(&lblk)?;
+        let version = block.waiting.take()?;
+        self.ready.remove(&(version.since, lblk));
+        self.since.remove(&(version.since, lblk, false));
+        self.since.insert((version.since, lblk, true));
+        self.waiting_blocks -= 1;
+        self.in_flight_blocks += 1;
+        block.flight = Some(Flight { version: version.clone(), io, discarded: false });
+        Some(version)
+    }
+
+    /// The conversion of a write-out is durable. Blocks without newer data become clean.
+    ///
+    /// # Errors
+    /// [`DirtyError::UnknownWriteOut`] if it has ended before; nothing has changed then.
+    pub fn complete(&mut self, io: WriteOutId) -> Result<Completed, DirtyError> {
+        let range = self.write_outs.remove(&io).ok_or(DirtyError::UnknownWriteOut(io))?;
+        let mut done = Completed::default();
+        for lblk in range.start.0..range.end() {
+            let Some(flight) = self.land(lblk, io) else { continue };
+            push_run(&mut done.runs, lblk, flight.version.lsn);
+            if self.settle(lblk) {
+                done.cleaned_blocks += 1;
+            } else {
+                done.redirtied_blocks += 1;
+            }
+        }
+        Ok(done)
+    }
+
+    /// A write-out ended without conversion: its blocks are dirty as before, except where newer
+    /// data waits already or the block was discarded.
+    ///
+    /// # Errors
+    /// [`DirtyError::UnknownWriteOut`] if it has ended before; nothing has changed then.
+    pub fn fail(&mut self, io: WriteOutId) -> Result<Failed, DirtyError> {
+        let range = self.write_outs.remove(&io).ok_or(DirtyError::UnknownWriteOut(io))?;
+        let mut failed = Failed::default();
+        for lblk in range.start.0..range.end() {
+            let Some(flight) = self.land(lblk, io) else { continue };
+            if flight.discarded {
+                failed.credit_freed_blocks += 1;
+            } else if self.put_back(lblk, flight.version) {
+                failed.dirty_again_blocks += 1;
+            } else {
+                failed.credit_freed_blocks += 1;
+            }
+            self.settle(lblk);
+        }
+        Ok(failed)
+    }
+
+    /// Takes the version in flight out of a block.
+    fn land(&mut self, lblk: u64, io: WriteOutId) -> Option<Flight<D>> {
+        let block = self.blocks.get_mut(&lblk)?;
+        let flight = block.flight.take_if(|flight| flight.io == io)?;
+        self.since.remove(&(flight.version.since, lblk, true));
+        self.in_flight_blocks -= 1;
+        Some(flight)
+    }
+
+    /// Makes a failed version wait again; `false` if a newer one waits, which then stands for both.
+    fn put_back(&mut self, lblk: u64, version: Version<D>) -> bool {
+        let Some(block) = self.blocks.get_mut(&lblk) else { return false };
+        if let Some(newer) = &mut block.waiting {
+            self.since.remove(&(newer.since, lblk, false));
+            newer.since = newer.since.min(version.since);
+            newer.end_bytes = newer.end_bytes.max(version.end_bytes);
+            self.since.insert((newer.since, lblk, false));
+            return false;
+        }
+        self.since.insert((version.since, lblk, false));
+        self.waiting_blocks += 1;
+        block.waiting = Some(version);
+        true
+    }
+
+    /// After a flight ended: the block is pickable again or gone. Returns whether it is gone.
+    fn settle(&mut self, lblk: u64) -> bool {
+        let Some(block) = self.blocks.get(&lblk) else { return true };
+        match &block.waiting {
+            Some(version) => {
+                self.ready.insert((version.since, lblk));
+                false
+            }
+            None => self.blocks.remove(&lblk).is_some(),
+        }
+    }
+
+    /// Forgets the dirty data of a range (trim, delete, or a write that went around the cache).
+    /// Idempotent.
+    pub fn discard(&mut self, range: LblkRange) -> Discarded {
+        let mut gone = Discarded::default();
+        let touched: Vec<u64> = self.overlapping(range).map(|(lblk, _)| lblk).collect();
+        for lblk in touched {
+            let Some(block) = self.blocks.get_mut(&lblk) else { continue };
+            if let Some(version) = block.waiting.take() {
+                self.ready.remove(&(version.since, lblk));
+                self.since.remove(&(version.since, lblk, false));
+                self.waiting_blocks -= 1;
+                gone.credit_freed_blocks += 1;
+            }
+            match &mut block.flight {
+                Some(flight) => {
+                    flight.discarded = true;
+                    gone.in_flight.insert(flight.io);
+                }
+                None => {
+                    self.blocks.remove(&lblk);
+                }
+            }
+        }
+        gone
+    }
+
+    /// Write-outs under way that carry blocks of a range.
+    pub fn in_flight(&self, range: LblkRange) -> BTreeSet<WriteOutId> {
+        self.overlapping(range).filter_map(|(_, b)| b.flight.as_ref().map(|f| f.io)).collect()
+    }
+
+    /// Whether a range has any version, waiting or in flight.
+    pub fn touches(&self, range: LblkRange) -> bool {
+        self.overlapping(range).next().is_some()
+    }
+
+    /// Oldest record that something not yet converted may need: the log keeps it and all after it.
+    /// `None`: nothing is needed.
+    pub fn oldest_lsn(&self) -> Option<Lsn> {
+        self.since.first().map(|(lsn, _, _)| *lsn)
+    }
+
+    /// Whether something acknowledged with record `lsn` or before is not yet converted.
+    pub fn pending_up_to(&self, lsn: Lsn) -> bool {
+        self.oldest_lsn().is_some_and(|oldest| oldest <= lsn)
+    }
+
+    /// How many block versions an fsync up to `lsn` has to wait for. Linear in the answer.
+    pub fn pending_blocks_up_to(&self, lsn: Lsn) -> u64 {
+        self.since.iter().take_while(|(since, _, _)| *since <= lsn).count() as u64
+    }
+
+    /// Versions that wait to be picked (or for the version in flight before them).
+    pub fn waiting_blocks(&self) -> u64 {
+        self.waiting_blocks
+    }
+
+    /// Versions under writeback.
+    pub fn in_flight_blocks(&self) -> u64 {
+        self.in_flight_blocks
+    }
+
+    /// Write-outs under way.
+    pub fn write_outs(&self) -> usize {
+        self.write_outs.len()
+    }
+
+    /// Nothing waits and nothing is in flight.
+    pub fn is_clean(&self) -> bool {
+        self.blocks.is_empty()
+    }
+
+    fn overlapping(&self, range: LblkRange) -> impl Iterator<Item = (u64, &Block<D>)> {
+        self.blocks.range(range.start.0..range.end()).map(|(lblk, block)| (*lblk, block))
+    }
+}
+
+fn block_end(lblk: u64) -> u64 {
+    lblk.saturating_add(1).saturating_mul(BLOCK_BYTES)
+}
+
+fn push_run(runs: &mut Vec<CleanRun>, lblk: u64, up_to: Lsn) {
+    if let Some(last) = runs.last_mut()
+        && last.range.end() == lblk
+        && last.up_to == up_to
+    {
+        last.range.len += 1;
+        return;
+    }
+    runs.push(CleanRun { range: LblkRange::new(lblk, 1), up_to });
+}
+
+#[cfg(test)]
+#[path = "dirty_tests.rs"]
+mod tests;
