@@ -4,3 +4,7 @@ pub mod chunk;
 pub mod extent_map;
 
 pub mod writeback;
+pub mod limits;
+pub mod machine;
+pub mod record;
+pub mod token;
