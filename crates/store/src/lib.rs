@@ -1,3 +1,4 @@
 //! Durability: commit journal, checkpoints, sled, block files.
 
+pub mod block;
 pub mod meta;
