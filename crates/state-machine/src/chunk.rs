@@ -5,6 +5,8 @@
 
 use endio_types::{LblkRange, Pblk, PblkRange, REPLICAS_MAX, StoreId, VolumeId};
 
+pub use crate::chunk_codec::{CHUNK_BYTES_MAX, ChunkError};
+
 /// Logical blocks in one chunk: 4 MiB of a volume.
 pub const CHUNK_BLOCKS: u64 = 1024;
 /// [`CHUNK_BLOCKS`] as the type of offsets inside a chunk.
@@ -335,7 +337,7 @@ impl Chunk {
         if let Some(crcs) = &mut self.crcs {
             crcs[usize::from(from)..usize::from(to)].fill(0);
         }
-        if !self.extents.iter().any(|extent| extent.checksummed) && new.is_empty() {
+        if !self.extents.iter().any(|extent| extent.checksummed) {
             self.crcs = None;
         }
     }

@@ -17,11 +17,7 @@ pub trait ChunkTable {
     type Error;
 
     /// Calls `f` once with the chunk, or with `None` if nothing of it is mapped.
-    fn read(
-        &mut self,
-        id: ChunkId,
-        f: &mut dyn FnMut(Option<&Chunk>),
-    ) -> Result<(), Self::Error>;
+    fn read(&mut self, id: ChunkId, f: &mut dyn FnMut(Option<&Chunk>)) -> Result<(), Self::Error>;
 
     /// Calls `f` once with the chunk, an empty one if it does not exist, and keeps what `f` makes
     /// of it; a chunk that is empty afterwards is removed.
@@ -39,11 +35,7 @@ pub trait ChunkTable {
 
 impl<T: ChunkTable + ?Sized> ChunkTable for Box<T> {
     type Error = T::Error;
-    fn read(
-        &mut self,
-        id: ChunkId,
-        f: &mut dyn FnMut(Option<&Chunk>),
-    ) -> Result<(), Self::Error> {
+    fn read(&mut self, id: ChunkId, f: &mut dyn FnMut(Option<&Chunk>)) -> Result<(), Self::Error> {
         (**self).read(id, f)
     }
     fn update(&mut self, id: ChunkId, f: &mut dyn FnMut(&mut Chunk)) -> Result<(), Self::Error> {
@@ -78,11 +70,7 @@ impl MemoryTable {
 impl ChunkTable for MemoryTable {
     type Error = std::convert::Infallible;
 
-    fn read(
-        &mut self,
-        id: ChunkId,
-        f: &mut dyn FnMut(Option<&Chunk>),
-    ) -> Result<(), Self::Error> {
+    fn read(&mut self, id: ChunkId, f: &mut dyn FnMut(Option<&Chunk>)) -> Result<(), Self::Error> {
         f(self.chunks.get(&id));
         Ok(())
     }

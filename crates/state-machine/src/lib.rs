@@ -1,6 +1,7 @@
 //! The pure completion protocol: io_ends, leases, extent map, free space, dirty map.
 
 pub mod chunk;
+mod chunk_codec;
 pub mod extent_map;
 
 pub mod writeback;
