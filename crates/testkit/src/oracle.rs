@@ -1,0 +1,406 @@
+//! The oracle of a block device: which values a read may return.
+//!
+//! Per cell that is the last acknowledged write plus every write whose outcome is unknown since. A
+//! successful flush fixes what it covered; a crash that drops what was not flushed makes every
+//! later write unknown again. The first read after a crash decides an unknown outcome for good.
+//!
+//! ```text
+//!  invoke_write ──► pending ── ack_write ──► acknowledged ── flush or dsync ──► durable
+//!                      │                          │
+//!                 fail_write                crash(SinceFlush)
+//!                      ▼                          ▼
+//!                   unknown ◄──────────────────────
+//! ```
+//!
+//! A caller fails a write only when nothing of it can still be under way to the service: after the
+//! process that held it is dead, or after its session was fenced.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::pattern::{self, BadCell, Cell};
+
+/// What a crash may take away.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Crash {
+    /// Nothing that was acknowledged: the processes died, the machine did not.
+    LosesNothing,
+    /// Anything acknowledged since the last flush: the machine lost its power.
+    SinceFlush,
+}
+
+/// A point in the history, in steps of the oracle's own clock.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct At(u64);
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum State {
+    Pending,
+    Acknowledged(At),
+    Unknown(At),
+}
+
+#[derive(Clone, Debug)]
+struct Write {
+    first: u64,
+    cells: u64,
+    zeroes: bool,
+    invoked: At,
+    state: State,
+    durable: bool,
+}
+
+impl Write {
+    /// When it was over for its caller. `None`: it is still under way.
+    fn ended(&self) -> Option<At> {
+        match self.state {
+            State::Pending => None,
+            State::Acknowledged(at) | State::Unknown(at) => Some(at),
+        }
+    }
+
+    fn covers(&self, cell: u64) -> bool {
+        cell >= self.first && cell - self.first < self.cells
+    }
+}
+
+/// A promise that was broken.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Violation {
+    /// The bytes were written by nobody.
+    #[error("cell {cell}: {source}")]
+    Garbage {
+        /// Where it was read.
+        cell: u64,
+        /// What is wrong with them.
+        source: BadCell,
+    },
+    /// The bytes belong to another place, another volume, or to no write of this history.
+    #[error("cell {cell} of volume {tag:#x} holds {found:?}, which was never written there")]
+    Foreign {
+        /// Where it was read.
+        cell: u64,
+        /// Tag of the volume it was read from.
+        tag: u64,
+        /// What was found.
+        found: Cell,
+    },
+    /// The value was replaced by an acknowledged write before the read began.
+    #[error("cell {cell} holds {found:?}, but only writes {allowed:?} are possible")]
+    Stale {
+        /// Where it was read.
+        cell: u64,
+        /// What was found.
+        found: Cell,
+        /// Numbers of the writes that a read may return; 0 is "never written".
+        allowed: Vec<u64>,
+    },
+    /// A durable write is missing.
+    #[error("cell {cell} holds {found:?}, but write {lost} was flushed; possible: {allowed:?}")]
+    LostFlushed {
+        /// Where it was read.
+        cell: u64,
+        /// What was found.
+        found: Cell,
+        /// The durable write that ought to be there.
+        lost: u64,
+        /// Numbers of the writes that a read may return; 0 is "never written".
+        allowed: Vec<u64>,
+    },
+    /// One write is visible in one cell and missing in another.
+    #[error("write {sequence} is in cell {seen_in} but cell {missing_in} holds the older {older}")]
+    TornWrite {
+        /// The write.
+        sequence: u64,
+        /// A cell that shows it.
+        seen_in: u64,
+        /// A cell of the same write that does not.
+        missing_in: u64,
+        /// What that cell shows; 0 is "never written".
+        older: u64,
+    },
+}
+
+impl Violation {
+    /// Name of the checker whose promise is broken.
+    pub fn checker(&self) -> &'static str {
+        match self {
+            Self::Garbage { .. } | Self::Foreign { .. } | Self::Stale { .. } => {
+                "no_foreign_or_stale_byte"
+            }
+            Self::LostFlushed { .. } => "no_lost_flushed_write",
+            Self::TornWrite { .. } => "no_torn_write",
+        }
+    }
+}
+
+/// A flush under way.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Flush(At);
+
+/// The number of the state "never written".
+pub const NEVER: u64 = 0;
+/// Longest write that must be visible whole or not at all, in bytes.
+pub const ATOMIC_BYTES_MAX: u64 = 1 << 20;
+
+/// What one volume may hold. Methods take cell numbers; a cell is `cell_bytes` long.
+#[derive(Debug)]
+pub struct Oracle {
+    tag: u64,
+    cell_bytes: usize,
+    now: At,
+    next: u64,
+    writes: BTreeMap<u64, Write>,
+    /// Writes that still matter to a cell, by number. Absent: only [`NEVER`].
+    history: BTreeMap<u64, BTreeSet<u64>>,
+    /// What a read after the last crash has shown.
+    shown: BTreeMap<u64, (u64, At)>,
+}
+
+impl Oracle {
+    /// A volume of zeroes whose cells carry `tag`.
+    pub fn new(tag: u64, cell_bytes: usize) -> Self {
+        let never = Write {
+            first: 0,
+            cells: u64::MAX,
+            zeroes: true,
+            invoked: At(0),
+            state: State::Acknowledged(At(0)),
+            durable: true,
+        };
+        Self {
+            tag,
+            cell_bytes,
+            now: At(0),
+            next: 1,
+            writes: BTreeMap::from([(NEVER, never)]),
+            history: BTreeMap::new(),
+            shown: BTreeMap::new(),
+        }
+    }
+
+    /// Bytes of a cell.
+    pub fn cell_bytes(&self) -> usize {
+        self.cell_bytes
+    }
+
+    fn tick(&mut self) -> At {
+        self.now.0 += 1;
+        self.now
+    }
+
+    fn invoke(&mut self, first: u64, cells: u64, zeroes: bool) -> u64 {
+        let invoked = self.tick();
+        let sequence = self.next;
+        self.next += 1;
+        let state = State::Pending;
+        let write = Write { first, cells, zeroes, invoked, state, durable: false };
+        self.writes.insert(sequence, write);
+        for cell in first..first + cells {
+            let known = self.history.entry(cell).or_insert_with(|| BTreeSet::from([NEVER]));
+            known.insert(sequence);
+        }
+        sequence
+    }
+
+    /// A write is about to be sent. Returns its number and the bytes to send.
+    pub fn invoke_write(&mut self, first: u64, cells: u64) -> (u64, Vec<u8>) {
+        let sequence = self.invoke(first, cells, false);
+        (sequence, pattern::cells(self.cell_bytes, self.tag, first, cells, sequence))
+    }
+
+    /// A trim or zeroing is about to be sent. Returns its number.
+    pub fn invoke_zeroes(&mut self, first: u64, cells: u64) -> u64 {
+        self.invoke(first, cells, true)
+    }
+
+    /// The write was acknowledged. `durable`: it was a DSYNC write, or a change of the map.
+    pub fn ack_write(&mut self, sequence: u64, durable: bool) {
+        let at = self.tick();
+        if let Some(write) = self.writes.get_mut(&sequence) {
+            write.state = State::Acknowledged(at);
+            write.durable |= durable;
+        }
+    }
+
+    /// The write failed, or its answer never came: it may or may not have taken effect.
+    pub fn fail_write(&mut self, sequence: u64) {
+        let at = self.tick();
+        if let Some(write) = self.writes.get_mut(&sequence) {
+            write.state = State::Unknown(at);
+        }
+    }
+
+    /// Numbers of the writes that were neither acknowledged nor failed.
+    pub fn pending(&self) -> Vec<u64> {
+        let pending = |(_, write): &(&u64, &Write)| write.state == State::Pending;
+        self.writes.iter().filter(pending).map(|(sequence, _)| *sequence).collect()
+    }
+
+    /// A flush is about to be sent.
+    pub fn invoke_flush(&mut self) -> Flush {
+        Flush(self.tick())
+    }
+
+    /// The flush succeeded: what was acknowledged before it was sent stays for good.
+    pub fn ack_flush(&mut self, flush: Flush) {
+        self.tick();
+        for write in self.writes.values_mut() {
+            if let State::Acknowledged(at) = write.state {
+                write.durable |= at < flush.0;
+            }
+        }
+        self.forget_what_is_covered();
+    }
+
+    /// Drops values that a durable write has replaced: no crash can bring them back.
+    fn forget_what_is_covered(&mut self) {
+        let writes = &self.writes;
+        for known in self.history.values_mut() {
+            let newest_durable = known
+                .iter()
+                .filter_map(|sequence| writes.get(sequence))
+                .filter(|write| write.durable && write.ended().is_some())
+                .map(|write| write.invoked)
+                .max();
+            let Some(covered) = newest_durable else { continue };
+            known.retain(|sequence| match writes[sequence].ended() {
+                Some(ended) => ended >= covered,
+                None => true,
+            });
+        }
+        let needed: BTreeSet<u64> = self.history.values().flatten().copied().collect();
+        self.writes.retain(|sequence, write| {
+            *sequence == NEVER || needed.contains(sequence) || write.state == State::Pending
+        });
+    }
+
+    /// The system crashed and is back. Pending writes become unknown.
+    pub fn crash(&mut self, mode: Crash) {
+        let at = self.tick();
+        for write in self.writes.values_mut() {
+            let is_lost = match write.state {
+                State::Pending => true,
+                State::Acknowledged(_) => mode == Crash::SinceFlush && !write.durable,
+                State::Unknown(_) => false,
+            };
+            if is_lost {
+                write.state = State::Unknown(at);
+            }
+        }
+        if mode == Crash::SinceFlush {
+            self.shown.clear();
+        }
+    }
+
+    /// A read is about to be sent: what was acknowledged before now is required of it.
+    pub fn invoke_read(&mut self) -> At {
+        self.tick()
+    }
+
+    /// Numbers of the writes that a read that began at `began` may return.
+    pub fn allowed(&self, cell: u64, began: At) -> Vec<u64> {
+        let Some(known) = self.history.get(&cell) else { return vec![NEVER] };
+        let newest_required = known
+            .iter()
+            .filter_map(|sequence| match self.writes[sequence].state {
+                State::Acknowledged(at) if at < began => Some(self.writes[sequence].invoked),
+                _ => None,
+            })
+            .max();
+        let is_allowed = |sequence: &u64| {
+            let Some(ended) = self.writes[sequence].ended() else { return true };
+            let replaced = newest_required.is_some_and(|required| ended < required);
+            let decided =
+                self.shown.get(&cell).is_some_and(|(shown, at)| shown != sequence && ended < *at);
+            !replaced && !decided
+        };
+        known.iter().copied().filter(is_allowed).collect()
+    }
+
+    /// Checks one cell of a read that began at `began`; a good value is remembered.
+    ///
+    /// # Errors
+    /// The [`Violation`] that this value is.
+    pub fn check_read(&mut self, began: At, cell: u64, bytes: &[u8]) -> Result<u64, Violation> {
+        let found = pattern::parse(bytes).map_err(|source| Violation::Garbage { cell, source })?;
+        let allowed = self.allowed(cell, began);
+        let sequence = match found {
+            Cell::Zero => allowed.iter().copied().rev().find(|allowed| self.writes[allowed].zeroes),
+            Cell::Written { tag, cell: named, sequence } => {
+                let write = self.writes.get(&sequence);
+                let is_ours = tag == self.tag
+                    && named == cell
+                    && sequence < self.next
+                    && write.is_none_or(|write| write.covers(cell) && !write.zeroes);
+                if !is_ours {
+                    return Err(Violation::Foreign { cell, tag: self.tag, found });
+                }
+                allowed.contains(&sequence).then_some(sequence)
+            }
+        };
+        let Some(sequence) = sequence else { return Err(self.replaced(cell, found, allowed)) };
+        let at = self.tick();
+        // A write under way may still land: only an ended history is decided by a look at it.
+        self.shown.insert(cell, (sequence, at));
+        Ok(sequence)
+    }
+
+    fn replaced(&self, cell: u64, found: Cell, allowed: Vec<u64>) -> Violation {
+        let is_durable = |sequence: &&u64| **sequence != NEVER && self.writes[*sequence].durable;
+        match allowed.iter().find(is_durable).copied() {
+            Some(lost) => Violation::LostFlushed { cell, found, lost, allowed },
+            None => Violation::Stale { cell, found, allowed },
+        }
+    }
+
+    /// Checks a whole read; returns the write found in each cell.
+    ///
+    /// # Errors
+    /// The first [`Violation`].
+    pub fn check_range(
+        &mut self,
+        began: At,
+        first: u64,
+        bytes: &[u8],
+    ) -> Result<BTreeMap<u64, u64>, Violation> {
+        let mut seen = BTreeMap::new();
+        for (cell, bytes) in (first..).zip(bytes.chunks(self.cell_bytes)) {
+            seen.insert(cell, self.check_read(began, cell, bytes)?);
+        }
+        Ok(seen)
+    }
+
+    /// Whether every write of at most 1 MiB is in `seen` as a whole or not at all. `seen` is what
+    /// [`Oracle::check_range`] found while no write was under way.
+    ///
+    /// # Errors
+    /// [`Violation::TornWrite`].
+    pub fn check_whole_writes(&self, seen: &BTreeMap<u64, u64>) -> Result<(), Violation> {
+        let mut shown_by: BTreeMap<u64, u64> = BTreeMap::new();
+        for (cell, sequence) in seen {
+            shown_by.entry(*sequence).or_insert(*cell);
+        }
+        for (sequence, seen_in) in shown_by {
+            let Some(write) = self.writes.get(&sequence) else { continue };
+            let is_bounded = write.cells * self.cell_bytes as u64 <= ATOMIC_BYTES_MAX;
+            if sequence == NEVER || write.zeroes || !is_bounded {
+                continue;
+            }
+            for (cell, other) in seen.range(write.first..write.first + write.cells) {
+                let precedes = match self.writes.get(other) {
+                    Some(other) => other.ended().is_some_and(|ended| ended < write.invoked),
+                    None => true,
+                };
+                if *other != sequence && precedes {
+                    let (missing_in, older) = (*cell, *other);
+                    return Err(Violation::TornWrite { sequence, seen_in, missing_in, older });
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+#[path = "oracle_tests.rs"]
+mod tests;
