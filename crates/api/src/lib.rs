@@ -6,6 +6,7 @@
 
 pub mod convert;
 pub mod status;
+pub mod traces;
 
 /// Generated from `proto/endio/**`; the comments there are the reference manual.
 #[allow(missing_docs, clippy::all, unreachable_pub)]
