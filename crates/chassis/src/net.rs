@@ -18,6 +18,10 @@ pub use listener::{Incoming, Listener};
 
 use serde::{Deserialize, Serialize};
 
+/// Largest HTTP/2 frame that either side takes, in bytes. The protocol's default of 16 KiB cuts a
+/// 1 MiB message into 64 frames; much larger ones delay pings and other streams.
+pub(crate) const FRAME_BYTES_MAX: u32 = 256 << 10;
+
 /// Where to listen: `host:port`, `unix:/path` or `memory:name`.
 ///
 /// A `host` other than a literal address is resolved when the listener is bound. Port 0 lets the

@@ -1,11 +1,23 @@
 //! Serving gRPC: limits, the tower stack, health, reflection, and a stop that drains.
 
-use serde::{Deserialize, Serialize};
-use std::time::Duration;
-use tonic::service::Routes;
-use tonic_health::ServingStatus;
-use tonic_health::server::HealthReporter;
+mod guard;
 
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use prost::Message as _;
+use prost_types::FileDescriptorSet;
+use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+use tonic::transport::Server;
+use tonic_health::ServingStatus;
+use tonic_health::pb::health_server::HealthServer;
+use tonic_health::server::{HealthReporter, HealthService};
+use tower::layer::layer_fn;
+
+use self::guard::CallGuard;
 use crate::net::Incoming;
 use crate::shutdown::Shutdown;
 
@@ -33,6 +45,9 @@ pub struct ServerConfig {
     pub stream_window_bytes: u32,
     /// The same for all streams of a connection together.
     pub connection_window_bytes: u32,
+    /// Longest wait for the first bytes of a connection, in ms. Too small: slow networks never
+    /// connect. Too large: silent connections hold memory for so long.
+    pub handshake_timeout_ms: u64,
     /// How long a stop waits for calls to end before it drops them, in ms.
     pub drain_timeout_ms: u64,
 }
@@ -49,6 +64,7 @@ impl Default for ServerConfig {
             keepalive_timeout_ms: 10_000,
             stream_window_bytes: 8 << 20,
             connection_window_bytes: 32 << 20,
+            handshake_timeout_ms: 10_000,
             drain_timeout_ms: 10_000,
         }
     }
@@ -69,7 +85,7 @@ pub struct ServerOptions {
 #[derive(Clone, Debug)]
 pub struct Readiness {
     reporter: HealthReporter,
-    services: std::sync::Arc<[String]>,
+    services: Arc<[String]>,
 }
 
 impl Readiness {
@@ -103,7 +119,10 @@ impl Readiness {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ServeError {
-    /// A descriptor set cannot be read.
+    /// A descriptor set is no protobuf message.
+    #[error("the descriptor set cannot be decoded")]
+    Descriptors(#[source] prost::DecodeError),
+    /// A descriptor set cannot be served.
     #[error("the descriptor set for reflection is broken")]
     Reflection(#[source] tonic_reflection::server::Error),
     /// The transport failed.
@@ -113,12 +132,18 @@ pub enum ServeError {
 
 /// Serves `routes` until `shutdown` is requested and calls have drained, or it is forced.
 ///
+/// Each call passes, outermost first: a log span; panics become `INTERNAL` without details; calls
+/// beyond `calls_max` are shed; unary calls have a deadline; the handler. Which methods are unary
+/// is read from the descriptors; a method that is not in them is never cut. Health checks pass
+/// also when the server is full.
+///
 /// Callers set message size limits on their generated servers
 /// (`max_decoding_message_size`, `max_encoding_message_size`): tonic offers no common place.
 ///
 /// At a requested stop, health says NOT_SERVING, no more connections are accepted, and calls under
 /// way have `drain_timeout_ms` to end: long-lived streams must watch `shutdown` themselves. What
-/// is left is dropped then, and at once when the stop is forced.
+/// is left is dropped then, and at once when the stop is forced, or when this future is dropped.
+/// While it serves, it holds `grpc server` of `shutdown`.
 ///
 /// # Errors
 /// A broken descriptor set or transport.
@@ -129,11 +154,89 @@ pub async fn serve(
     readiness: Readiness,
     shutdown: Shutdown,
 ) -> Result<(), ServeError> {
-    let _ = Duration::ZERO;
-    let _ = (&options, &readiness);
-    tonic::transport::Server::builder()
+    let _hold = shutdown.hold("grpc server");
+    let config = &options.config;
+    let routes = routes
+        .add_service(HealthServer::new(HealthService::from_health_reporter(
+            readiness.reporter.clone(),
+        )))
+        .add_service(reflection(&options)?.build_v1().map_err(ServeError::Reflection)?)
+        .add_service(reflection(&options)?.build_v1alpha().map_err(ServeError::Reflection)?);
+    let guard = CallGuard::new(
+        config.calls_max,
+        Duration::from_millis(config.unary_timeout_ms),
+        unary_methods(&options.descriptors)?,
+    );
+    // Cuts the connections when this function returns, or is dropped before.
+    let cut = CancellationToken::new();
+    let _cut_at_end = cut.clone().drop_guard();
+    let handshake = Duration::from_millis(config.handshake_timeout_ms);
+    let incoming = incoming.into().guarded(cut.clone(), handshake);
+    let server = builder(config)
+        .layer(layer_fn(move |routes| guard.clone().around(routes)))
         .add_routes(routes)
-        .serve_with_incoming_shutdown(incoming.into(), shutdown.requested())
-        .await
-        .map_err(ServeError::Transport)
+        .serve_with_incoming_shutdown(incoming, shutdown.requested());
+    let drain = Duration::from_millis(config.drain_timeout_ms);
+    tokio::select! {
+        biased;
+        () = shutdown.forced() => Ok(()),
+        result = server => result.map_err(ServeError::Transport),
+        () = overrun(&shutdown, &readiness, drain) => {
+            tracing::warn!(drain_ms = config.drain_timeout_ms, "calls dropped: they did not end");
+            Ok(())
+        }
+    }
 }
+
+/// Returns when a requested stop has lasted too long.
+async fn overrun(shutdown: &Shutdown, readiness: &Readiness, drain: Duration) {
+    shutdown.requested().await;
+    readiness.set_not_ready().await;
+    tokio::time::sleep(drain).await;
+}
+
+fn builder(config: &ServerConfig) -> Server {
+    Server::builder()
+        .max_concurrent_streams(config.streams_per_connection_max)
+        .http2_max_header_list_size(config.header_list_bytes_max)
+        .http2_max_pending_accept_reset_streams(Some(config.pending_reset_streams_max))
+        .http2_max_local_error_reset_streams(Some(config.pending_reset_streams_max))
+        .http2_keepalive_interval(Some(Duration::from_millis(config.keepalive_interval_ms)))
+        .http2_keepalive_timeout(Some(Duration::from_millis(config.keepalive_timeout_ms)))
+        .initial_stream_window_size(config.stream_window_bytes)
+        .initial_connection_window_size(config.connection_window_bytes)
+        .max_frame_size(crate::net::FRAME_BYTES_MAX)
+}
+
+fn reflection<'a>(
+    options: &'a ServerOptions,
+) -> Result<tonic_reflection::server::Builder<'a>, ServeError> {
+    let builder = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET);
+    Ok(options.descriptors.iter().fold(builder, |builder, descriptors| {
+        builder.register_encoded_file_descriptor_set(descriptors)
+    }))
+}
+
+/// Paths (`/package.Service/Method`) of the methods that stream in no direction.
+fn unary_methods(descriptors: &[&'static [u8]]) -> Result<HashSet<String>, ServeError> {
+    let mut paths = HashSet::new();
+    for bytes in descriptors {
+        let set = FileDescriptorSet::decode(*bytes).map_err(ServeError::Descriptors)?;
+        for file in &set.file {
+            for service in &file.service {
+                let unary = service
+                    .method
+                    .iter()
+                    .filter(|method| !method.client_streaming() && !method.server_streaming());
+                paths.extend(unary.map(|method| {
+                    format!("/{}.{}/{}", file.package(), service.name(), method.name())
+                }));
+            }
+        }
+    }
+    Ok(paths)
+}
+
+#[cfg(test)]
+mod tests;

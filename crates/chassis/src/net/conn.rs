@@ -4,14 +4,52 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
+use tokio::time::Sleep;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::transport::server::Connected;
 
 /// A byte stream over TCP, a Unix socket or memory.
-#[derive(Debug)]
-pub struct Conn(Inner);
+pub struct Conn {
+    inner: Inner,
+    guard: Option<Guard>,
+}
+
+/// Bytes of the preface that opens an HTTP/2 connection (RFC 9113, section 3.4).
+const PREFACE_BYTES: usize = 24;
+
+/// Ends a connection from outside, or because its peer stays silent.
+struct Guard {
+    cut: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// Runs until the preface was read.
+    handshake: Option<Pin<Box<Sleep>>>,
+    bytes_read: usize,
+}
+
+impl Guard {
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+        if self.cut.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(io::ErrorKind::ConnectionAborted.into());
+        }
+        let silent = self.handshake.as_mut().map(|handshake| handshake.as_mut().poll(cx));
+        match silent {
+            Some(Poll::Ready(())) => Poll::Ready(io::ErrorKind::TimedOut.into()),
+            _ => Poll::Pending,
+        }
+    }
+
+    fn note_read(&mut self, bytes: usize) {
+        if self.handshake.is_some() {
+            self.bytes_read += bytes;
+            if self.bytes_read >= PREFACE_BYTES {
+                self.handshake = None;
+            }
+        }
+    }
+}
 
 #[derive(Debug)]
 enum Inner {
@@ -32,19 +70,32 @@ pub enum Peer {
 }
 
 impl Conn {
+    fn new(inner: Inner) -> Self {
+        Self { inner, guard: None }
+    }
+
+    pub(super) fn guarded(mut self, cut: CancellationToken, handshake: Duration) -> Self {
+        self.guard = Some(Guard {
+            cut: Box::pin(cut.cancelled_owned()),
+            handshake: Some(Box::pin(tokio::time::sleep(handshake))),
+            bytes_read: 0,
+        });
+        self
+    }
+
     pub(super) fn tcp(stream: TcpStream) -> Self {
         // Without it small frames wait for the acknowledgement of earlier ones. It only fails on
         // a socket that is closed already, and then the next read says so.
         let _ = stream.set_nodelay(true);
-        Self(Inner::Tcp(stream))
+        Self::new(Inner::Tcp(stream))
     }
 
     pub(super) fn unix(stream: UnixStream) -> Self {
-        Self(Inner::Unix(stream))
+        Self::new(Inner::Unix(stream))
     }
 
     pub(super) fn memory(stream: DuplexStream) -> Self {
-        Self(Inner::Memory(stream))
+        Self::new(Inner::Memory(stream))
     }
 }
 
@@ -52,7 +103,7 @@ impl Connected for Conn {
     type ConnectInfo = Peer;
 
     fn connect_info(&self) -> Peer {
-        match &self.0 {
+        match &self.inner {
             Inner::Tcp(stream) => Peer::Tcp(stream.peer_addr().ok()),
             Inner::Unix(_) => Peer::Unix,
             Inner::Memory(_) => Peer::Memory,
@@ -66,11 +117,22 @@ impl AsyncRead for Conn {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        match &mut self.0 {
+        let this = &mut *self;
+        if let Some(guard) = &mut this.guard
+            && let Poll::Ready(error) = guard.poll_end(cx)
+        {
+            return Poll::Ready(Err(error));
+        }
+        let before = buf.filled().len();
+        let result = match &mut this.inner {
             Inner::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
             Inner::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
             Inner::Memory(stream) => Pin::new(stream).poll_read(cx, buf),
+        };
+        if let Some(guard) = &mut this.guard {
+            guard.note_read(buf.filled().len() - before);
         }
+        result
     }
 }
 
@@ -80,7 +142,7 @@ impl AsyncWrite for Conn {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        match &mut self.0 {
+        match &mut self.inner {
             Inner::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
             Inner::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
             Inner::Memory(stream) => Pin::new(stream).poll_write(cx, buf),
@@ -92,7 +154,7 @@ impl AsyncWrite for Conn {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        match &mut self.0 {
+        match &mut self.inner {
             Inner::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Inner::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Inner::Memory(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
@@ -100,7 +162,7 @@ impl AsyncWrite for Conn {
     }
 
     fn is_write_vectored(&self) -> bool {
-        match &self.0 {
+        match &self.inner {
             Inner::Tcp(stream) => stream.is_write_vectored(),
             Inner::Unix(stream) => stream.is_write_vectored(),
             Inner::Memory(stream) => stream.is_write_vectored(),
@@ -108,7 +170,7 @@ impl AsyncWrite for Conn {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.0 {
+        match &mut self.inner {
             Inner::Tcp(stream) => Pin::new(stream).poll_flush(cx),
             Inner::Unix(stream) => Pin::new(stream).poll_flush(cx),
             Inner::Memory(stream) => Pin::new(stream).poll_flush(cx),
@@ -116,7 +178,7 @@ impl AsyncWrite for Conn {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.0 {
+        match &mut self.inner {
             Inner::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
             Inner::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
             Inner::Memory(stream) => Pin::new(stream).poll_shutdown(cx),

@@ -11,9 +11,9 @@ use tokio::net::{TcpStream, UnixStream};
 use tonic::transport::{Channel, Endpoint, Uri};
 use tower::service_fn;
 
-use super::NetError;
 use super::conn::Conn;
 use super::listener::dial_memory;
+use super::{FRAME_BYTES_MAX, NetError};
 
 /// How channels connect and how they notice that their peer is gone.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,7 +86,7 @@ impl Dialer {
             .keep_alive_while_idle(true)
             .initial_stream_window_size(config.stream_window_bytes)
             .initial_connection_window_size(config.connection_window_bytes)
-            .tcp_nodelay(true);
+            .max_frame_size(FRAME_BYTES_MAX);
         let connector = service_fn(move |_: Uri| connect(target.clone()));
         Ok(endpoint.connect_with_connector_lazy(connector))
     }

@@ -13,6 +13,7 @@ use futures_util::stream::{self, BoxStream, SelectAll, StreamExt};
 use tokio::io::DuplexStream;
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 use super::conn::Conn;
 use super::{ListenAddr, NetError};
@@ -152,18 +153,25 @@ async fn remove_dead_socket(addr: &ListenAddr, path: &Path) -> Result<(), NetErr
 pub struct Incoming {
     conns: SelectAll<BoxStream<'static, Conn>>,
     urls: Vec<String>,
+    guard: Option<(CancellationToken, Duration)>,
 }
 
 impl Incoming {
     /// Merges listeners; none gives a stream that ends at once.
     #[must_use]
     pub fn new(listeners: impl IntoIterator<Item = Listener>) -> Self {
-        let mut incoming = Self { conns: SelectAll::new(), urls: Vec::new() };
+        let mut incoming = Self { conns: SelectAll::new(), urls: Vec::new(), guard: None };
         for listener in listeners {
             incoming.urls.push(listener.url.clone());
             incoming.conns.push(stream::unfold(listener, Listener::next_conn).boxed());
         }
         incoming
+    }
+
+    /// Connections end when `cut` is cancelled, or if their peer says nothing for `handshake`.
+    pub(crate) fn guarded(mut self, cut: CancellationToken, handshake: Duration) -> Self {
+        self.guard = Some((cut, handshake));
+        self
     }
 
     /// The urls of the merged listeners, in the order given.
@@ -183,6 +191,10 @@ impl stream::Stream for Incoming {
     type Item = io::Result<Conn>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.conns.poll_next_unpin(cx).map(|conn| conn.map(Ok))
+        let conn = std::task::ready!(self.conns.poll_next_unpin(cx));
+        Poll::Ready(conn.map(|conn| match &self.guard {
+            Some((cut, handshake)) => Ok(conn.guarded(cut.clone(), *handshake)),
+            None => Ok(conn),
+        }))
     }
 }
