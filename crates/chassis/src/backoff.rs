@@ -58,3 +58,6 @@ impl<R: Rng> Iterator for Delays<R> {
         Some(span.mul_f64(self.rng.random_range(0.5..=1.0)))
     }
 }
+
+#[cfg(test)]
+mod tests;

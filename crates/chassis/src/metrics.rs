@@ -197,3 +197,6 @@ fn reading(metric: &Metric) -> Reading {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -127,3 +127,17 @@ pub enum NetError {
         is_live: bool,
     },
 }
+
+/// Whether a call failed because the connection did: nobody listens, or the peer went away during
+/// the call. Its effect is unknown; the channel connects again by itself.
+///
+/// tonic says `UNAVAILABLE` for the first, and for the second, depending on the moment,
+/// `UNAVAILABLE`, `CANCELLED` or `UNKNOWN`. Unlike a status that the peer has sent, these carry the
+/// local error as their source.
+#[must_use]
+pub fn is_connection_lost(status: &tonic::Status) -> bool {
+    status.code() == tonic::Code::Unavailable || std::error::Error::source(status).is_some()
+}
+
+#[cfg(test)]
+mod tests;

@@ -26,3 +26,6 @@ fn ready_line(service: &str, grpc_url: &str, extra: &[(&str, Value)]) -> String 
     fields.insert("grpc".to_owned(), Value::from(grpc_url));
     format!("{}\n", Value::Object(fields))
 }
+
+#[cfg(test)]
+mod tests;

@@ -217,3 +217,6 @@ impl Shutdown {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -257,3 +257,6 @@ fn parse(text: &str) -> Option<SpanContext> {
     );
     context.is_valid().then_some(context)
 }
+
+#[cfg(test)]
+mod tests;

@@ -70,8 +70,8 @@ impl Dialer {
     /// A channel to `http://host:port`, `unix:/path` or `memory:name`.
     ///
     /// It connects on first use, and again after the peer went away: a call made while nobody
-    /// listens fails with `UNAVAILABLE`, and a later one on the same channel succeeds once
-    /// somebody does. A peer that stops answering is noticed by HTTP/2 pings, also while idle.
+    /// listens fails (see [`super::is_connection_lost`]), and a later one on the same channel
+    /// succeeds once somebody does. A peer that stops answering is noticed by HTTP/2 pings, also while idle.
     /// Must be called inside a tokio runtime.
     ///
     /// # Errors
