@@ -1,2 +1,272 @@
 #![allow(clippy::unwrap_used)]
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+
 use super::*;
+
+fn range(start: u64, len: u64) -> LblkRange {
+    LblkRange::new(start, len)
+}
+
+fn put(map: &mut DirtyMap<u64>, start: u64, len: u64, lsn: u64) -> u64 {
+    let end = (start + len) * BLOCK_BYTES;
+    map.insert(range(start, len), Lsn(lsn), end, vec![lsn; len as usize]).unwrap()
+}
+
+#[test]
+fn a_block_rewritten_under_writeback_stays_dirty_after_the_old_version_completes() {
+    let mut map = DirtyMap::new();
+    assert_eq!(put(&mut map, 0, 2, 1), 2);
+    let first = map.pick(PickLimit::blocks(256)).unwrap();
+    assert_eq!((first.range, first.max_lsn), (range(0, 2), Lsn(1)));
+    assert_eq!(put(&mut map, 1, 1, 2), 1, "the newer version needs credit of its own");
+    assert_eq!(map.pick(PickLimit::blocks(256)), None, "no block is in two write-outs");
+    let done = map.complete(first.io).unwrap();
+    assert_eq!((done.cleaned_blocks, done.redirtied_blocks), (1, 1));
+    assert_eq!(done.runs, vec![CleanRun { range: range(0, 2), up_to: Lsn(1) }]);
+    assert_eq!(map.read(Lblk(0)), None);
+    assert_eq!(map.read(Lblk(1)), Some(&2));
+    assert_eq!(map.complete(first.io), Err(DirtyError::UnknownWriteOut(first.io)));
+    let second = map.pick(PickLimit::blocks(256)).unwrap();
+    assert_eq!((second.range, second.data.as_slice()), (range(1, 1), &[2][..]));
+    assert_eq!(map.complete(second.io).unwrap().cleaned_blocks, 1);
+    assert!(map.is_clean());
+}
+
+#[test]
+fn a_failed_write_out_is_dirty_again_and_never_hides_newer_data() {
+    let mut map = DirtyMap::new();
+    put(&mut map, 0, 3, 1);
+    let picked = map.pick(PickLimit::blocks(256)).unwrap();
+    put(&mut map, 1, 1, 2);
+    let failed = map.fail(picked.io).unwrap();
+    assert_eq!(failed, Failed { dirty_again_blocks: 2, credit_freed_blocks: 1 });
+    let data: Vec<u64> = map.read_range(range(0, 3)).map(|(_, data)| *data).collect();
+    assert_eq!(data, [1, 2, 1]);
+    assert_eq!(map.oldest_lsn(), Some(Lsn(1)));
+    assert_eq!(map.pending_blocks_up_to(Lsn(1)), 3, "the newer data stands for the older too");
+}
+
+#[test]
+fn an_fsync_waits_for_what_was_acknowledged_before_it_and_for_nothing_later() {
+    let mut map = DirtyMap::new();
+    put(&mut map, 0, 1, 1);
+    put(&mut map, 10, 1, 2);
+    let cursor = Lsn(1);
+    put(&mut map, 0, 1, 3);
+    assert!(map.pending_up_to(cursor), "an overwrite does not end the wait");
+    let limit = PickLimit { up_to: Some(cursor), ..PickLimit::blocks(256) };
+    let picked = map.pick(limit).unwrap();
+    assert_eq!((picked.range, picked.max_lsn), (range(0, 1), Lsn(3)));
+    assert_eq!(map.pick(limit), None);
+    assert!(map.pending_up_to(cursor));
+    map.complete(picked.io).unwrap();
+    assert!(!map.pending_up_to(cursor));
+    assert!(map.pending_up_to(Lsn(2)));
+}
+
+#[test]
+fn a_run_is_contiguous_holds_its_limit_and_begins_at_the_oldest_block() {
+    let mut map = DirtyMap::new();
+    put(&mut map, 100, 4, 1);
+    put(&mut map, 96, 4, 2);
+    put(&mut map, 0, 300, 3);
+    let picked = map.pick(PickLimit::blocks(6)).unwrap();
+    assert_eq!(picked.range.len, 6);
+    assert!(picked.range.overlaps(range(100, 4)));
+    let inside = PickLimit { within: Some(range(10, 5)), ..PickLimit::blocks(256) };
+    assert_eq!(map.pick(inside).unwrap().range, range(10, 5));
+    assert_eq!(map.pick(PickLimit::blocks(0)), None);
+}
+
+#[test]
+fn a_write_out_carries_the_size_of_its_own_writes_only() {
+    let mut map = DirtyMap::new();
+    map.insert(range(0, 2), Lsn(1), 5000, vec![1, 1]).unwrap();
+    let append = map.pick(PickLimit::blocks(256)).unwrap();
+    put(&mut map, 2, 100, 2);
+    assert_eq!(append.end_bytes, 5000);
+    let mut map = DirtyMap::new();
+    map.insert(range(0, 2), Lsn(1), 5000, vec![1, 1]).unwrap();
+    let first = map.pick(PickLimit::blocks(1)).unwrap();
+    assert_eq!(first.end_bytes, 4096, "never beyond the blocks it converts");
+}
+
+#[test]
+fn discarded_blocks_do_not_come_back_when_their_write_out_fails() {
+    let mut map = DirtyMap::new();
+    put(&mut map, 0, 4, 1);
+    let picked = map.pick(PickLimit::blocks(256)).unwrap();
+    put(&mut map, 1, 1, 2);
+    let gone = map.discard(range(1, 2));
+    assert_eq!(gone.credit_freed_blocks, 1);
+    assert_eq!(gone.in_flight.into_iter().collect::<Vec<_>>(), [picked.io]);
+    assert_eq!(map.read(Lblk(2)), None);
+    let failed = map.fail(picked.io).unwrap();
+    assert_eq!(failed, Failed { dirty_again_blocks: 2, credit_freed_blocks: 2 });
+    assert_eq!(map.read_range(range(0, 4)).map(|(b, _)| b.0).collect::<Vec<_>>(), [0, 3]);
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Write(u64, u64),
+    Pick(u64, Option<u64>, bool),
+    Complete(usize),
+    Fail(usize),
+    Discard(u64, u64),
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        4 => (0u64..24, 1u64..8).prop_map(|(s, l)| Op::Write(s, l)),
+        3 => (1u64..9, prop::option::of(0u64..24), any::<bool>())
+            .prop_map(|(n, within, recent)| Op::Pick(n, within, recent)),
+        2 => (0usize..4).prop_map(Op::Complete),
+        1 => (0usize..4).prop_map(Op::Fail),
+        1 => (0u64..24, 1u64..8).prop_map(|(s, l)| Op::Discard(s, l)),
+    ]
+}
+
+/// A block of the oracle: every write to it that is not converted, oldest first, and how many of
+/// them the write-out under way carries.
+#[derive(Clone, Debug, Default)]
+struct Slow {
+    writes: Vec<u64>,
+    carried: usize,
+    io: Option<WriteOutId>,
+    discarded: bool,
+}
+
+impl Slow {
+    fn is_empty(&self) -> bool {
+        self.writes.is_empty()
+    }
+    fn waits(&self) -> bool {
+        self.writes.len() > self.carried
+    }
+    fn seen(&self) -> Option<u64> {
+        if self.waits() || !self.discarded { self.writes.last().copied() } else { None }
+    }
+}
+
+#[derive(Default)]
+struct Oracle(BTreeMap<u64, Slow>);
+
+impl Oracle {
+    fn end(&mut self, picked: &Picked<u64>, converted: bool) {
+        for lblk in picked.range.start.0..picked.range.end() {
+            let slow = self.0.get_mut(&lblk).unwrap();
+            assert_eq!(slow.io.take(), Some(picked.io));
+            let carried = std::mem::take(&mut slow.carried);
+            if converted || std::mem::take(&mut slow.discarded) {
+                slow.writes.drain(..carried);
+            }
+            slow.discarded = false;
+        }
+        self.0.retain(|_, slow| !slow.is_empty());
+    }
+
+    fn check(&self, map: &DirtyMap<u64>, lsn: u64) {
+        for lblk in 0..40 {
+            let seen = self.0.get(&lblk).and_then(Slow::seen);
+            assert_eq!(map.read(Lblk(lblk)).copied(), seen, "block {lblk}");
+        }
+        let oldest = self.0.values().filter_map(|s| s.writes.first()).min().copied();
+        assert_eq!(map.oldest_lsn(), oldest.map(Lsn));
+        for cursor in 0..=lsn {
+            let pending = self.0.values().any(|s| s.writes.iter().any(|w| *w <= cursor));
+            assert_eq!(map.pending_up_to(Lsn(cursor)), pending);
+        }
+        let waiting = self.0.values().filter(|s| s.waits()).count() as u64;
+        let flying = self.0.values().filter(|s| s.io.is_some()).count() as u64;
+        assert_eq!((map.waiting_blocks(), map.in_flight_blocks()), (waiting, flying));
+        assert_eq!(map.is_clean(), self.0.is_empty());
+    }
+}
+
+/// The credit that the map's answers add up to is what its versions hold.
+fn run(ops: Vec<Op>) {
+    let mut map = DirtyMap::new();
+    let mut oracle = Oracle::default();
+    let mut flying: Vec<Picked<u64>> = Vec::new();
+    let (mut lsn, mut credit) = (0u64, 0i64);
+    for op in ops {
+        match op {
+            Op::Write(start, len) => {
+                lsn += 1;
+                let needed = map.credit_needed(range(start, len));
+                assert_eq!(put(&mut map, start, len, lsn), needed);
+                credit += needed as i64;
+                for lblk in start..start + len {
+                    oracle.0.entry(lblk).or_default().writes.push(lsn);
+                }
+            }
+            Op::Pick(blocks_max, within, recent) => {
+                let within = within.map(|start| range(start, 6));
+                let up_to = recent.then_some(Lsn(lsn / 2));
+                let Some(picked) = map.pick(PickLimit { blocks_max, up_to, within }) else {
+                    continue;
+                };
+                assert!(picked.range.len >= 1 && picked.range.len <= blocks_max);
+                assert_eq!(picked.data.len() as u64, picked.range.len);
+                let mut oldest = u64::MAX;
+                for (lblk, data) in (picked.range.start.0..).zip(&picked.data) {
+                    let slow = oracle.0.get_mut(&lblk).unwrap();
+                    assert_eq!(slow.io, None, "in two write-outs at once");
+                    assert_eq!(slow.writes.last(), Some(data));
+                    assert!(Lsn(*data) <= picked.max_lsn);
+                    oldest = oldest.min(slow.writes[0]);
+                    slow.io = Some(picked.io);
+                    slow.carried = slow.writes.len();
+                }
+                if within.is_none() {
+                    let ready = oracle.0.values().filter(|s| s.waits() && s.carried == 0);
+                    let oldest_left = ready.map(|s| s.writes[0]).min().unwrap_or(u64::MAX);
+                    assert!(oldest <= oldest_left, "the oldest was left behind");
+                }
+                flying.push(picked);
+            }
+            Op::Complete(at) if at < flying.len() => {
+                let picked = flying.remove(at);
+                let done = map.complete(picked.io).unwrap();
+                credit -= picked.range.len as i64;
+                let covered: u64 = done.runs.iter().map(|run| run.range.len).sum();
+                assert_eq!(covered, picked.range.len);
+                for run in &done.runs {
+                    let at = (run.range.start.0 - picked.range.start.0) as usize;
+                    assert_eq!(run.up_to, Lsn(picked.data[at]), "exact for each block");
+                }
+                oracle.end(&picked, true);
+            }
+            Op::Fail(at) if at < flying.len() => {
+                let picked = flying.remove(at);
+                let failed = map.fail(picked.io).unwrap();
+                credit -= failed.credit_freed_blocks as i64;
+                oracle.end(&picked, false);
+            }
+            Op::Discard(start, len) => {
+                credit -= map.discard(range(start, len)).credit_freed_blocks as i64;
+                for lblk in start..start + len {
+                    let Some(slow) = oracle.0.get_mut(&lblk) else { continue };
+                    slow.writes.truncate(slow.carried);
+                    slow.discarded = slow.io.is_some();
+                }
+                oracle.0.retain(|_, slow| !slow.is_empty());
+            }
+            Op::Complete(_) | Op::Fail(_) => {}
+        }
+        oracle.check(&map, lsn);
+        assert_eq!(credit as u64, map.waiting_blocks() + map.in_flight_blocks());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 128, failure_persistence: None, ..Default::default() })]
+    #[test]
+    fn random_histories_agree_with_a_list_of_all_writes(
+        ops in prop::collection::vec(op(), 1..60),
+    ) {
+        run(ops);
+    }
+}

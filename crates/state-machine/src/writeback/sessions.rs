@@ -200,6 +200,16 @@ impl SessionTable {
         }
     }
 
+    /// Forgets the sessions used longest ago until at most `sessions_max` are left, in progress
+    /// or not: for a copy of the table that only records what was applied.
+    pub fn forget_idlest(&mut self, sessions_max: usize) {
+        while self.sessions.len() > sessions_max {
+            let idlest = self.sessions.iter().min_by_key(|(_, session)| session.last_used);
+            let Some(id) = idlest.map(|(id, _)| *id) else { return };
+            self.sessions.remove(&id);
+        }
+    }
+
     /// Sessions remembered.
     pub fn len(&self) -> usize {
         self.sessions.len()
@@ -249,13 +259,16 @@ impl Session {
         while self.results.contains_key(&(self.low + 1)) {
             self.low += 1;
         }
-        while self.results.range(self.low + 1..).count() > limits.window {
+        // At most `results_kept` lie below the mark after the previous call, so this stays short.
+        let mut below = self.results.range(..=self.low).count();
+        while below > limits.results_kept {
+            self.results.pop_first();
+            below -= 1;
+        }
+        while self.results.len() - below > limits.window {
             let Some((&lowest, _)) = self.results.range(self.low + 1..).next() else { break };
             self.results.remove(&lowest);
             self.floor = self.floor.max(lowest);
-        }
-        while self.results.range(..=self.low).count() > limits.results_kept {
-            self.results.pop_first();
         }
     }
 }

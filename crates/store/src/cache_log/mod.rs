@@ -1,0 +1,381 @@
+//! The cache log: buffered writes survive the death of the writeback process.
+//!
+//! A record is handed to the kernel before its write is acknowledged, so it survives SIGKILL;
+//! [`CacheLog::sync_to`] makes it survive a power loss. Records are numbered without gaps over a
+//! sequence of segment files. Each segment begins with a snapshot of the session table and of the
+//! open volumes, so whole segments can be dropped at the front and nothing but converted data goes.
+//!
+//! At start a record that is not whole is a *torn tail* only if it can be one: after a kill, when
+//! the last file ends inside it; after a power loss, when nothing in the log says that it was
+//! durable (each record carries what was known to be durable when it was written). Anything else
+//! is damage and refused with file and offset: acknowledged data is never dropped in silence.
+
+mod api;
+mod disk;
+mod live;
+mod record;
+mod replay;
+mod scan;
+#[cfg(test)]
+mod sim;
+#[cfg(test)]
+mod tests;
+mod writer;
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use endio_state_machine::writeback::Lsn;
+use endio_state_machine::writeback::dirty::CleanRun;
+use endio_state_machine::writeback::sessions::{RequestKey, SessionLimits, SessionTable};
+use endio_types::{Generation, LblkRange, VolumeId};
+
+pub use api::{CacheLogError, CacheLogOptions, OpenVolume, ReplayedWrite, WriteRecord};
+pub use replay::Replay;
+
+use disk::{Disk, RealDisk};
+use record::{CleanPayload, Header, Kind, VolumePayload};
+use scan::State;
+use writer::{Body, Writer};
+
+/// The log of one writeback. All methods take `&self` and may be called from several threads;
+/// they block on the disk, so an asynchronous caller uses a blocking thread.
+pub struct CacheLog {
+    disk: Box<dyn Disk>,
+    state: State,
+    max_bytes: u64,
+    writer: Mutex<Writer>,
+    durable: AtomicU64,
+    syncing: Mutex<Syncing>,
+    synced: Condvar,
+    trimming: Mutex<()>,
+}
+
+#[derive(Default)]
+struct Syncing {
+    running: bool,
+    failed: Option<String>,
+}
+
+impl CacheLog {
+    /// Opens or creates the log in `dir` and locks the directory for this process. What
+    /// [`Replay`] yields must be put into the dirty cache before any volume is served.
+    ///
+    /// # Errors
+    /// [`CacheLogError::InUse`]; [`CacheLogError::Damaged`], with which nothing was changed;
+    /// [`CacheLogError::DiskFull`] and [`CacheLogError::Io`].
+    pub fn open(dir: &Path, options: CacheLogOptions) -> Result<(Self, Replay), CacheLogError> {
+        let locked = RealDisk::lock(dir)
+            .map_err(|source| CacheLogError::Io { path: dir.to_owned(), source })?;
+        let disk = locked.ok_or_else(|| CacheLogError::InUse(dir.to_owned()))?;
+        Self::open_on(Box::new(disk), options)
+    }
+
+    fn open_on(
+        disk: Box<dyn Disk>,
+        options: CacheLogOptions,
+    ) -> Result<(Self, Replay), CacheLogError> {
+        let io = |name: &str, source| CacheLogError::Io { path: disk.path(name), source };
+        let boot_id = disk.boot_id().map_err(|source| io("boot id", source))?;
+        let before = scan::read_state(&*disk)?;
+        let fresh = before.is_none();
+        let before = before.unwrap_or_else(|| State {
+            version: 1,
+            tag: new_tag(&boot_id),
+            boot_id: boot_id.clone(),
+            clean: true,
+            durable: Lsn(0),
+        });
+        let power_lost = !before.clean && before.boot_id != boot_id;
+        let mut sessions = SessionTable::new(SessionLimits {
+            sessions_max: options.sessions_max,
+            ..SessionLimits::default()
+        });
+        if power_lost {
+            sessions.mark_memory_lost();
+        }
+        let scan = scan::scan(&*disk, &before, power_lost, sessions)?;
+        // After a kill the newest records may be in the page cache only.
+        for segment in &scan.segments {
+            segment.file.sync().map_err(|source| io(&scan::segment_name(segment.number), source))?;
+        }
+        if !fresh {
+            disk.sync_dir().map_err(|source| io("", source))?;
+        }
+        let state = State { boot_id, clean: false, durable: scan.last, ..before };
+        scan::write_state(&*disk, &state)?;
+        let replay = Replay::new(&*disk, &scan, power_lost);
+        let durable = AtomicU64::new(scan.last.0);
+        let max_bytes = options.max_bytes;
+        let writer = Writer::start(&*disk, state.tag, options, scan)?;
+        let log = Self {
+            disk,
+            state,
+            max_bytes,
+            writer: Mutex::new(writer),
+            durable,
+            syncing: Mutex::default(),
+            synced: Condvar::new(),
+            trimming: Mutex::new(()),
+        };
+        Ok((log, replay))
+    }
+
+    /// Appends a buffered write. When this returns, the record survives the death of the process.
+    /// `payload` may come in pieces; together they are exactly the blocks.
+    ///
+    /// # Errors
+    /// [`CacheLogError::Full`] and [`CacheLogError::DiskFull`]: delay the writer, nothing was
+    /// written. Any other: the log takes nothing more, or the record was impossible.
+    pub fn append_write(
+        &self,
+        write: &WriteRecord,
+        payload: &[&[u8]],
+    ) -> Result<Lsn, CacheLogError> {
+        let header = writer::write_header(write, payload)?;
+        let mut writer = self.writer();
+        let body = Body { parts: payload, keeps_reserve: true };
+        let lsn = writer.append(&*self.disk, header, &body, self.durable_lsn())?;
+        writer.live.wrote(lsn, write.volume, write.blocks);
+        Ok(lsn)
+    }
+
+    /// Says that blocks are converted: their records up to a number are dead. It counts once it
+    /// is durable. `runs` come from `DirtyMap::complete`; an empty list appends nothing and
+    /// returns the newest number.
+    ///
+    /// # Errors
+    /// As [`append_write`](Self::append_write), but a full log still takes it while the reserve
+    /// lasts.
+    pub fn append_clean(
+        &self,
+        volume: VolumeId,
+        runs: &[CleanRun],
+    ) -> Result<Lsn, CacheLogError> {
+        if runs.is_empty() {
+            return Ok(self.last_lsn());
+        }
+        let header = Header { volume, ..Header::plain(Kind::Clean) };
+        let payload = writer::encode(&CleanPayload::new(runs))?;
+        let mut writer = self.writer();
+        let lsn = self.append_small(&mut writer, header, &payload)?;
+        for run in runs {
+            writer.live.will_clean(lsn, volume, *run);
+        }
+        Ok(lsn)
+    }
+
+    /// Says that a request whose data is not in the log (direct write, trim, zeroing) was applied.
+    ///
+    /// # Errors
+    /// As [`append_clean`](Self::append_clean).
+    pub fn append_done(&self, request: RequestKey, result: u64) -> Result<Lsn, CacheLogError> {
+        if request.sequence == 0 {
+            return Err(CacheLogError::Invalid("request number 0".into()));
+        }
+        let header = Header { request: Some(request), result, ..Header::plain(Kind::Done) };
+        self.append_small(&mut self.writer(), header, &[])
+    }
+
+    /// Says that a volume is open here from now on.
+    ///
+    /// # Errors
+    /// As [`append_clean`](Self::append_clean).
+    pub fn append_volume_open(
+        &self,
+        volume: VolumeId,
+        name: &str,
+        generation: Generation,
+    ) -> Result<Lsn, CacheLogError> {
+        self.append_volume(volume, name, generation, true)
+    }
+
+    /// Says that a volume was closed, deleted or taken over: its data in the log is of no use.
+    ///
+    /// # Errors
+    /// As [`append_clean`](Self::append_clean).
+    pub fn append_volume_closed(&self, volume: VolumeId) -> Result<Lsn, CacheLogError> {
+        self.append_volume(volume, "", Generation(0), false)
+    }
+
+    fn append_volume(
+        &self,
+        volume: VolumeId,
+        name: &str,
+        generation: Generation,
+        open: bool,
+    ) -> Result<Lsn, CacheLogError> {
+        let header = Header { volume, generation, ..Header::plain(Kind::Volume) };
+        let payload = writer::encode(&VolumePayload { name: name.to_owned(), open })?;
+        let mut writer = self.writer();
+        let lsn = self.append_small(&mut writer, header, &payload)?;
+        writer.volume_mark(volume, name, generation, open);
+        Ok(lsn)
+    }
+
+    fn append_small(
+        &self,
+        writer: &mut Writer,
+        header: Header,
+        payload: &[u8],
+    ) -> Result<Lsn, CacheLogError> {
+        let header = writer::with_payload(header, &[payload])?;
+        let body = Body { parts: &[payload], keeps_reserve: false };
+        writer.append(&*self.disk, header, &body, self.durable_lsn())
+    }
+
+    /// Makes everything up to `lsn` survive a power loss. One flush serves all callers that wait.
+    /// Idempotent.
+    ///
+    /// # Errors
+    /// [`CacheLogError::Poisoned`] from the first failed flush on, whatever happens later: pages
+    /// of a failed flush may be gone although the next flush succeeds.
+    pub fn sync_to(&self, lsn: Lsn) -> Result<(), CacheLogError> {
+        let mut syncing = lock(&self.syncing);
+        loop {
+            if let Some(what) = &syncing.failed {
+                return Err(CacheLogError::Poisoned(what.clone()));
+            }
+            if self.durable_lsn() >= lsn {
+                return Ok(());
+            }
+            if !syncing.running {
+                break;
+            }
+            syncing = self.synced.wait(syncing).unwrap_or_else(PoisonError::into_inner);
+        }
+        syncing.running = true;
+        drop(syncing);
+        let outcome = self.flush();
+        let mut syncing = lock(&self.syncing);
+        syncing.running = false;
+        if let Err(error) = &outcome {
+            syncing.failed = Some(error.to_string());
+        }
+        self.synced.notify_all();
+        drop(syncing);
+        let flushed = outcome?;
+        if flushed < lsn {
+            return Err(CacheLogError::Invalid(format!("record {lsn} was never appended")));
+        }
+        Ok(())
+    }
+
+    /// Flushes all there is now; returns its newest record.
+    fn flush(&self) -> Result<Lsn, CacheLogError> {
+        let (target, files, new_names) = self.writer().to_flush();
+        let flush = || {
+            for (name, file) in &files {
+                file.sync().map_err(|source| (name.as_str(), source))?;
+            }
+            if new_names { self.disk.sync_dir().map_err(|source| ("", source)) } else { Ok(()) }
+        };
+        let outcome = flush().map_err(|(name, source)| CacheLogError::Io {
+            path: self.disk.path(name),
+            source,
+        });
+        let mut writer = self.writer();
+        if let Err(error) = outcome {
+            writer.poison(format!("a flush failed: {error}"));
+            return Err(error);
+        }
+        // What a `Clean` record covers is forgotten before anybody can see it as durable.
+        writer.live.durable(target);
+        self.durable.fetch_max(target.0, Ordering::SeqCst);
+        Ok(target)
+    }
+
+    /// Everything up to here survives a power loss.
+    pub fn durable_lsn(&self) -> Lsn {
+        Lsn(self.durable.load(Ordering::SeqCst))
+    }
+
+    /// The newest record.
+    pub fn last_lsn(&self) -> Lsn {
+        self.writer().last()
+    }
+
+    /// Bytes of all segments, and the bound.
+    pub fn usage_bytes(&self) -> (u64, u64) {
+        (self.writer().bytes(), self.max_bytes)
+    }
+
+    /// Whether the log holds data of a range that is not durably known to be converted: a replay
+    /// would bring it back. Before a write, trim or zeroing goes around the cache: write the
+    /// range out, [`append_clean`](Self::append_clean), [`sync_to`](Self::sync_to) it.
+    pub fn holds(&self, volume: VolumeId, range: LblkRange) -> bool {
+        self.writer().live.holds(volume, range)
+    }
+
+    /// Removes whole segments whose records are all older than `oldest_live` (`None`: nothing is
+    /// live), never the active one. Flushes first, so that what took their place is durable.
+    /// Returns the bytes freed. Idempotent.
+    ///
+    /// # Errors
+    /// [`CacheLogError::Io`]: the segment stays, call again. [`CacheLogError::Poisoned`].
+    pub fn trim(&self, oldest_live: Option<Lsn>) -> Result<u64, CacheLogError> {
+        let _one_at_a_time = lock(&self.trimming);
+        let mut freed = 0;
+        loop {
+            let (segment, last) = {
+                let writer = self.writer();
+                (writer.trimmable(oldest_live), writer.last())
+            };
+            let Some((name, bytes)) = segment else { return Ok(freed) };
+            self.sync_to(last)?;
+            let io = |source| CacheLogError::Io { path: self.disk.path(&name), source };
+            match self.disk.remove(&name) {
+                // An earlier try removed it and could not make that durable.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                other => other.map_err(io)?,
+            }
+            // One by one: a crash must not leave a hole between segments.
+            self.disk.sync_dir().map_err(io)?;
+            self.writer().trimmed();
+            freed += bytes;
+        }
+    }
+
+    /// Begins a new segment, so that [`trim`](Self::trim) can remove the active one later. For a
+    /// log that is full of dead records.
+    ///
+    /// # Errors
+    /// As [`append_clean`](Self::append_clean).
+    pub fn rotate(&self) -> Result<(), CacheLogError> {
+        self.writer().rotate(&*self.disk, self.durable_lsn())
+    }
+
+    /// Makes all durable and notes that the log ended well. Everything after it is refused with
+    /// [`CacheLogError::Closed`].
+    ///
+    /// # Errors
+    /// The log counts as not closed then.
+    pub fn close_clean(&self) -> Result<(), CacheLogError> {
+        let last = {
+            let mut writer = self.writer();
+            writer.close()?;
+            writer.last()
+        };
+        self.sync_to(last)?;
+        let state = State { clean: true, durable: last, ..self.state.clone() };
+        scan::write_state(&*self.disk, &state)
+    }
+
+    fn writer(&self) -> MutexGuard<'_, Writer> {
+        lock(&self.writer)
+    }
+}
+
+/// A panic elsewhere does not make the data under a lock wrong: each change is a single step.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Differs between logs, so that bytes of one inside another are not taken for its records.
+fn new_tag(boot_id: &str) -> u32 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let crc = crc32c::crc32c(boot_id.as_bytes());
+    crc32c::crc32c_append(crc, &now.as_nanos().to_le_bytes())
+}

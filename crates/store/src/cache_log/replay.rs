@@ -1,0 +1,115 @@
+//! What a log holds at start, read piece by piece.
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+
+use bytes::Bytes;
+use endio_state_machine::writeback::Lsn;
+use endio_state_machine::writeback::sessions::SessionSnapshot;
+use endio_types::LblkRange;
+
+use super::api::{CacheLogError, OpenVolume, ReplayedWrite};
+use super::disk::Disk;
+use super::scan::{Found, Scan, segment_name};
+
+/// The writes of a log that are not known to be converted, oldest first. Holds no payload; each
+/// is read when it is asked for, and checked again.
+pub struct Replay {
+    power_lost: bool,
+    torn_bytes: u64,
+    sessions: SessionSnapshot,
+    volumes: Vec<OpenVolume>,
+    last: Lsn,
+    writes: VecDeque<(Found, Vec<LblkRange>, PathBuf)>,
+}
+
+impl Replay {
+    pub(super) fn new(disk: &dyn Disk, scan: &Scan, power_lost: bool) -> Self {
+        let mut writes = VecDeque::new();
+        for found in &scan.writes {
+            let write = found.header.write();
+            let live = scan.live.parts(found.header.lsn, write.volume, write.blocks);
+            if !live.is_empty() {
+                let path = disk.path(&segment_name(found.number));
+                writes.push_back((found.clone(), live, path));
+            }
+        }
+        let volumes = scan
+            .volumes
+            .iter()
+            .map(|(volume, (name, generation))| OpenVolume {
+                volume: *volume,
+                name: name.clone(),
+                generation: *generation,
+            })
+            .collect();
+        Self {
+            power_lost,
+            torn_bytes: scan.torn_bytes,
+            sessions: scan.sessions.snapshot(),
+            volumes,
+            last: scan.last,
+            writes,
+        }
+    }
+
+    /// The log was not closed and the machine has restarted since: the newest records may be
+    /// missing. Each volume of [`open_volumes`](Self::open_volumes) is to be marked with it.
+    pub fn power_lost(&self) -> bool {
+        self.power_lost
+    }
+
+    /// Bytes that were cut off as a torn tail.
+    pub fn torn_bytes(&self) -> u64 {
+        self.torn_bytes
+    }
+
+    /// All requests that the log knows as applied, those of the replayed writes included.
+    pub fn sessions(&self) -> &SessionSnapshot {
+        &self.sessions
+    }
+
+    /// Volumes that were open when the log ended, by id.
+    pub fn open_volumes(&self) -> &[OpenVolume] {
+        &self.volumes
+    }
+
+    /// Newest record found; 0: none.
+    pub fn last_lsn(&self) -> Lsn {
+        self.last
+    }
+
+    /// Blocks that the remaining writes make dirty.
+    pub fn remaining_blocks(&self) -> u64 {
+        self.writes.iter().flat_map(|(_, live, _)| live).map(|range| range.len).sum()
+    }
+
+    /// The next write, or `None` after the last.
+    ///
+    /// # Errors
+    /// [`CacheLogError::Io`], [`CacheLogError::Damaged`]: the payload changed since the log was
+    /// opened. The write is not skipped: the next call tries it again.
+    pub fn next_write(&mut self) -> Result<Option<ReplayedWrite>, CacheLogError> {
+        let Some((found, live, path)) = self.writes.front() else { return Ok(None) };
+        let mut payload = vec![0; found.header.payload_len as usize];
+        found
+            .file
+            .read_at(found.payload_at, &mut payload)
+            .map_err(|source| CacheLogError::Io { path: path.clone(), source })?;
+        if crc32c::crc32c(&payload) != found.header.payload_crc {
+            return Err(CacheLogError::Damaged {
+                path: path.clone(),
+                offset: found.payload_at,
+                what: "the payload changed since the log was opened".into(),
+            });
+        }
+        let write = ReplayedWrite {
+            lsn: found.header.lsn,
+            write: found.header.write(),
+            live: live.clone(),
+            payload: Bytes::from(payload),
+        };
+        self.writes.pop_front();
+        Ok(Some(write))
+    }
+}
