@@ -3,6 +3,7 @@
 pub mod chunk;
 mod chunk_codec;
 pub mod extent_map;
+pub mod gate;
 
 pub mod writeback;
 pub mod limits;

@@ -1,2 +1,27 @@
-//! Entry point.
-fn main() {}
+//! The block-store process.
+
+use clap::Parser as _;
+use endio_block_store::{Config, Deps, Flags, start};
+use endio_chassis::{
+    config,
+    net::{Dialer, Listener},
+    report,
+    shutdown::Shutdown,
+    telemetry,
+};
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let flags = Flags::parse();
+    let config: Config = config::load(flags.config.as_deref(), "ENDIO_BLOCK_STORE_", &flags)?;
+    let recorder = telemetry::init(&config.telemetry)?;
+    config::log_effective(&config);
+    let shutdown = Shutdown::new();
+    shutdown.on_signals()?;
+    let listener = Listener::bind(&config.listen).await?;
+    let dialer = Dialer::default();
+    let running = start(config, Deps { listener, dialer, recorder, shutdown }).await?;
+    report::ready("block-store", &running.url(), &[])?;
+    running.wait().await?;
+    Ok(())
+}

@@ -1,0 +1,182 @@
+//! Every knob of the block-store service.
+
+use std::path::PathBuf;
+
+use endio_chassis::{
+    config::{Fault, Validate},
+    net::ListenAddr,
+    server::ServerConfig,
+    telemetry::TelemetryConfig,
+};
+use endio_types::{BLOCK_BYTES, ByteSize, IO_END_BLOCKS_MAX};
+use serde::{Deserialize, Serialize};
+
+/// Configuration of one block-store.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Directory of the superblock and the blocks; made if absent.
+    pub data_dir: PathBuf,
+    /// Where to listen.
+    pub listen: ListenAddr,
+    /// Url of the conversion service.
+    pub conversion: String,
+    /// Url at which writebacks reach this store. Absent: the listener's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub advertise: Option<String>,
+    /// Capacity in bytes, a multiple of 4096; may grow from start to start. Absent: as it is, or
+    /// 16 GiB for a new store.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub capacity_bytes: Option<u64>,
+    /// Threads that write to the device. Too small: a slow write holds others up. Too large: they
+    /// take turns on the processors.
+    pub writer_threads: usize,
+    /// Reads that the device is asked for at once. Too small: a fast device idles. Too large: threads.
+    pub reads_at_once_max: usize,
+    /// Bios and reads under way in the whole service. Too small: `LIMIT` under load. Too large:
+    /// memory.
+    pub in_flight_max: usize,
+    /// Bios, or reads, under way in one stream; further ones wait in the stream.
+    pub in_flight_per_stream_max: usize,
+    /// Bytes of bios under way in the whole service; further ones wait in their streams. Too small:
+    /// no parallelism. Too large: memory.
+    pub bio_bytes_max: usize,
+    /// Bytes of reads under way in the whole service, as above.
+    pub read_bytes_max: usize,
+    /// Releases that conversion has not answered. Above it bios are refused with `LIMIT`.
+    pub releases_max: usize,
+    /// Finished tokens that are remembered, so that none is written twice. Above it the oldest
+    /// io_ends are refused.
+    pub seen_tokens_max: usize,
+    /// Time before the end of the lease from which nothing new is begun, in ms. Too small: a write
+    /// is begun that conversion no longer counts on. Too large: writes are refused without need.
+    pub lease_margin_ms: u64,
+    /// Longest wait for conversion to answer a registration, in ms.
+    pub register_timeout_ms: u64,
+    /// First pause before a session is tried again, in ms. It doubles up to the longest.
+    pub reconnect_first_ms: u64,
+    /// Longest pause before a session is tried again, in ms. Too large: slow to come back.
+    pub reconnect_max_ms: u64,
+    /// How long a stop waits for what is in flight, in ms.
+    pub drain_timeout_ms: u64,
+    /// Limits of the server.
+    pub server: ServerConfig,
+    /// Logs and traces.
+    pub telemetry: TelemetryConfig,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            data_dir: PathBuf::from("endio-block-store"),
+            listen: ListenAddr::Tcp("127.0.0.1:7402".to_owned()),
+            conversion: "http://127.0.0.1:7401".to_owned(),
+            advertise: None,
+            capacity_bytes: None,
+            writer_threads: 2,
+            reads_at_once_max: 16,
+            in_flight_max: 16_384,
+            in_flight_per_stream_max: 1_024,
+            bio_bytes_max: 64 << 20,
+            read_bytes_max: 64 << 20,
+            releases_max: 32_768,
+            seen_tokens_max: 1 << 20,
+            lease_margin_ms: 200,
+            register_timeout_ms: 5_000,
+            reconnect_first_ms: 20,
+            reconnect_max_ms: 1_000,
+            drain_timeout_ms: 10_000,
+            server: ServerConfig::default(),
+            telemetry: TelemetryConfig::default(),
+        }
+    }
+}
+
+/// The command line of `endio-block-store`.
+#[derive(Clone, Debug, Default, clap::Parser, Serialize)]
+#[command(name = "endio-block-store", version, about = "Serves physical blocks of endio volumes")]
+pub struct Flags {
+    /// TOML file with any of the configuration's keys.
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip)]
+    pub config: Option<PathBuf>,
+    /// Directory of the superblock and the blocks; made if absent.
+    #[arg(long, value_name = "DIR")]
+    pub data_dir: Option<PathBuf>,
+    /// Where to listen: host:port, unix:/path
+    #[arg(long, value_name = "ADDR")]
+    pub listen: Option<ListenAddr>,
+    /// Url of the conversion service.
+    #[arg(long, value_name = "URL")]
+    pub conversion: Option<String>,
+    /// Url at which writebacks reach this store, if it is not the listener's own.
+    #[arg(long, value_name = "URL")]
+    pub advertise: Option<String>,
+    /// Capacity, e.g. 8GiB, 512MiB or bytes; may grow from start to start.
+    #[arg(long = "capacity", value_name = "SIZE")]
+    pub capacity_bytes: Option<ByteSize>,
+}
+
+impl Config {
+    /// The capacity in blocks, if one is set.
+    pub fn capacity_blocks(&self) -> Option<u64> {
+        self.capacity_bytes.map(|bytes| bytes / BLOCK_BYTES)
+    }
+}
+
+impl Validate for Config {
+    fn validate(&self) -> Vec<Fault> {
+        let mut faults = Vec::new();
+        let mut within = |key: &str, value: u64, min: u64, max: u64| {
+            if value < min || value > max {
+                let message = format!("is {value}, must lie between {min} and {max}");
+                faults.push(Fault::new(key, message));
+            }
+        };
+        let bio_max = u64::from(IO_END_BLOCKS_MAX) * BLOCK_BYTES;
+        within("writer_threads", self.writer_threads as u64, 1, 256);
+        within("reads_at_once_max", self.reads_at_once_max as u64, 1, 400);
+        within("in_flight_max", self.in_flight_max as u64, 1, 1 << 20);
+        within("in_flight_per_stream_max", self.in_flight_per_stream_max as u64, 1, 1 << 16);
+        within("bio_bytes_max", self.bio_bytes_max as u64, bio_max, 1 << 31);
+        within("read_bytes_max", self.read_bytes_max as u64, bio_max, 1 << 31);
+        within("releases_max", self.releases_max as u64, 1, 1 << 20);
+        within("seen_tokens_max", self.seen_tokens_max as u64, 1_024, 1 << 26);
+        within("lease_margin_ms", self.lease_margin_ms, 0, 60_000);
+        within("register_timeout_ms", self.register_timeout_ms, 10, 600_000);
+        within("reconnect_first_ms", self.reconnect_first_ms, 1, 60_000);
+        within("reconnect_max_ms", self.reconnect_max_ms, self.reconnect_first_ms, 60_000);
+        within("drain_timeout_ms", self.drain_timeout_ms, 1, 3_600_000);
+        match self.capacity_bytes {
+            Some(bytes) if bytes == 0 || !bytes.is_multiple_of(BLOCK_BYTES) => {
+                let message = format!("is {bytes}, must be a positive multiple of {BLOCK_BYTES}");
+                faults.push(Fault::new("capacity_bytes", message));
+            }
+            _ => {}
+        }
+        if self.data_dir.as_os_str().is_empty() {
+            faults.push(Fault::new("data_dir", "is empty: name the store's directory"));
+        }
+        faults
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_has_no_fault_and_all_faults_are_told_at_once() {
+        assert_eq!(Config::default().validate(), Vec::new());
+        let bad = Config {
+            writer_threads: 0,
+            capacity_bytes: Some(4097),
+            bio_bytes_max: 1,
+            ..Config::default()
+        };
+        let keys: Vec<_> = bad.validate().into_iter().map(|fault| fault.key).collect();
+        assert_eq!(keys, ["writer_threads", "bio_bytes_max", "capacity_bytes"]);
+        assert_eq!(Config { capacity_bytes: Some(0), ..Config::default() }.validate().len(), 1);
+        assert_eq!(Config { capacity_bytes: Some(4096), ..Config::default() }.validate(), []);
+    }
+}

@@ -1,0 +1,216 @@
+//! The skin: decode, hand over, await, encode. No rule of the domain lives here.
+
+use std::{pin::Pin, sync::Arc};
+
+use endio_api::{
+    blockstore::{
+        Bio, BioDone, DescribeRequest, DescribeResponse, ReadDone, ReadRequest,
+        block_store_server::BlockStore,
+    },
+    common::{ListSpansRequest, ListSpansResponse, Span, traces_server::Traces},
+};
+use endio_chassis::{
+    recorder::{RecordedSpan, Recorder, SpanQuery},
+    telemetry,
+};
+use endio_state_machine::gate::FlightId;
+use endio_types::{BLOCK_BYTES, IO_END_BLOCKS_MAX};
+use futures_util::{Stream, StreamExt as _};
+use tokio::sync::{Semaphore, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+use tracing::info_span;
+
+use crate::{
+    bio::{Answer, Permits, Reply},
+    driver::Driver,
+    wire,
+};
+
+/// Largest message: the data of the longest bio, its checksums, its token.
+pub(crate) const MESSAGE_BYTES_MAX: usize = (4 << 20) + (64 << 10);
+
+/// The BlockStore service.
+#[derive(Clone, Debug)]
+pub(crate) struct BlockStoreService {
+    pub(crate) driver: Arc<Driver>,
+}
+
+type AnswerStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// The budget of one stream.
+struct Budget<T> {
+    to: mpsc::Sender<Answer<T>>,
+    count: Arc<Semaphore>,
+    bytes: Arc<Semaphore>,
+}
+
+impl<T> Budget<T> {
+    /// A budget and the stream of its answers.
+    fn new(max: usize, bytes: &Arc<Semaphore>) -> (Self, AnswerStream<T>)
+    where
+        T: Send + 'static,
+    {
+        let (to, answers) = mpsc::channel(max);
+        let budget = Self { to, count: Arc::new(Semaphore::new(max)), bytes: Arc::clone(bytes) };
+        // Taking an answer out returns its shares.
+        let answers = ReceiverStream::new(answers).map(|answer: Answer<T>| Ok(answer.message));
+        (budget, Box::pin(answers))
+    }
+
+    /// Waits for a share. `None`: never again.
+    async fn reply(&self, bytes: u64) -> Option<Reply<T>> {
+        // No message is larger than the limit of the decoder, and the budget is larger than that.
+        let bytes = u32::try_from(bytes.min(u64::from(IO_END_BLOCKS_MAX) * BLOCK_BYTES)).ok()?;
+        let count = Arc::clone(&self.count).acquire_owned().await.ok()?;
+        let bytes = Arc::clone(&self.bytes).acquire_many_owned(bytes).await.ok()?;
+        Some(Reply { to: self.to.clone(), permits: Permits { _count: count, _bytes: bytes } })
+    }
+}
+
+#[tonic::async_trait]
+impl BlockStore for BlockStoreService {
+    type WriteStream = AnswerStream<BioDone>;
+    type ReadStream = AnswerStream<ReadDone>;
+
+    async fn write(
+        &self,
+        request: Request<Streaming<Bio>>,
+    ) -> Result<Response<Self::WriteStream>, Status> {
+        let driver = Arc::clone(&self.driver);
+        let (budget, answers) = Budget::new(driver.in_flight_per_stream_max, &driver.bio_bytes);
+        let mut bios = request.into_inner();
+        tokio::spawn(async move {
+            while let Some(bio) = next(&driver, &mut bios).await {
+                let Some(reply) = budget.reply(bio.data.len() as u64).await else { return };
+                driver.submit(bio, reply);
+            }
+        });
+        Ok(Response::new(answers))
+    }
+
+    async fn read(
+        &self,
+        request: Request<Streaming<ReadRequest>>,
+    ) -> Result<Response<Self::ReadStream>, Status> {
+        let driver = Arc::clone(&self.driver);
+        let (budget, answers) = Budget::new(driver.in_flight_per_stream_max, &driver.read_bytes);
+        let mut requests = request.into_inner();
+        tokio::spawn(async move {
+            while let Some(request) = next(&driver, &mut requests).await {
+                let bytes = u64::from(request.blocks) * BLOCK_BYTES;
+                let Some(reply) = budget.reply(bytes).await else { return };
+                start_read(&driver, request, reply).await;
+            }
+        });
+        Ok(Response::new(answers))
+    }
+
+    async fn describe(
+        &self,
+        _: Request<DescribeRequest>,
+    ) -> Result<Response<DescribeResponse>, Status> {
+        Ok(Response::new(self.driver.describe()))
+    }
+}
+
+/// The next message; `None` when the peer ended, broke off, or everything has drained.
+async fn next<T>(driver: &Driver, from: &mut Streaming<T>) -> Option<T> {
+    tokio::select! {
+        biased;
+        () = driver.closed.cancelled() => None,
+        message = from.message() => message.unwrap_or_else(|status| {
+            tracing::debug!(%status, "a stream broke off");
+            None
+        }),
+    }
+}
+
+/// Tells the gate that a read has ended, also if the reading panicked.
+struct Reading {
+    driver: Arc<Driver>,
+    flight: FlightId,
+}
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        self.driver.finish_read(self.flight);
+    }
+}
+
+async fn start_read(driver: &Arc<Driver>, request: ReadRequest, reply: Reply<ReadDone>) {
+    let Ok(turn) = Arc::clone(&driver.reads).acquire_owned().await else { return };
+    let flight = match driver.admit_read(&request) {
+        Ok(flight) => flight,
+        Err(reason) => {
+            return reply.send(ReadDone {
+                request: request.request,
+                reason: wire::reason(Some(reason)),
+                message: "the read is not allowed here and now".to_owned(),
+                ..ReadDone::default()
+            });
+        }
+    };
+    let reading = Reading { driver: Arc::clone(driver), flight };
+    let span = info_span!(
+        "segment",
+        pblk = request.pblk,
+        blocks = request.blocks,
+        length = u64::from(request.blocks) * BLOCK_BYTES,
+    );
+    telemetry::set_parent(&span, &request.traceparent);
+    tokio::task::spawn_blocking(move || {
+        let done = span.in_scope(|| reading.driver.read(&request));
+        if done.reason != 0 {
+            telemetry::fail(&span, &done.message);
+        }
+        drop((reading, turn, span));
+        reply.send(done);
+    });
+}
+
+/// The Traces service over the in-memory recorder.
+#[derive(Clone)]
+pub(crate) struct TracesService {
+    pub(crate) recorder: Recorder,
+}
+
+#[tonic::async_trait]
+impl Traces for TracesService {
+    async fn list_spans(
+        &self,
+        request: Request<ListSpansRequest>,
+    ) -> Result<Response<ListSpansResponse>, Status> {
+        let request = request.into_inner();
+        let query = SpanQuery {
+            trace_id: request.trace_id,
+            roots_only: request.roots_only,
+            service: SERVICE.to_owned(),
+            volume: request.volume,
+            offset_bytes: request.offset_bytes,
+            io_end: request.io_end,
+            limit: request.limit as usize,
+        };
+        let spans = self.recorder.query(&query).into_iter().map(span).collect();
+        let dropped = self.recorder.dropped();
+        Ok(Response::new(ListSpansResponse { spans, dropped }))
+    }
+}
+
+/// Name under which the recorder keeps this crate's spans.
+const SERVICE: &str = "block-store";
+
+fn span(recorded: RecordedSpan) -> Span {
+    Span {
+        trace_id: recorded.trace_id,
+        span_id: recorded.span_id,
+        parent_span_id: recorded.parent_span_id,
+        name: recorded.name,
+        service: recorded.service,
+        start_unix_ns: recorded.start_unix_ns,
+        duration_ns: recorded.duration_ns,
+        attributes: recorded.attributes.into_iter().collect(),
+        links: recorded.links,
+        error: recorded.error,
+    }
+}

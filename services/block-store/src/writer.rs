@@ -1,0 +1,199 @@
+//! Writes segments and makes them durable in groups.
+//!
+//! ```text
+//!   bios ──► [queue] ──► writer threads: pwrite ──► [written] ──► flusher thread: one fdatasync for
+//!                                                                 everything written before it
+//! ```
+//! While one flush runs, what is written meanwhile gathers for the next.
+
+use std::{
+    io,
+    sync::Arc,
+    thread::{self, JoinHandle},
+    time::Instant,
+};
+
+use endio_state_machine::gate::{FlightId, PunchTurn};
+use endio_store::block::{TrackedDevice, WriteTicket};
+use endio_types::Reason;
+use tracing::{Span, info_span};
+
+use crate::{bio::Segment, driver::Driver, queue::Queue};
+
+/// One admitted bio on its way to the device.
+#[derive(Debug)]
+pub(crate) struct Job {
+    pub(crate) flight: FlightId,
+    pub(crate) segment: Segment,
+    pub(crate) data: bytes::Bytes,
+    /// Open while the job is queued.
+    pub(crate) wait: Span,
+}
+
+#[derive(Debug)]
+struct Written {
+    flight: FlightId,
+    segment: Segment,
+    ticket: WriteTicket,
+    flush: Span,
+}
+
+/// The queues between the stages.
+#[derive(Debug)]
+pub(crate) struct Stages {
+    bios: Queue<Job>,
+    written: Queue<Written>,
+    punches: Queue<PunchTurn>,
+}
+
+impl Stages {
+    pub(crate) fn new() -> Self {
+        Self { bios: Queue::new(), written: Queue::new(), punches: Queue::new() }
+    }
+
+    /// Hands a punch to its thread, or gives it back when that has stopped.
+    pub(crate) fn punch(&self, turn: PunchTurn) -> Result<(), PunchTurn> {
+        self.punches.push(turn)
+    }
+
+    /// Hands a job to the writers, or gives it back when they have stopped.
+    pub(crate) fn submit(&self, job: Job) -> Result<(), Job> {
+        self.bios.push(job)
+    }
+}
+
+/// The threads of the stages.
+#[derive(Debug)]
+pub(crate) struct Writer {
+    writers: Vec<JoinHandle<()>>,
+    flusher: JoinHandle<()>,
+    puncher: JoinHandle<()>,
+    driver: Arc<Driver>,
+}
+
+impl Writer {
+    /// Starts `threads` writers and the flusher.
+    pub(crate) fn start(driver: &Arc<Driver>, threads: usize) -> io::Result<Self> {
+        let spawn = |name: String, run: fn(&Driver)| {
+            let driver = Arc::clone(driver);
+            thread::Builder::new().name(name).spawn(move || run(&driver))
+        };
+        let mut writers = Vec::with_capacity(threads);
+        for index in 0..threads {
+            writers.push(spawn(format!("bio-writer-{index}"), write_loop)?);
+        }
+        let flusher = spawn("bio-flusher".to_owned(), flush_loop)?;
+        let puncher = spawn("block-puncher".to_owned(), punch_loop)?;
+        Ok(Self { writers, flusher, puncher, driver: Arc::clone(driver) })
+    }
+
+    /// Finishes what is queued and ends the threads. Blocks on the device.
+    pub(crate) fn stop(self) {
+        self.driver.stages.bios.close();
+        let writers = self.writers.into_iter().map(JoinHandle::join);
+        if writers.fold(false, |panicked, writer| panicked | writer.is_err()) {
+            tracing::error!("a writer thread panicked");
+        }
+        self.driver.stages.written.close();
+        self.driver.stages.punches.close();
+        if self.flusher.join().is_err() | self.puncher.join().is_err() {
+            tracing::error!("the flusher or puncher thread panicked");
+        }
+    }
+}
+
+fn write_loop(driver: &Driver) {
+    while let Some(Job { flight, segment, data, wait }) = driver.stages.bios.pop() {
+        drop(wait);
+        let began = Instant::now();
+        let span = info_span!(parent: &segment.span, "write", length = data.len());
+        let result = span.in_scope(|| driver.device.write_at(segment.token.pblk, &data));
+        drop(span);
+        drop(data);
+        driver.metrics.wrote(began.elapsed());
+        match result {
+            Ok(ticket) => {
+                let flush =
+                    info_span!(parent: &segment.span, "flush", group = tracing::field::Empty);
+                let written = Written { flight, segment, ticket, flush };
+                if let Err(written) = driver.stages.written.push(written) {
+                    driver.finish(written.flight, written.segment, Err(Reason::Draining));
+                }
+            }
+            Err(error) => {
+                tracing::warn!(
+                    pblk = segment.token.pblk.0,
+                    blocks = segment.token.blocks,
+                    %error,
+                    "a segment could not be written"
+                );
+                driver.finish(flight, segment, Err(reason_of(&error)));
+            }
+        }
+    }
+}
+
+fn flush_loop(driver: &Driver) {
+    loop {
+        let group = driver.stages.written.pop_all();
+        if group.is_empty() {
+            return;
+        }
+        let began = Instant::now();
+        let result = driver.device.flush();
+        driver.metrics.flushed(began.elapsed());
+        let failure = result.as_ref().err().map(reason_of);
+        if let Err(error) = result {
+            tracing::error!(
+                segments = group.len(),
+                %error,
+                "a flush failed: nothing that it covers is durable"
+            );
+        }
+        let size = group.len();
+        for Written { flight, segment, ticket, flush } in group {
+            flush.record("group", size);
+            drop(flush);
+            let outcome = outcome(&driver.device, ticket, failure);
+            if outcome.is_err() {
+                driver.metrics.lost_segments.inc();
+            }
+            driver.finish(flight, segment, outcome);
+        }
+    }
+}
+
+/// Punching goes beside the writers: it may take long and nobody waits for it.
+fn punch_loop(driver: &Driver) {
+    while let Some(turn) = driver.stages.punches.pop() {
+        for range in &turn.ranges {
+            if let Err(error) = driver.device.punch(*range) {
+                driver.metrics.failed_punches.inc();
+                let (pblk, blocks) = (range.start.0, range.len);
+                tracing::warn!(pblk, blocks, %error, "blocks cannot be punched");
+            }
+        }
+        driver.punched(&turn);
+    }
+}
+
+/// A segment is durable only if its flush succeeded and none failed since its write began.
+fn outcome(
+    device: &TrackedDevice,
+    ticket: WriteTicket,
+    failure: Option<Reason>,
+) -> Result<(), Reason> {
+    match failure {
+        Some(reason) => Err(reason),
+        None if device.is_lost(ticket) => Err(Reason::IoError),
+        None => Ok(()),
+    }
+}
+
+/// A full device is told apart from a broken one.
+fn reason_of(error: &io::Error) -> Reason {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Reason::NoSpace,
+        _ => Reason::IoError,
+    }
+}
