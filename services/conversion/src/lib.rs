@@ -1,1 +1,171 @@
-//! The conversion service as a library and a binary.
+//! The conversion service: owns volumes, the extent map, free space, epochs and the ledger of
+//! io_ends. It alone grants tokens and converts.
+//!
+//! A service is a library that is given its listener, its clients and its store; a binary only
+//! supplies them.
+
+mod commit;
+mod config;
+mod driver;
+mod grpc;
+mod handle;
+mod metrics;
+
+use endio_api::conversion::conversion_server::ConversionServer;
+use endio_api::traces::RecorderTraces;
+use endio_chassis::metrics::Registry;
+use endio_chassis::net::{Dialer, Incoming, Listener};
+use endio_chassis::recorder::Recorder;
+use endio_chassis::server::{Readiness, ServeError, ServerOptions, serve};
+use endio_chassis::shutdown::Shutdown;
+use endio_store::meta::{DiskMeta, MetaOptions, MetaStore};
+use tokio::sync::{mpsc, oneshot};
+use tonic::service::Routes;
+
+pub use config::Config;
+pub use driver::DriverError;
+
+/// Messages of a session carry batches of releases with checksums; one of 4 MiB of data has 4 KiB
+/// of them. Larger messages are refused.
+const MESSAGE_BYTES_MAX: usize = 16 << 20;
+
+/// What the service is given.
+pub struct Deps {
+    /// Where it listens; may be several listeners merged into one.
+    pub incoming: Incoming,
+    /// How it reaches others. Conversion calls nobody; kept so that all services are alike.
+    pub dialer: Dialer,
+    /// Where its spans can be asked for.
+    pub recorder: Recorder,
+    /// When to stop.
+    pub shutdown: Shutdown,
+    /// Where metadata is kept; `None`: in `Config::data_dir`.
+    pub store: Option<Box<dyn MetaStore>>,
+}
+
+impl Deps {
+    /// The usual ones: one listener, metadata in the data directory.
+    pub fn new(listener: Listener, dialer: Dialer, recorder: Recorder, shutdown: Shutdown) -> Self {
+        Self { incoming: Incoming::from(listener), dialer, recorder, shutdown, store: None }
+    }
+}
+
+/// Why the service does not start or stopped.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// The driver cannot start or go on.
+    #[error("the conversion service cannot go on")]
+    Driver(#[from] DriverError),
+    /// The server failed.
+    #[error("the gRPC server failed")]
+    Serve(#[from] ServeError),
+    /// A thread ended without saying why.
+    #[error("the {0} ended unexpectedly")]
+    Ended(&'static str),
+    /// A thread cannot be started.
+    #[error("a thread cannot be started")]
+    Thread(#[source] std::io::Error),
+}
+
+/// A service that was started.
+pub struct Running {
+    url: String,
+    driver: oneshot::Receiver<Result<(), StartError>>,
+    server: tokio::task::JoinHandle<Result<(), ServeError>>,
+    shutdown: Shutdown,
+}
+
+impl Running {
+    /// Where the service is reached.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// Waits until a requested stop has drained, or a fault ended the service.
+    ///
+    /// # Errors
+    /// The fault.
+    pub async fn wait(self) -> Result<(), StartError> {
+        let driver = self.driver.await.unwrap_or(Err(StartError::Ended("driver")));
+        // After a fault nobody may be answered any more.
+        self.shutdown.request();
+        if driver.is_err() {
+            self.server.abort();
+            return driver;
+        }
+        match self.server.await {
+            Ok(served) => Ok(served?),
+            Err(_) => Err(StartError::Ended("server")),
+        }
+    }
+}
+
+/// Starts the service: it listens at once and is ready once it has recovered.
+///
+/// # Errors
+/// The metadata cannot be opened.
+pub async fn start(config: Config, deps: Deps) -> Result<Running, StartError> {
+    let Deps { incoming, dialer: _, recorder, shutdown, store } = deps;
+    let url = incoming.urls().first().cloned().unwrap_or_default();
+    let readiness = Readiness::new(&["endio.conversion.v1.Conversion"]).await;
+    let (events, queue) = mpsc::channel(config.input_queue_max);
+    let handle = handle::Handle { events, session_queue_max: config.session_queue_max };
+    let grpc = grpc::Grpc { handle };
+    let service = ConversionServer::new(grpc)
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let traces = RecorderTraces::server(recorder, "conversion");
+    let routes = Routes::new(service).add_service(traces);
+    let options =
+        ServerOptions { config: config.server.clone(), descriptors: vec![endio_api::DESCRIPTORS] };
+    let server =
+        tokio::spawn(serve(options, incoming, routes, readiness.clone(), shutdown.clone()));
+    let driver = start_driver(config, store, queue, readiness, shutdown.clone()).await?;
+    Ok(Running { url, driver, server, shutdown })
+}
+
+/// The driver has a thread and a runtime of its own: its short disk reads hold up nobody else.
+async fn start_driver(
+    config: Config,
+    store: Option<Box<dyn MetaStore>>,
+    queue: mpsc::Receiver<handle::Event>,
+    readiness: Readiness,
+    shutdown: Shutdown,
+) -> Result<oneshot::Receiver<Result<(), StartError>>, StartError> {
+    let (opened, is_open) = oneshot::channel();
+    let (ended, driver) = oneshot::channel();
+    let run = move || -> Result<(), StartError> {
+        let store =
+            store.unwrap_or_else(|| Box::new(DiskMeta::new(&config.data_dir, options(&config))));
+        let metrics = metrics::Metrics::new(&Registry::default());
+        let driver = match driver::Driver::open(config, store.as_ref(), metrics) {
+            Ok(driver) => driver,
+            Err(error) => {
+                drop(opened.send(Err(error)));
+                return Ok(());
+            }
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(StartError::Thread)?;
+        drop(opened.send(Ok(())));
+        Ok(runtime.block_on(driver.run(queue, readiness, shutdown))?)
+    };
+    std::thread::Builder::new()
+        .name("endio-conversion".to_owned())
+        .spawn(move || drop(ended.send(run())))
+        .map_err(StartError::Thread)?;
+    is_open.await.map_err(|_| StartError::Ended("driver"))??;
+    Ok(driver)
+}
+
+fn options(config: &Config) -> MetaOptions {
+    MetaOptions {
+        chunk_cache_bytes: usize::try_from(config.map_cache_bytes).unwrap_or(usize::MAX),
+        sled_cache_bytes: config.sled_cache_bytes,
+        checkpoint_journal_bytes: config.checkpoint_journal_bytes,
+        ..MetaOptions::default()
+    }
+}

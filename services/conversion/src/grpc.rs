@@ -1,0 +1,446 @@
+//! The skin: decode, hand over, await, encode. No rule of the domain lives here.
+
+use std::pin::Pin;
+
+use endio_api::conversion as proto;
+use endio_api::conversion::conversion_server::Conversion;
+use endio_api::convert::{self, Malformed};
+use endio_api::status;
+use endio_state_machine::machine::{Call, Input, Refusal, ReplyBody, VolumeInfo};
+use endio_types::{Generation, LblkRange, Reason, VolumeId};
+use tokio::sync::mpsc;
+use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::handle::{Handle, Outgoing, Question, Stream as Session, Traced};
+
+/// Messages put into one batch of a stream.
+const BATCH_MAX: usize = 512;
+/// Blocks looked up in one step of `ListExtents`.
+const EXTENTS_STEP_BLOCKS: u64 = 1 << 20;
+/// Blocks in one `Lookup`.
+const LOOKUP_BLOCKS_MAX: u32 = 65_536;
+/// io_ends listed where the request sets no limit, and at the most.
+const IO_ENDS_DEFAULT: u32 = 1_000;
+const IO_ENDS_MAX: u32 = 100_000;
+
+/// The service on the wire.
+#[derive(Clone)]
+pub(crate) struct Grpc {
+    pub(crate) handle: Handle,
+}
+
+type Answer<T> = Result<Response<T>, Status>;
+type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+fn refused(refusal: Refusal) -> Status {
+    convert::call_refused(&refusal)
+}
+
+/// The driver answers each call with its own kind of body.
+fn unexpected() -> Status {
+    tracing::error!("the driver answered a call with another call's answer");
+    Status::internal("internal error")
+}
+
+fn unknown(name: &str) -> Status {
+    status::status(Reason::UnknownVolume, format!("volume {name:?} does not exist"))
+}
+
+impl Grpc {
+    async fn volume_call(&self, call: Call) -> Answer<proto::Volume> {
+        match self.handle.call(call).await.map_err(refused)? {
+            ReplyBody::Volume(volume) => Ok(Response::new(convert::volume_to_proto(&volume))),
+            _ => Err(unexpected()),
+        }
+    }
+
+    async fn volumes(&self) -> Result<Vec<VolumeInfo>, Status> {
+        self.handle.ask(Question::Volumes).await.map_err(refused)
+    }
+}
+
+#[tonic::async_trait]
+impl Conversion for Grpc {
+    async fn create_volume(
+        &self,
+        request: Request<proto::CreateVolumeRequest>,
+    ) -> Answer<proto::Volume> {
+        let request = request.into_inner();
+        self.volume_call(Call::CreateVolume {
+            name: request.name,
+            size_bytes: request.size_bytes,
+            replicas: request.replicas,
+            in_place: request.in_place,
+            growable: request.growable,
+        })
+        .await
+    }
+
+    async fn get_volume(&self, request: Request<proto::VolumeRequest>) -> Answer<proto::Volume> {
+        let name = request.into_inner().name;
+        let volumes = self.volumes().await?;
+        let found = volumes.iter().find(|volume| volume.name == name);
+        found.map(|v| Response::new(convert::volume_to_proto(v))).ok_or_else(|| unknown(&name))
+    }
+
+    async fn list_volumes(
+        &self,
+        _: Request<proto::ListVolumesRequest>,
+    ) -> Answer<proto::ListVolumesResponse> {
+        let volumes = self.volumes().await?;
+        let volumes = volumes.iter().map(convert::volume_to_proto).collect();
+        Ok(Response::new(proto::ListVolumesResponse { volumes }))
+    }
+
+    async fn resize_volume(
+        &self,
+        request: Request<proto::ResizeVolumeRequest>,
+    ) -> Answer<proto::Volume> {
+        let request = request.into_inner();
+        self.volume_call(Call::ResizeVolume {
+            name: request.name,
+            size_bytes: request.size_bytes,
+            generation: Generation(request.generation),
+        })
+        .await
+    }
+
+    async fn delete_volume(
+        &self,
+        request: Request<proto::DeleteVolumeRequest>,
+    ) -> Answer<proto::DeleteVolumeResponse> {
+        let request = request.into_inner();
+        let generation = Generation(request.generation);
+        let call = Call::DeleteVolume { name: request.name, generation };
+        match self.handle.call(call).await.map_err(refused)? {
+            ReplyBody::Deleted => Ok(Response::new(proto::DeleteVolumeResponse {})),
+            _ => Err(unexpected()),
+        }
+    }
+
+    async fn open_volume(
+        &self,
+        request: Request<proto::OpenVolumeRequest>,
+    ) -> Answer<proto::OpenVolumeResponse> {
+        let request = request.into_inner();
+        let call = Call::OpenVolume {
+            name: request.name,
+            writeback: request.writeback,
+            force: request.force,
+        };
+        match self.handle.call(call).await.map_err(refused)? {
+            ReplyBody::Opened(volume, grant) => Ok(Response::new(proto::OpenVolumeResponse {
+                volume: Some(convert::volume_to_proto(&volume)),
+                read_grant: Some(convert::grant_to_proto(&grant)),
+            })),
+            _ => Err(unexpected()),
+        }
+    }
+
+    async fn close_volume(
+        &self,
+        request: Request<proto::CloseVolumeRequest>,
+    ) -> Answer<proto::CloseVolumeResponse> {
+        let request = request.into_inner();
+        let generation = Generation(request.generation);
+        let call = Call::CloseVolume { name: request.name, generation };
+        match self.handle.call(call).await.map_err(refused)? {
+            ReplyBody::Closed => Ok(Response::new(proto::CloseVolumeResponse {})),
+            _ => Err(unexpected()),
+        }
+    }
+
+    async fn lookup(
+        &self,
+        request: Request<proto::LookupRequest>,
+    ) -> Answer<proto::LookupResponse> {
+        let request = request.into_inner();
+        if !(1..=LOOKUP_BLOCKS_MAX).contains(&request.blocks) {
+            return Err(Malformed::new("blocks", "must be 1 to 65536").into());
+        }
+        let range = range("lblk", request.lblk, request.blocks.into())?;
+        let volume = VolumeId(request.volume);
+        let generation = Generation(request.generation);
+        let view = self
+            .handle
+            .ask(|reply| Question::Lookup(volume, generation, range, reply))
+            .await
+            .and_then(|view| view)
+            .map_err(refused)?;
+        Ok(Response::new(convert::lookup_to_proto(&view)))
+    }
+
+    async fn change_map(
+        &self,
+        request: Request<proto::ChangeMapRequest>,
+    ) -> Answer<proto::ChangeMapResponse> {
+        let request = request.into_inner();
+        if request.blocks == 0 {
+            return Err(Malformed::new("blocks", "must be at least 1").into());
+        }
+        let call = Call::ChangeMap {
+            volume: VolumeId(request.volume),
+            generation: Generation(request.generation),
+            change: convert::map_change(request.change)?,
+            range: range("lblk", request.lblk, request.blocks)?,
+        };
+        match self.handle.call(call).await.map_err(refused)? {
+            ReplyBody::Changed { map_version, blocks_changed } => {
+                Ok(Response::new(proto::ChangeMapResponse {
+                    map_version: map_version.0,
+                    blocks_changed,
+                }))
+            }
+            _ => Err(unexpected()),
+        }
+    }
+
+    type WritebackSessionStream = Streamed<proto::ConversionBatch>;
+
+    async fn writeback_session(
+        &self,
+        request: Request<Streaming<proto::WritebackBatch>>,
+    ) -> Answer<Self::WritebackSessionStream> {
+        let stream = self.handle.open_writeback().await.map_err(refused)?;
+        let session = stream.session;
+        let decode = move |batch: proto::WritebackBatch| {
+            batch.messages.into_iter().map(move |message| {
+                let traceparent = writeback_trace(&message);
+                let message = convert::from_writeback(message)?;
+                Ok((Input::Writeback { session, message }, traceparent))
+            })
+        };
+        let lost = Input::WritebackLost { session };
+        read_session(self.handle.clone(), request.into_inner(), &stream, decode, lost);
+        let batches =
+            batches(stream, convert::to_writeback, |messages| proto::ConversionBatch { messages });
+        Ok(Response::new(batches))
+    }
+
+    type StoreSessionStream = Streamed<proto::StoreCommandBatch>;
+
+    async fn store_session(
+        &self,
+        request: Request<Streaming<proto::StoreBatch>>,
+    ) -> Answer<Self::StoreSessionStream> {
+        let stream = self.handle.open_store().await.map_err(refused)?;
+        let session = stream.session;
+        let decode = move |batch: proto::StoreBatch| {
+            batch.messages.into_iter().map(move |message| {
+                let traceparent = store_trace(&message);
+                let message = convert::from_store(message)?;
+                Ok((Input::Store { session, message }, traceparent))
+            })
+        };
+        let lost = Input::StoreLost { session };
+        read_session(self.handle.clone(), request.into_inner(), &stream, decode, lost);
+        let batches = batches(
+            stream,
+            |command, _| convert::to_store(command),
+            |commands| proto::StoreCommandBatch { commands },
+        );
+        Ok(Response::new(batches))
+    }
+
+    async fn list_stores(
+        &self,
+        _: Request<proto::ListStoresRequest>,
+    ) -> Answer<proto::ListStoresResponse> {
+        let stores = self.handle.ask(Question::Stores).await.map_err(refused)?;
+        let stores = stores.iter().map(convert::store_to_proto).collect();
+        Ok(Response::new(proto::ListStoresResponse { stores }))
+    }
+
+    async fn list_io_ends(
+        &self,
+        request: Request<proto::ListIoEndsRequest>,
+    ) -> Answer<proto::ListIoEndsResponse> {
+        let request = request.into_inner();
+        let volume = (request.volume != 0).then_some(VolumeId(request.volume));
+        let limit = match request.limit {
+            0 => IO_ENDS_DEFAULT,
+            limit => limit.min(IO_ENDS_MAX),
+        };
+        let (io_ends, total) = self
+            .handle
+            .ask(|reply| Question::IoEnds(volume, limit as usize, reply))
+            .await
+            .map_err(refused)?;
+        let io_ends = io_ends.iter().map(convert::io_end_to_proto).collect();
+        Ok(Response::new(proto::ListIoEndsResponse { io_ends, total }))
+    }
+
+    type ListExtentsStream = Streamed<proto::ListExtentsResponse>;
+
+    async fn list_extents(
+        &self,
+        request: Request<proto::ListExtentsRequest>,
+    ) -> Answer<Self::ListExtentsStream> {
+        let request = request.into_inner();
+        let volumes = self.volumes().await?;
+        let found = volumes.iter().find(|volume| volume.name == request.volume);
+        let volume = found.ok_or_else(|| unknown(&request.volume))?;
+        let size_blocks = volume.size_bytes.div_ceil(endio_types::BLOCK_BYTES);
+        let end = match request.blocks {
+            0 => size_blocks,
+            blocks => request.lblk.saturating_add(blocks).min(size_blocks),
+        };
+        let (sender, receiver) = mpsc::channel(4);
+        let handle = self.handle.clone();
+        tokio::spawn(async move {
+            let mut lblk = request.lblk;
+            while lblk < end {
+                let range = LblkRange::new(lblk, EXTENTS_STEP_BLOCKS.min(end - lblk));
+                lblk = range.end();
+                let name = request.volume.clone();
+                let step = handle.ask(|reply| Question::Extents(name, range, reply)).await;
+                let answer = match step {
+                    Ok(Some(extents)) if extents.is_empty() => continue,
+                    Ok(Some(extents)) => Ok(extents.iter().map(convert::extent_to_proto).collect()),
+                    Ok(None) => Err(unknown(&request.volume)),
+                    Err(refusal) => Err(refused(refusal)),
+                };
+                let is_last = answer.is_err();
+                let answer = answer.map(|extents| proto::ListExtentsResponse { extents });
+                if sender.send(answer).await.is_err() || is_last {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn check(&self, _: Request<proto::CheckRequest>) -> Answer<proto::CheckResponse> {
+        let report = self.handle.ask(Question::Check).await.map_err(refused)?;
+        Ok(Response::new(proto::CheckResponse {
+            findings: report.findings,
+            volumes: report.volumes,
+            extents: report.extents,
+            mapped_blocks: report.mapped_blocks,
+            reserved_blocks: report.reserved_blocks,
+            quarantined_blocks: report.quarantined_blocks,
+            free_blocks: report.free_blocks,
+            io_ends: report.io_ends,
+        }))
+    }
+}
+
+fn range(field: &'static str, lblk: u64, blocks: u64) -> Result<LblkRange, Malformed> {
+    match lblk.checked_add(blocks) {
+        Some(_) => Ok(LblkRange::new(lblk, blocks)),
+        None => Err(Malformed::new(field, "the range ends beyond 2^64 blocks")),
+    }
+}
+
+fn writeback_trace(message: &proto::WritebackMessage) -> String {
+    use proto::writeback_message::Message;
+    match &message.message {
+        Some(Message::Begin(begin)) => begin.traceparent.clone(),
+        Some(Message::Release(release)) => release.traceparent.clone(),
+        _ => String::new(),
+    }
+}
+
+fn store_trace(message: &proto::StoreMessage) -> String {
+    match &message.message {
+        Some(proto::store_message::Message::Release(release)) => release.traceparent.clone(),
+        _ => String::new(),
+    }
+}
+
+/// Feeds the driver until the peer or the driver ends the stream; then says that it is lost, once.
+fn read_session<B, M, S, I>(
+    handle: Handle,
+    mut inbound: Streaming<B>,
+    session: &Session<M, S>,
+    decode: impl Fn(B) -> I + Send + 'static,
+    lost: Input,
+) where
+    B: Send + 'static,
+    M: Send + 'static,
+    I: Iterator<Item = Result<Traced, Malformed>> + Send,
+{
+    let ended = session.ended.clone();
+    let fail = session.fail.clone();
+    tokio::spawn(async move {
+        loop {
+            let batch = tokio::select! {
+                biased;
+                () = ended.cancelled() => break,
+                batch = inbound.message() => batch,
+            };
+            // A broken stream and a closed one are the same here: the peer is gone.
+            let Ok(Some(batch)) = batch else { break };
+            match decode(batch).collect::<Result<Vec<_>, _>>() {
+                Ok(inputs) => {
+                    if !handle.inputs(inputs).await {
+                        break;
+                    }
+                }
+                Err(malformed) => {
+                    // Nothing of a batch that cannot be understood is taken.
+                    if let Some(fail) = fail.upgrade() {
+                        drop(fail.try_send(Outgoing::Fail(malformed.into())));
+                    }
+                    break;
+                }
+            }
+        }
+        handle.inputs(vec![(lost, String::new())]).await;
+    });
+}
+
+/// Packs what waits into batches.
+fn batches<M, S, P, B>(
+    session: Session<M, S>,
+    encode: impl Fn(M, u64) -> Result<P, Status> + Send + 'static,
+    pack: impl Fn(Vec<P>) -> B + Send + 'static,
+) -> Streamed<B>
+where
+    M: Send + 'static,
+    S: Send + 'static,
+    P: Send + 'static,
+    B: Send + 'static,
+{
+    let Session { mut outgoing, .. } = session;
+    let (sender, receiver) = mpsc::channel(2);
+    tokio::spawn(async move {
+        let mut taken = Vec::new();
+        loop {
+            let received = tokio::select! {
+                biased;
+                () = sender.closed() => return,
+                received = outgoing.recv_many(&mut taken, BATCH_MAX) => received,
+            };
+            if received == 0 {
+                return;
+            }
+            let mut batch = Vec::with_capacity(received);
+            let mut end = None;
+            for message in taken.drain(..) {
+                let encoded = match message {
+                    Outgoing::Message(message, convert_us) => encode(message, convert_us),
+                    Outgoing::Fail(status) => Err(status),
+                };
+                match encoded {
+                    Ok(message) => batch.push(message),
+                    Err(status) => {
+                        end = Some(status);
+                        break;
+                    }
+                }
+            }
+            if !batch.is_empty() && sender.send(Ok(pack(batch))).await.is_err() {
+                return;
+            }
+            if let Some(status) = end {
+                // The peer may be gone already.
+                drop(sender.send(Err(status)).await);
+                return;
+            }
+        }
+    });
+    Box::pin(ReceiverStream::new(receiver))
+}
