@@ -32,7 +32,6 @@ impl GateInner {
 
 impl Gate {
     /// Takes a hold under this name; the gate is drained when every hold was dropped.
-    #[must_use]
     pub fn hold(&self, name: &'static str) -> Hold {
         *self.inner.holders().entry(name).or_insert(0) += 1;
         Hold { gate: self.inner.clone(), name }
@@ -153,7 +152,6 @@ impl Shutdown {
     }
 
     /// Takes a hold under this name: [`Self::drained`] waits for its drop.
-    #[must_use]
     pub fn hold(&self, name: &'static str) -> Hold {
         self.gate.hold(name)
     }
