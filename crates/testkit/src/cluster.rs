@@ -36,7 +36,7 @@ impl Default for Options {
             conversion_args: Vec::new(),
             store_args: Vec::new(),
             writeback_args: Vec::new(),
-            env: vec![("ENDIO_CONVERSION_LEASE_MS".to_owned(), "2000".to_owned())],
+            env: vec![("ENDIO_CONVERSION_LIMITS__LEASE_MS".to_owned(), "2000".to_owned())],
         }
     }
 }

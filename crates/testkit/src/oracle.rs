@@ -310,8 +310,10 @@ impl Oracle {
         let is_allowed = |sequence: &u64| {
             let Some(ended) = self.writes[sequence].ended() else { return true };
             let replaced = newest_required.is_some_and(|required| ended < required);
-            let decided =
-                self.shown.get(&cell).is_some_and(|(shown, at)| shown != sequence && ended < *at);
+            let decided = self
+                .shown
+                .get(&cell)
+                .is_some_and(|(shown, at)| *at < began && shown != sequence && ended < *at);
             !replaced && !decided
         };
         known.iter().copied().filter(is_allowed).collect()
@@ -382,8 +384,8 @@ impl Oracle {
         }
         for (sequence, seen_in) in shown_by {
             let Some(write) = self.writes.get(&sequence) else { continue };
-            let is_bounded = write.cells * self.cell_bytes as u64 <= ATOMIC_BYTES_MAX;
-            if sequence == NEVER || write.zeroes || !is_bounded {
+            let cells_max = ATOMIC_BYTES_MAX / self.cell_bytes as u64;
+            if write.zeroes || write.cells > cells_max {
                 continue;
             }
             for (cell, other) in seen.range(write.first..write.first + write.cells) {

@@ -50,8 +50,10 @@ fn a_write_under_way_may_be_seen_or_not_until_it_is_acknowledged() {
     let (new, _) = oracle.invoke_write(0, 1);
     let began = oracle.invoke_read();
     assert_eq!(oracle.allowed(0, began), vec![old, new]);
-    assert!(read(&mut oracle, 0, new).is_ok());
     assert!(read(&mut oracle, 0, old).is_ok());
+    assert!(read(&mut oracle, 0, new).is_ok());
+    assert!(read(&mut oracle, 0, old).is_err(), "a later read goes back in time");
+    assert!(oracle.check_read(began, 0, &bytes(0, old)).is_ok(), "an older read may");
     oracle.ack_write(new, false);
     assert!(read(&mut oracle, 0, old).is_err());
     assert!(read(&mut oracle, 0, new).is_ok());

@@ -13,14 +13,14 @@ impl Rng {
     }
 
     /// The next 64 bits.
-    pub fn next(&mut self) -> u64 {
+    pub fn draw(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         mix(self.0)
     }
 
     /// A number below `bound`; 0 if `bound` is 0.
     pub fn below(&mut self, bound: u64) -> u64 {
-        if bound == 0 { 0 } else { self.next() % bound }
+        if bound == 0 { 0 } else { self.draw() % bound }
     }
 
     /// A number in `from..=to`.
@@ -35,14 +35,14 @@ impl Rng {
 
     /// An independent generator for a part of the work.
     pub fn fork(&mut self) -> Self {
-        Self(self.next())
+        Self(self.draw())
     }
 
     /// `length` random bytes.
     pub fn bytes(&mut self, length: usize) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(length + 8);
         while bytes.len() < length {
-            bytes.extend_from_slice(&self.next().to_le_bytes());
+            bytes.extend_from_slice(&self.draw().to_le_bytes());
         }
         bytes.truncate(length);
         bytes
@@ -77,7 +77,7 @@ mod tests {
     fn the_same_seed_gives_the_same_numbers() {
         let (mut one, mut two) = (Rng::new(7), Rng::new(7));
         assert_eq!(one.bytes(100), two.bytes(100));
-        assert_ne!(one.fork().next(), Rng::new(8).next());
+        assert_ne!(one.fork().draw(), Rng::new(8).draw());
     }
 
     #[test]

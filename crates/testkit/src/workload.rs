@@ -80,12 +80,12 @@ impl Workload {
     /// A workload over the first `bytes` of a fresh volume.
     pub fn new(client: Client, volume: &str, bytes: u64, mut rng: Rng) -> Self {
         let mix = Mix::draw(&mut rng);
-        let session = (u128::from(rng.next()) << 64) | u128::from(rand::random::<u64>());
+        let session = (u128::from(rng.draw()) << 64) | u128::from(rand::random::<u64>());
         Self {
             volume: volume.to_owned(),
             cells: bytes / CELL,
             mix,
-            oracle: Oracle::new(rng.next(), CELL_BYTES),
+            oracle: Oracle::new(rng.draw(), CELL_BYTES),
             rng,
             pipe: Pipe::new(client.clone(), session),
             client,
@@ -224,7 +224,7 @@ impl Workload {
     /// From now on talks to another writeback, in a new session. Nothing may be in flight.
     pub fn move_to(&mut self, client: Client) {
         assert_eq!(self.pipe.in_flight(), 0, "drain or give up first");
-        let session = (u128::from(self.rng.next()) << 64) | u128::from(rand::random::<u64>());
+        let session = (u128::from(self.rng.draw()) << 64) | u128::from(rand::random::<u64>());
         self.pipe = Pipe::new(client.clone(), session);
         self.client = client;
         self.completions = Completions::default();
