@@ -57,7 +57,7 @@ pub enum MetaError {
     Poisoned(String),
     /// The caller broke the order of calls.
     #[error("metadata store used wrongly: {0}")]
-    Misuse(String),
+    Misuse(&'static str),
 }
 
 impl MetaError {
