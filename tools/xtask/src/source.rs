@@ -88,7 +88,7 @@ pub(crate) fn lines_with(code: &str, pattern: &str) -> Vec<usize> {
     let stands_alone = |line: &str, at: usize| {
         let before = line[..at].bytes().next_back().is_some_and(is_word);
         let after = line[at + pattern.len()..].bytes().next().is_some_and(is_word);
-        !before && !(ends_in_word && after)
+        !(before || ends_in_word && after)
     };
     let hits = code
         .lines()
