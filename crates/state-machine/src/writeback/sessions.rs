@@ -10,13 +10,14 @@
 //! A retry of a session that is **not known here**:
 //! * number above 1: [`Decision::UnknownSession`]. Number 1 was sent before it, so there was
 //!   state, and it is not here: the request may have been applied.
-//! * number 1: new, unless this table knows that its memory has a gap
-//!   ([`SessionTable::mark_memory_lost`]): nothing shows that the first try arrived.
+//! * number 1: new, unless this table knows that its memory has a gap (it has forgotten a session,
+//!   or [`SessionTable::mark_memory_lost`]): nothing shows that the first try arrived.
 //!
 //! A first try of a session that is not known creates it. Retries below the number that created
 //! it, and not seen since, are [`Decision::TooOld`]: they belong to an earlier life of the session.
 //! A session is forgotten only after it was idle for `idle_min_ms`, so a client that retries for
-//! less time than that never meets a forgotten session.
+//! less time than that never meets a forgotten session. First tries may overtake each other, but
+//! not by more than that time: a number is above all that were first sent so long before it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -173,6 +174,7 @@ impl SessionTable {
         match idlest {
             Some((id, used)) if now.since(used) >= self.limits.idle_min_ms => {
                 self.sessions.remove(&id);
+                self.memory_lost = true;
                 true
             }
             _ => false,
@@ -207,6 +209,7 @@ impl SessionTable {
             let idlest = self.sessions.iter().min_by_key(|(_, session)| session.last_used);
             let Some(id) = idlest.map(|(id, _)| *id) else { return };
             self.sessions.remove(&id);
+            self.memory_lost = true;
         }
     }
 
