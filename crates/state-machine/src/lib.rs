@@ -10,3 +10,7 @@ pub mod limits;
 pub mod machine;
 pub mod record;
 pub mod token;
+pub mod free_space;
+pub mod lease;
+pub mod ledger;
+pub mod queue;

@@ -33,6 +33,9 @@ pub struct Limits {
     pub punch_ranges_max: usize,
     /// Blocks of one `Punch` command: they cannot be allocated while it runs.
     pub punch_blocks_max: u64,
+    /// Least time between two punches of a store. Too small: overwrites keep the host file system
+    /// busy. Too large: freed space comes back late.
+    pub punch_interval_ms: u64,
     /// io_ends that have ended and are remembered, so that a repeated release gets its answer.
     pub ended_max: usize,
     /// Free runs that one search looks at before it takes the best it has seen.
@@ -57,6 +60,7 @@ impl Default for Limits {
             fence_io_ends_max: 1_024,
             punch_ranges_max: 256,
             punch_blocks_max: 65_536,
+            punch_interval_ms: 1_000,
             ended_max: 65_536,
             search_runs_max: 64,
             retry_after_ms: 20,

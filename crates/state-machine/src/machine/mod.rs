@@ -3,18 +3,49 @@
 //! The driver owns the machine in one task. It feeds each event to [`Machine::handle`], calls
 //! [`Machine::drain`] once per turn of its loop, appends the records of [`Output`] to the journal,
 //! reports what is durable with [`Machine::committed`], and sends effects when they may leave.
+//!
+//! An effect marked `Now` may overtake one marked `Committed`; where the order matters to a peer
+//! (a store hears `Registered` first), the marks see to it. Effects of equal marks keep their order.
+//!
+//! # Invariants
+//! Besides those of [`crate::ledger`], [`crate::free_space`] and [`crate::queue`]:
+//! * `grant-after-epoch`: nothing is granted before the epoch's record is durable.
+//! * `reuse-after-safe`: a block is allocated only if no bio, no read and no older map that a power
+//!   cut could bring back can still touch it.
+//! * `release-order`: overlapping io_ends of a volume convert in the order of their last releases.
+//! * `change-alone`: a change of the map runs while no io_end in flight overlaps its range.
+//! * `credit-holds`: promised blocks fit into the free space of the usable stores.
 
+mod apply;
+mod begin;
+mod calls;
+mod change;
+mod check;
+mod convert;
+mod holders;
 pub mod inspect;
 pub mod io;
+mod quarantine;
+mod recovery;
+mod release;
+mod state;
+mod stores;
+mod view;
 
-use endio_types::{ClusterEpoch, LblkRange, Millis, Reason, VolumeId};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use crate::extent_map::{self, ChunkTable};
+use endio_types::{ClusterEpoch, IoEndId, Millis, Reason, StoreId, VolumeId};
+
+use crate::extent_map::ChunkTable;
+use crate::free_space::{Demand, WrongClass};
+use crate::ledger::Ledger;
 use crate::limits::Limits;
+use crate::queue::LaneQueue;
 use crate::record::{Record, Seq, Snapshot};
 use crate::token::TokenKey;
 pub use inspect::*;
 pub use io::*;
+use state::{FreedAt, Reads, StoreRt, VolumeRt, WritebackRt};
 
 /// Why the machine cannot go on. After one of these it must not be used any more: the process
 /// stops and recovers from the journal.
@@ -31,172 +62,212 @@ pub enum MachineError<E> {
         /// What is wrong with it.
         why: &'static str,
     },
+    /// The accounting of blocks contradicts itself.
+    #[error(transparent)]
+    Space(#[from] WrongClass),
 }
+
+/// What most steps of the machine return.
+type Step<T> = Result<(), MachineError<<T as ChunkTable>::Error>>;
 
 /// See the module.
 #[derive(Debug)]
 pub struct Machine<T> {
     table: T,
     limits: Limits,
+    /// Volumes, stores and numbers, with every record applied.
     durable: Snapshot,
+    /// Records up to this one are on disk.
+    committed: Seq,
+    key: Option<TokenKey>,
+    /// Record of this start's epoch; 0 during recovery.
+    epoch_seq: Seq,
+    now: Millis,
+    ledger: Ledger,
+    lanes: [LaneQueue; 2],
+    volumes: BTreeMap<VolumeId, VolumeRt>,
+    /// Names of volumes that are not deleted.
+    names: BTreeMap<String, VolumeId>,
+    reads: BTreeMap<VolumeId, Reads>,
+    stores: BTreeMap<StoreId, StoreRt>,
+    store_sessions: BTreeMap<StoreSession, StoreId>,
+    writebacks: BTreeMap<String, WritebackRt>,
+    writeback_sessions: BTreeMap<WritebackSession, String>,
+    /// Volumes with a change that waits or runs.
+    changing: BTreeSet<VolumeId>,
+    /// Where the next turn of changes begins.
+    change_turn: VolumeId,
+    /// Deleted volumes that still have blocks.
+    purging: BTreeSet<VolumeId>,
+    freed: VecDeque<FreedAt>,
+    /// Credit that no io_end uses, by number of replicas.
+    credit: Demand,
+    in_flight_blocks: u64,
+    next_io_end: u64,
+    next_release: u64,
+    next_command: u64,
+    stopping: bool,
+    metadata_full: bool,
     counters: Counters,
 }
 
 impl<T: ChunkTable> Machine<T> {
-    /// Starts recovery from a snapshot ([`Snapshot::new`] for a new database) and the chunks that
-    /// the table holds. Next: [`Self::apply`] for each journal record after `snapshot.seq`, then
-    /// [`Self::finish_recovery`].
-    pub fn recover(limits: Limits, table: T, snapshot: Snapshot) -> Self {
-        Self { table, limits, durable: snapshot, counters: Counters::default() }
-    }
-
-    /// Applies a record of the journal during recovery. Records at or before the snapshot's number
-    /// change only chunks that are older than they.
-    ///
-    /// # Errors
-    /// The table failed, or the record does not fit: the journal is not this database's.
-    pub fn apply(&mut self, seq: Seq, record: &Record) -> Result<(), MachineError<T::Error>> {
-        let _ = record;
-        self.durable.seq = seq;
-        Ok(())
-    }
-
-    /// Ends recovery: scans the map once, and begins the next epoch with a fresh random key. All
-    /// records applied so far must be durable. The epoch's record is in `out`; everything that
-    /// grants is refused with `NOT_READY` until [`Self::committed`] says that it is durable.
-    ///
-    /// # Errors
-    /// The table failed.
-    pub fn finish_recovery(
-        &mut self,
-        key: TokenKey,
-        now: Millis,
-        out: &mut Output,
-    ) -> Result<(), MachineError<T::Error>> {
-        let _ = (key, now);
-        self.durable.epoch = ClusterEpoch(self.durable.epoch.0 + 1);
-        self.durable.seq += 1;
-        out.records.push((self.durable.seq, Record::Epoch(self.durable.epoch)));
-        Ok(())
-    }
-
-    /// Takes one event. Never panics on anything that a peer says.
+    /// Takes one event. Never panics on anything that a peer says. `now` must not go back; if it
+    /// does, the latest time seen counts.
     ///
     /// # Errors
     /// The machine cannot go on; see [`MachineError`].
-    pub fn handle(
-        &mut self,
-        now: Millis,
-        input: Input,
-        out: &mut Output,
-    ) -> Result<(), MachineError<T::Error>> {
-        let _ = now;
-        if let Input::Call { reply, .. } = input {
-            let refusal = Refusal {
-                reason: Reason::NotReady,
-                message: "recovering",
-                retry_after_ms: self.limits.retry_after_ms,
-            };
-            let kind = EffectKind::Reply(reply, Err(refusal));
-            out.effects.push(Effect { after: Durability::Now, kind });
+    pub fn handle(&mut self, now: Millis, input: Input, out: &mut Output) -> Step<T> {
+        self.now = self.now.max(now);
+        self.expire(out)?;
+        match input {
+            Input::Call { reply, call } => self.call(reply, call, out)?,
+            Input::Writeback { session, message } => self.writeback(session, message, out)?,
+            Input::WritebackLost { session } => self.writeback_lost(session),
+            Input::Store { session, message } => self.store(session, message, out)?,
+            Input::StoreLost { session } => self.store_lost(session, out),
+            Input::MetadataFull(full) => self.metadata_full = full,
+            Input::StopIntake => self.stopping = true,
+            Input::AbortAll => self.abort_all(out)?,
+            Input::Tick => {}
         }
+        self.send_fences(out);
         Ok(())
     }
 
-    /// Converts what is queued and goes on with map changes, in bounded batches. Called once per
-    /// turn of the driver's loop.
+    /// Converts what is queued, goes on with map changes and punches free blocks, in bounded
+    /// batches. Called once per turn of the driver's loop.
     ///
     /// # Errors
     /// The machine cannot go on; see [`MachineError`].
-    pub fn drain(&mut self, now: Millis, out: &mut Output) -> Result<(), MachineError<T::Error>> {
-        let _ = (now, out);
+    pub fn drain(&mut self, now: Millis, out: &mut Output) -> Step<T> {
+        self.now = self.now.max(now);
+        self.expire(out)?;
+        for _ in 0..self.limits.drain_batches_max {
+            if !self.convert_batch(out)? {
+                break;
+            }
+        }
+        self.step_changes(out)?;
+        self.send_fences(out);
+        self.send_punches(out);
         Ok(())
     }
 
     /// Whether [`Self::drain`] has something to do now.
     pub fn has_work(&self) -> bool {
-        false
+        let queued = self.lanes.iter().any(|lane| !lane.is_empty());
+        let changes = self.changing.iter().any(|volume| self.change_can_run(*volume));
+        queued || changes || !self.purging.is_empty() || self.punch_is_due()
     }
 
     /// Records up to `seq` are durable: what they freed may move on. Idempotent.
-    pub fn committed(&mut self, seq: Seq) {
-        let _ = seq;
+    ///
+    /// # Errors
+    /// The machine cannot go on; see [`MachineError`].
+    pub fn committed(&mut self, seq: Seq) -> Step<T> {
+        self.committed = self.committed.max(seq.min(self.durable.seq));
+        self.settle_committed()
     }
 
-    /// When a [`Input::Tick`] is due at the latest; `None`: nothing runs.
+    /// When an [`Input::Tick`] (and a `drain`) is due at the latest; `None`: nothing runs.
     pub fn next_deadline(&self) -> Option<Millis> {
-        None
+        let writebacks = self.writebacks.values().filter_map(|writeback| writeback.lease);
+        let stores = self.stores.values().filter_map(|store| store.lease);
+        let leases = writebacks.chain(stores).map(|lease| lease.ends());
+        let life = self.oldest_leased().map(|(_, ends)| ends);
+        leases.chain(life).chain(self.next_punch()).min()
     }
 
-    /// The map of a range. The driver shows it once `MapView::seq` is durable.
-    ///
-    /// # Errors
-    /// `Ok(Err(..))` is a refusal to the caller; `Err` means that the table failed.
-    pub fn lookup(
+    /// Makes a record: applies it to memory, accounts for it and hands it to the driver.
+    fn commit(
         &mut self,
-        volume: VolumeId,
-        generation: endio_types::Generation,
-        range: LblkRange,
-    ) -> Result<Result<MapView, Refusal>, MachineError<T::Error>> {
-        let _ = generation;
-        let extents = extent_map::lookup(&mut self.table, volume, range);
-        let extents = extents.map_err(MachineError::Table)?;
-        let view = MapView {
-            map_version: endio_types::MapVersion(0),
-            extents,
-            size_bytes: 0,
-            grant: None,
-            seq: self.durable.seq,
+        record: Record,
+        out: &mut Output,
+    ) -> Result<apply::Changes, MachineError<T::Error>> {
+        let seq = self.durable.seq + 1;
+        let promised = apply::promised_by(&record);
+        for volume in &promised {
+            self.count_credit(*volume, false);
+        }
+        let changes = apply::apply(&mut self.durable, &mut self.table, seq, &record)?;
+        for volume in &promised {
+            self.count_credit(*volume, true);
+        }
+        for (volume, run) in apply::mapped_runs(&record) {
+            self.account_mapped(volume, run)?;
+        }
+        for (volume, change) in &changes {
+            self.account_freed(*volume, seq, change)?;
+        }
+        out.records.push((seq, record));
+        Ok(changes)
+    }
+
+    /// Effects that rest on the state as it is now.
+    fn when_committed(&self) -> Durability {
+        Durability::Committed(self.durable.seq)
+    }
+
+    fn push(&self, after: Durability, kind: EffectKind, out: &mut Output) {
+        out.effects.push(Effect { after, kind });
+    }
+
+    fn reply(&self, to: ReplyTo, body: Result<ReplyBody, Refusal>, out: &mut Output) {
+        self.push(self.when_committed(), EffectKind::Reply(to, body), out);
+    }
+
+    fn refusal(&self, reason: Reason, message: &'static str) -> Refusal {
+        let waits = matches!(
+            reason,
+            Reason::Limit
+                | Reason::NotReady
+                | Reason::NotEnoughStores
+                | Reason::MetadataFull
+                | Reason::Draining
+        );
+        let retry_after_ms = if waits { self.limits.retry_after_ms } else { 0 };
+        Refusal { reason, message, retry_after_ms }
+    }
+
+    /// The key, once the epoch is durable.
+    fn granting_key(&self) -> Option<&TokenKey> {
+        let granting = self.epoch_seq > 0 && self.committed >= self.epoch_seq;
+        self.key.as_ref().filter(|_| granting)
+    }
+
+    /// The lowest io_end that lives, or the next one.
+    fn floor(&self) -> IoEndId {
+        match self.ledger.first() {
+            Some(io_end) => io_end.id,
+            None => IoEndId::new(self.durable.epoch, self.next_io_end),
+        }
+    }
+
+    /// Logical blocks of a volume's promise that no io_end uses.
+    fn available_credit(&self, volume: VolumeId) -> u64 {
+        let promised = self.durable.volumes.get(&volume).map_or(0, |volume| volume.promised);
+        let used = self.volumes.get(&volume).map_or(0, |volume| volume.credit_in_flight);
+        promised.saturating_sub(used)
+    }
+
+    /// Adds a volume's credit to the sum over all, or takes it out around a change.
+    fn count_credit(&mut self, volume: VolumeId, add: bool) {
+        let available = self.available_credit(volume);
+        let Some(replicas) = self.durable.volumes.get(&volume).map(|volume| volume.replicas) else {
+            return;
         };
-        Ok(Ok(view))
+        let Some(sum) = self.credit.get_mut(replicas as usize) else { return };
+        *sum = if add { *sum + available } else { sum.saturating_sub(available) };
     }
 
-    /// Mapped parts of a volume by name, for display; `None`: no such volume.
-    ///
-    /// # Errors
-    /// The table failed.
-    pub fn extents(
-        &mut self,
-        name: &str,
-        range: LblkRange,
-    ) -> Result<Option<Vec<extent_map::MapExtent>>, MachineError<T::Error>> {
-        let Some(id) = self.volume(name).map(|volume| volume.id) else { return Ok(None) };
-        extent_map::lookup(&mut self.table, id, range).map(Some).map_err(MachineError::Table)
-    }
-
-    /// A volume by name. Shows what is applied, durable or not.
-    pub fn volume(&self, name: &str) -> Option<VolumeInfo> {
-        self.volumes().into_iter().find(|volume| volume.name == name)
-    }
-
-    /// All volumes by name.
-    pub fn volumes(&self) -> Vec<VolumeInfo> {
-        Vec::new()
-    }
-
-    /// All stores by number.
-    pub fn stores(&self, now: Millis) -> Vec<StoreInfo> {
-        let _ = now;
-        Vec::new()
-    }
-
-    /// io_ends in flight by number, at most `limit`, and how many there are in all.
-    pub fn io_ends(
-        &self,
-        now: Millis,
-        volume: Option<VolumeId>,
-        limit: usize,
-    ) -> (Vec<IoEndInfo>, u64) {
-        let _ = (now, volume, limit);
-        (Vec::new(), 0)
-    }
-
-    /// Verifies every invariant by a full scan. Slow.
-    ///
-    /// # Errors
-    /// The table failed.
-    pub fn check(&mut self) -> Result<CheckReport, MachineError<T::Error>> {
-        Ok(CheckReport::default())
+    /// Changes how much of a volume's promise io_ends in flight use.
+    fn use_credit(&mut self, volume: VolumeId, take: u64, give: u64) {
+        self.count_credit(volume, false);
+        if let Some(volume) = self.volumes.get_mut(&volume) {
+            volume.credit_in_flight = (volume.credit_in_flight + take).saturating_sub(give);
+        }
+        self.count_credit(volume, true);
     }
 
     /// Counters since start.
@@ -221,7 +292,7 @@ impl<T: ChunkTable> Machine<T> {
 
     /// Whether nothing is in flight: no io_end, no waiting call. For a graceful stop.
     pub fn is_idle(&self) -> bool {
-        true
+        self.ledger.is_empty() && self.changing.is_empty()
     }
 
     /// The table of chunks, for checkpoints and write-back.

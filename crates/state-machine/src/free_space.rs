@@ -1,0 +1,356 @@
+//! Free space of the stores: every block is in exactly one class.
+//!
+//! ```text
+//!   Free ── allocate ──► Reserved ── convert ──► Mapped ── overwrite, trim ──► Quarantined ─┐
+//!     ▲                     └────────── abort ──────────────────────────────►              │
+//!     └───────────────────── nothing can be in flight there any more ──────────────────────┘
+//! ```
+//!
+//! # Invariants
+//! * `block-one-class`: free, reserved and quarantined blocks of a store never overlap, and with
+//!   the mapped ones they are the whole store.
+
+use std::collections::BTreeMap;
+
+use endio_types::{PblkRange, REPLICAS_MAX, StoreId};
+
+/// A set of block numbers, kept as runs that neither overlap nor touch.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct RangeSet {
+    /// Start to end (exclusive).
+    runs: BTreeMap<u64, u64>,
+    total: u64,
+}
+
+impl RangeSet {
+    /// Blocks in the set.
+    pub fn total(&self) -> u64 {
+        self.total
+    }
+    /// The runs, ascending.
+    pub fn iter(&self) -> impl Iterator<Item = PblkRange> + '_ {
+        self.runs.iter().map(|(start, end)| PblkRange::new(*start, end - start))
+    }
+    /// Runs that end after `from`, ascending; the first may begin before it.
+    fn runs_from(&self, from: u64) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let before = self.runs.range(..from).next_back().filter(|(_, end)| **end > from);
+        before.into_iter().chain(self.runs.range(from..)).map(|(start, end)| (*start, *end))
+    }
+    /// Whether every block of `range` is in the set.
+    pub fn contains(&self, range: PblkRange) -> bool {
+        self.runs.range(..=range.start.0).next_back().is_some_and(|(_, end)| *end >= range.end())
+    }
+    /// Whether any block of `range` is in the set.
+    pub fn overlaps(&self, range: PblkRange) -> bool {
+        self.runs_from(range.start.0).next().is_some_and(|(start, _)| start < range.end())
+    }
+    /// Adds a range; `false`, and nothing is changed, if a block of it is in the set already.
+    pub fn insert(&mut self, range: PblkRange) -> bool {
+        if range.len == 0 {
+            return true;
+        }
+        if self.overlaps(range) {
+            return false;
+        }
+        let (mut start, mut end) = (range.start.0, range.end());
+        if let Some((before, before_end)) = self.runs.range(..start).next_back()
+            && *before_end == start
+        {
+            start = *before;
+        }
+        if let Some(after_end) = self.runs.remove(&end) {
+            end = after_end;
+        }
+        self.runs.insert(start, end);
+        self.total += range.len;
+        true
+    }
+    /// Removes whatever of `range` is in the set; returns how many blocks that were.
+    pub fn remove(&mut self, range: PblkRange) -> u64 {
+        let (from, to) = (range.start.0, range.end());
+        let mut removed = 0;
+        loop {
+            let next = self.runs_from(from).next().filter(|(start, _)| *start < to);
+            let Some((start, end)) = next else { break };
+            self.runs.remove(&start);
+            if start < from {
+                self.runs.insert(start, from);
+            }
+            if end > to {
+                self.runs.insert(to, end);
+            }
+            removed += end.min(to) - start.max(from);
+        }
+        self.total -= removed;
+        removed
+    }
+    /// The gaps inside `0..capacity`, ascending.
+    pub fn complement(&self, capacity: u64) -> Vec<PblkRange> {
+        let mut gaps = Vec::new();
+        let mut at = 0;
+        for (start, end) in &self.runs {
+            if at < *start {
+                gaps.push(PblkRange::new(at, start - at));
+            }
+            at = *end;
+        }
+        if at < capacity {
+            gaps.push(PblkRange::new(at, capacity - at));
+        }
+        gaps
+    }
+}
+
+/// The classes of the blocks of one store. Which blocks are mapped stands in the extent map; here
+/// they are only counted.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct StoreSpace {
+    capacity: u64,
+    free: RangeSet,
+    /// Free blocks that still take space on the host; always part of `free`.
+    unpunched: RangeSet,
+    reserved: RangeSet,
+    quarantined: RangeSet,
+    mapped: u64,
+    /// Where the next search begins.
+    cursor: u64,
+}
+
+/// A move between classes that does not fit: the accounting is broken, the process must stop.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("block-one-class: {0}")]
+pub struct WrongClass(pub &'static str);
+
+impl StoreSpace {
+    /// A store whose blocks are all free and holes on the host.
+    pub fn empty(capacity: u64) -> Self {
+        let mut space = Self { capacity, ..Self::default() };
+        space.free.insert(PblkRange::new(0, capacity));
+        space
+    }
+    /// A store found at recovery: what is not mapped is quarantined.
+    pub fn recovered(capacity: u64, mapped: &RangeSet) -> Self {
+        let mut space = Self { capacity, mapped: mapped.total(), ..Self::default() };
+        for gap in mapped.complement(capacity) {
+            space.quarantined.insert(gap);
+        }
+        space
+    }
+    /// The store has become larger.
+    pub fn grow(&mut self, capacity: u64) {
+        if capacity > self.capacity {
+            self.free.insert(PblkRange::new(self.capacity, capacity - self.capacity));
+            self.capacity = capacity;
+        }
+    }
+    /// All blocks.
+    pub fn capacity(&self) -> u64 {
+        self.capacity
+    }
+    /// Blocks that can be allocated.
+    pub fn free(&self) -> u64 {
+        self.free.total()
+    }
+    /// Blocks of io_ends in flight.
+    pub fn reserved(&self) -> u64 {
+        self.reserved.total()
+    }
+    /// Blocks that are not safe yet.
+    pub fn quarantined(&self) -> u64 {
+        self.quarantined.total()
+    }
+    /// Blocks in the extent map.
+    pub fn mapped(&self) -> u64 {
+        self.mapped
+    }
+    /// The sets, for the full check: free, reserved, quarantined.
+    pub fn sets(&self) -> [(&'static str, &RangeSet); 3] {
+        [("free", &self.free), ("reserved", &self.reserved), ("quarantined", &self.quarantined)]
+    }
+    /// Whether `unpunched` is part of `free`.
+    pub fn unpunched_is_free(&self) -> bool {
+        self.unpunched.iter().all(|range| self.free.contains(range))
+    }
+
+    /// Reserves a run of at most `max` blocks: the first that is long enough after the last one
+    /// taken, or the longest of the `search` runs looked at. `None`: nothing is free.
+    pub fn allocate(&mut self, max: u64, search: usize) -> Option<PblkRange> {
+        let found = self.find(max, search)?;
+        self.free.remove(found);
+        self.unpunched.remove(found);
+        self.reserved.insert(found);
+        self.cursor = found.end();
+        Some(found)
+    }
+
+    /// Length of the run that [`Self::allocate`] would return.
+    pub fn longest(&self, max: u64, search: usize) -> u64 {
+        self.find(max, search).map_or(0, |run| run.len)
+    }
+
+    fn find(&self, max: u64, search: usize) -> Option<PblkRange> {
+        let mut best: Option<PblkRange> = None;
+        let behind = self.free.runs_from(self.cursor).map(|(s, e)| (s.max(self.cursor), e));
+        let all = behind.chain(self.free.runs_from(0));
+        for (start, end) in all.take(search.max(1)) {
+            let len = (end - start).min(max);
+            if best.is_none_or(|best| best.len < len) {
+                best = Some(PblkRange::new(start, len));
+            }
+            if len == max {
+                break;
+            }
+        }
+        best
+    }
+
+    /// Gives back what was allocated and never granted.
+    pub fn unallocate(&mut self, range: PblkRange) {
+        if self.reserved.remove(range) == range.len {
+            self.free.insert(range);
+        }
+    }
+
+    /// A reserved run got into the map. Blocks that were mapped before stay as they are (`false`).
+    pub fn map_reserved(&mut self, range: PblkRange) -> Result<bool, WrongClass> {
+        if self.reserved.contains(range) {
+            self.reserved.remove(range);
+            self.mapped += range.len;
+            return Ok(true);
+        }
+        match self.reserved.overlaps(range) || self.free.overlaps(range) {
+            true => Err(WrongClass("a run became mapped that was not reserved as a whole")),
+            false => Ok(false),
+        }
+    }
+
+    /// Mapped blocks left the map.
+    pub fn quarantine_mapped(&mut self, range: PblkRange) -> Result<(), WrongClass> {
+        if self.mapped < range.len || self.free.overlaps(range) || self.reserved.overlaps(range) {
+            return Err(WrongClass("blocks were freed that were not mapped"));
+        }
+        if !self.quarantined.insert(range) {
+            return Err(WrongClass("blocks were freed twice"));
+        }
+        self.mapped -= range.len;
+        Ok(())
+    }
+
+    /// Reserved blocks were given up while something may still be in flight there.
+    pub fn quarantine_reserved(&mut self, range: PblkRange) -> Result<(), WrongClass> {
+        if !self.reserved.contains(range) || !self.quarantined.insert(range) {
+            return Err(WrongClass("blocks were given up that were not reserved"));
+        }
+        self.reserved.remove(range);
+        Ok(())
+    }
+
+    /// Nothing is in flight there any more. `punched`: the blocks are holes on the host already.
+    pub fn release(&mut self, range: PblkRange, punched: bool) -> Result<(), WrongClass> {
+        if !self.quarantined.contains(range) || !self.free.insert(range) {
+            return Err(WrongClass("blocks were released that were not quarantined"));
+        }
+        self.quarantined.remove(range);
+        if !punched {
+            self.unpunched.insert(range);
+        }
+        Ok(())
+    }
+
+    /// Takes free blocks that still take space on the host into quarantine, to be punched.
+    pub fn take_unpunched(&mut self, ranges: usize, blocks: u64) -> Vec<PblkRange> {
+        let mut left = blocks;
+        let mut taken = Vec::new();
+        while taken.len() < ranges && left > 0 {
+            let Some(run) = self.unpunched.iter().next() else { break };
+            let run = PblkRange { len: run.len.min(left), ..run };
+            self.unpunched.remove(run);
+            self.free.remove(run);
+            self.quarantined.insert(run);
+            left -= run.len;
+            taken.push(run);
+        }
+        taken
+    }
+
+    /// Whether there is something to punch.
+    pub fn has_unpunched(&self) -> bool {
+        self.unpunched.total() > 0
+    }
+}
+
+/// Logical blocks that are wanted, by number of copies: `[0]` is unused.
+pub type Demand = [u64; REPLICAS_MAX as usize + 1];
+
+/// Whether stores with so much free space can take all of `demand`, each copy of a block on
+/// another store.
+///
+/// By Gale and Ryser that is so if and only if each set of blocks finds enough room; the sets that
+/// matter are those of all blocks with at least so many copies.
+pub fn is_feasible(free: impl Iterator<Item = u64> + Clone, demand: &Demand) -> bool {
+    let mut blocks = 0u64;
+    let mut copies = 0u128;
+    for replicas in (1..demand.len()).rev() {
+        blocks = blocks.saturating_add(demand[replicas]);
+        copies += demand[replicas] as u128 * replicas as u128;
+        let room: u128 = free.clone().map(|free| u128::from(free.min(blocks))).sum();
+        if room < copies {
+            return false;
+        }
+    }
+    true
+}
+
+/// One copy of each of a run of blocks: where each lies.
+pub type Copies = Vec<(StoreId, PblkRange)>;
+
+/// Allocates `blocks` logical blocks with `replicas` copies on distinct `stores`, in as few runs
+/// as it can. `None`, and nothing is taken: there is not enough.
+pub fn allocate(
+    stores: &mut BTreeMap<StoreId, &mut StoreSpace>,
+    replicas: usize,
+    blocks: u64,
+    search: usize,
+) -> Option<Vec<Copies>> {
+    let mut runs: Vec<Copies> = Vec::new();
+    let mut left = blocks;
+    while left > 0 {
+        let Some(copies) = allocate_run(stores, replicas, left, search) else {
+            for (id, range) in runs.into_iter().flatten() {
+                if let Some(space) = stores.get_mut(&id) {
+                    space.unallocate(range);
+                }
+            }
+            return None;
+        };
+        left -= copies[0].1.len;
+        runs.push(copies);
+    }
+    Some(runs)
+}
+
+fn allocate_run(
+    stores: &mut BTreeMap<StoreId, &mut StoreSpace>,
+    replicas: usize,
+    left: u64,
+    search: usize,
+) -> Option<Copies> {
+    let mut by_free: Vec<(u64, StoreId)> =
+        stores.iter().map(|(id, space)| (space.free(), *id)).collect();
+    by_free.sort_by_key(|(free, id)| (std::cmp::Reverse(*free), *id));
+    by_free.truncate(replicas);
+    let (least, _) = *by_free.last()?;
+    if by_free.len() < replicas || least == 0 {
+        return None;
+    }
+    // Single blocks, always from the fullest pool, use the space up to the last block.
+    let mut len = if least >= left { left } else { 1 };
+    for (_, id) in &by_free {
+        len = len.min(stores.get(id)?.longest(len, search));
+    }
+    let mut copies = Vec::with_capacity(replicas);
+    for (_, id) in &by_free {
+        copies.push((*id, stores.get_mut(id)?.allocate(len, search)?));
+    }
+    Some(copies)
+}

@@ -1,0 +1,413 @@
+//! BeginIo: everything fallible happens here, before anything is sent.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use endio_types::{
+    BLOCK_BYTES, IO_END_BLOCKS_MAX, Incarnation, IoEndId, Lblk, LblkRange, Pblk, Reason,
+    SegmentIndex, StoreId, VOLUME_BYTES_MAX, VolumeId,
+};
+
+use super::io::{BeginIo, GrantedSegment, Lane, Output, Refusal, ToWriteback, WritebackSession};
+use super::{Durability, Machine, MachineError, Step};
+use crate::chunk::{ExtentState, Place};
+use crate::extent_map::{self, ChunkTable};
+use crate::free_space::{self, Demand, StoreSpace};
+use crate::ledger::{IoEnd, Piece, PieceKind, Segment, owes_conversion};
+use crate::record::{Run, VolumeState};
+use crate::token::{MAC_LEN, Token};
+
+/// A piece of a write before its segments have numbers.
+struct Planned {
+    lblk: u64,
+    blocks: u64,
+    kind: PieceKind,
+    places: Vec<Place>,
+}
+
+/// What a write needs, or why it is refused.
+type Plan<E> = Result<Result<Vec<Planned>, Refusal>, MachineError<E>>;
+
+impl<T: ChunkTable> Machine<T> {
+    pub(super) fn begin(
+        &mut self,
+        session: WritebackSession,
+        name: &str,
+        begin: BeginIo,
+        out: &mut Output,
+    ) -> Step<T> {
+        let request = begin.request;
+        let message = match self.try_begin(session, name, begin)? {
+            Ok(begun) => begun,
+            Err(refusal) => ToWriteback::Refused { request, refusal },
+        };
+        self.tell(session, Durability::Now, message, out);
+        Ok(())
+    }
+
+    fn try_begin(
+        &mut self,
+        session: WritebackSession,
+        name: &str,
+        begin: BeginIo,
+    ) -> Result<Result<ToWriteback, Refusal>, MachineError<T::Error>> {
+        let volume = match self.may_begin(name, &begin) {
+            Ok(volume) => volume,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
+        let plan = match self.plan(&volume, &begin)? {
+            Ok(plan) => plan,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
+        let io_end = self.enter(session, name, begin.clone(), &volume, &plan);
+        let message = self.begun_message(begin.request, &io_end);
+        self.counters.begun += 1;
+        self.ledger.insert(io_end);
+        Ok(Ok(message))
+    }
+
+    /// The checks that need neither map nor space.
+    fn may_begin(&self, name: &str, begin: &BeginIo) -> Result<VolumeState, Refusal> {
+        let refuse = |reason, message| Err(self.refusal(reason, message));
+        if self.granting_key().is_none() {
+            return refuse(Reason::NotReady, "recovering");
+        }
+        if self.stopping {
+            return refuse(Reason::Draining, "the service is stopping");
+        }
+        if self.metadata_full {
+            return refuse(Reason::MetadataFull, "the metadata disk is full");
+        }
+        let volume = match self.owned(name, begin.volume, begin.generation) {
+            Ok(volume) => volume.clone(),
+            Err(reason) => return refuse(reason, "the volume is not open here"),
+        };
+        self.check_range(&volume, begin)?;
+        let range = LblkRange { start: begin.lblk, len: u64::from(begin.blocks) };
+        let Some(rt) = self.volumes.get(&volume.id) else {
+            return refuse(Reason::UnknownVolume, "no such volume");
+        };
+        if rt.by_lane[begin.lane as usize] >= self.limits.io_ends_per_volume_max {
+            return refuse(Reason::Limit, "too many io_ends of the volume are in flight");
+        }
+        let copies = u64::from(begin.blocks) * u64::from(volume.replicas);
+        if self.in_flight_blocks + copies > self.limits.in_flight_blocks_max {
+            return refuse(Reason::Limit, "too many blocks are in flight");
+        }
+        if rt.changes.iter().any(|change| change.range.overlaps(range)) {
+            return refuse(Reason::Limit, "a change of the map waits for this range");
+        }
+        // Data that is written in place reaches the disk when it likes: overlaps would mix.
+        if volume.in_place && rt.in_flight.values().any(|other| other.overlaps(range)) {
+            return refuse(Reason::Limit, "a write in place to this range is in flight");
+        }
+        Ok(volume)
+    }
+
+    fn check_range(&self, volume: &VolumeState, begin: &BeginIo) -> Result<(), Refusal> {
+        let refuse = |reason, message| Err(self.refusal(reason, message));
+        if begin.blocks > IO_END_BLOCKS_MAX {
+            return refuse(Reason::Malformed, "more blocks than an io_end may have");
+        }
+        let end = begin.lblk.0.checked_add(u64::from(begin.blocks));
+        let Some(end) = end.filter(|end| *end <= VOLUME_BYTES_MAX / BLOCK_BYTES) else {
+            return refuse(Reason::OutOfRange, "beyond the largest volume");
+        };
+        if begin.size_after_bytes > end * BLOCK_BYTES {
+            return refuse(Reason::Malformed, "the size lies beyond what is written");
+        }
+        let grows = begin.size_after_bytes > volume.size_bytes;
+        if grows && !volume.growable {
+            return refuse(Reason::OutOfRange, "the volume does not grow");
+        }
+        let size = volume.size_bytes.max(begin.size_after_bytes);
+        if end > size.div_ceil(BLOCK_BYTES) && begin.blocks > 0 {
+            return refuse(Reason::OutOfRange, "beyond the end of the volume");
+        }
+        Ok(())
+    }
+
+    /// Decides what each block of the write is, and reserves what it needs.
+    fn plan(&mut self, volume: &VolumeState, begin: &BeginIo) -> Plan<T::Error> {
+        let range = LblkRange { start: begin.lblk, len: u64::from(begin.blocks) };
+        let mut planned = Vec::new();
+        if volume.in_place {
+            let found = extent_map::lookup(&mut self.table, volume.id, range);
+            for extent in found.map_err(MachineError::Table)? {
+                planned.push(Planned {
+                    lblk: extent.range.start.0,
+                    blocks: extent.range.len,
+                    kind: match extent.state {
+                        ExtentState::Written => PieceKind::Overwrite,
+                        ExtentState::Unwritten => PieceKind::Unwritten,
+                    },
+                    places: extent.places.as_slice().to_vec(),
+                });
+            }
+        }
+        let holes = gaps(range, &planned);
+        let needed: u64 = holes.iter().map(|hole| hole.len).sum();
+        if let Some(away) = self.away(volume, &planned) {
+            return Ok(Err(away));
+        }
+        if begin.lane == Lane::WriteOut && needed > self.available_credit(volume.id) {
+            let refusal = self.refusal(Reason::NoSpace, "the write-out has no credit");
+            return Ok(Err(refusal));
+        }
+        let avoid: BTreeSet<StoreId> = begin.avoid_stores.iter().copied().collect();
+        for hole in holes {
+            let lane = Some(begin.lane);
+            match self.reserve_blocks(volume.replicas, hole, lane, &avoid) {
+                Ok(fresh) => planned.extend(fresh.into_iter().map(|run| planned_run(&run))),
+                Err(refusal) => {
+                    self.unreserve(&planned);
+                    return Ok(Err(refusal));
+                }
+            }
+        }
+        planned.sort_by_key(|piece| piece.lblk);
+        Ok(Ok(planned))
+    }
+
+    /// Refuses a write in place to blocks of a store that cannot be reached.
+    fn away(&self, volume: &VolumeState, planned: &[Planned]) -> Option<Refusal> {
+        let places = planned.iter().flat_map(|piece| &piece.places);
+        let usable = |id| self.stores.get(id).is_some_and(|rt| rt.is_usable());
+        let away = places.into_iter().any(|place| !usable(&place.store));
+        let refusal = self.refusal(Reason::NotEnoughStores, "the store of these blocks is away");
+        (volume.in_place && away).then_some(refusal)
+    }
+
+    fn unreserve(&mut self, planned: &[Planned]) {
+        for piece in planned.iter().filter(|piece| piece.kind == PieceKind::Fresh) {
+            for place in &piece.places {
+                if let Some(rt) = self.stores.get_mut(&place.store) {
+                    let range = endio_types::PblkRange { start: place.pblk, len: piece.blocks };
+                    rt.space.unallocate(range);
+                }
+            }
+        }
+    }
+
+    /// Whether the usable stores can hold so much.
+    pub(super) fn fits(&self, demand: &Demand) -> bool {
+        let usable = self.stores.values().filter(|rt| rt.is_usable());
+        free_space::is_feasible(usable.map(|rt| rt.space.free()), demand)
+    }
+
+    /// Reserves blocks for a logical range. `lane`: `WriteOut` takes from the promise, everything
+    /// else must leave the promises intact.
+    pub(super) fn reserve_blocks(
+        &mut self,
+        replicas: u32,
+        range: LblkRange,
+        lane: Option<Lane>,
+        avoid: &BTreeSet<StoreId>,
+    ) -> Result<Vec<Run>, Refusal> {
+        let usable = self.stores.values().filter(|rt| rt.is_usable()).count();
+        if usable < replicas as usize {
+            let message = "fewer stores are live than the volume has replicas";
+            return Err(self.refusal(Reason::NotEnoughStores, message));
+        }
+        if lane != Some(Lane::WriteOut) {
+            let mut demand = self.credit;
+            if let Some(sum) = demand.get_mut(replicas as usize) {
+                *sum = sum.saturating_add(range.len);
+            }
+            if !self.fits(&demand) {
+                return Err(self.no_space());
+            }
+        }
+        let search = self.limits.search_runs_max;
+        let mut all: BTreeMap<StoreId, &mut StoreSpace> = self
+            .stores
+            .iter_mut()
+            .filter(|(_, rt)| rt.is_usable())
+            .map(|(id, rt)| (*id, &mut rt.space))
+            .collect();
+        let mut avoided = BTreeMap::new();
+        for id in avoid {
+            avoided.extend(all.remove_entry(id));
+        }
+        let mut found = free_space::allocate(&mut all, replicas as usize, range.len, search);
+        if found.is_none() && !avoided.is_empty() {
+            all.append(&mut avoided);
+            found = free_space::allocate(&mut all, replicas as usize, range.len, search);
+        }
+        let Some(found) = found else { return Err(self.no_space()) };
+        let mut at = range.start.0;
+        let mut runs = Vec::with_capacity(found.len());
+        for copies in found {
+            let blocks = copies[0].1.len;
+            runs.push(Run {
+                lblk: Lblk(at),
+                blocks: u32::try_from(blocks).unwrap_or(u32::MAX),
+                places: copies.iter().map(|(store, range)| (*store, range.start)).collect(),
+                crcs: Vec::new(),
+            });
+            at += blocks;
+        }
+        Ok(runs)
+    }
+
+    /// No space; with a hint to wait if blocks are about to become free.
+    fn no_space(&self) -> Refusal {
+        let waits = self.stores.values().any(|rt| rt.is_usable() && rt.space.quarantined() > 0);
+        let retry_after_ms = if waits { self.limits.retry_after_ms } else { 0 };
+        Refusal { reason: Reason::NoSpace, message: "the stores are full", retry_after_ms }
+    }
+
+    /// Makes the io_end and accounts for it.
+    fn enter(
+        &mut self,
+        session: WritebackSession,
+        name: &str,
+        begin: BeginIo,
+        volume: &VolumeState,
+        plan: &[Planned],
+    ) -> IoEnd {
+        let id = IoEndId::new(self.durable.epoch, self.next_io_end);
+        self.next_io_end += 1;
+        let range = LblkRange { start: begin.lblk, len: u64::from(begin.blocks) };
+        let (pieces, segments) = self.number(plan);
+        let fresh: u64 = plan.iter().filter(|p| p.kind == PieceKind::Fresh).map(|p| p.blocks).sum();
+        let credit = if begin.lane == Lane::WriteOut { fresh } else { 0 };
+        self.use_credit(volume.id, credit, 0);
+        self.in_flight_blocks += fresh * u64::from(volume.replicas);
+        let overlapped = self.note_in_flight(volume.id, id, range, begin.lane);
+        let grows = begin.size_after_bytes > volume.size_bytes;
+        let live = (0..=segments.len() as u32).map(SegmentIndex).collect();
+        IoEnd {
+            id,
+            volume: volume.id,
+            generation: begin.generation,
+            session,
+            writeback: name.to_owned(),
+            lane: begin.lane,
+            range,
+            size_after_bytes: begin.size_after_bytes,
+            attempt: begin.attempt,
+            traceparent: begin.traceparent,
+            begun: self.now,
+            owes_conversion: owes_conversion(&pieces, grows && begin.blocks > 0),
+            pieces,
+            segments,
+            live,
+            credit,
+            failed: None,
+            released: None,
+            release_order: 0,
+            overlapped,
+        }
+    }
+
+    fn number(&self, plan: &[Planned]) -> (Vec<Piece>, Vec<Segment>) {
+        let mut segments = Vec::new();
+        let mut pieces = Vec::with_capacity(plan.len());
+        for piece in plan {
+            let blocks = u32::try_from(piece.blocks).unwrap_or(u32::MAX);
+            let mut indexes = Vec::with_capacity(piece.places.len());
+            for place in &piece.places {
+                let state = self.durable.stores.get(&place.store);
+                segments.push(Segment {
+                    store: place.store,
+                    incarnation: state.map_or(Incarnation(0), |state| state.incarnation),
+                    pblk: place.pblk,
+                    blocks,
+                    outcome: None,
+                });
+                indexes.push(SegmentIndex(segments.len() as u32));
+            }
+            let lblk = Lblk(piece.lblk);
+            pieces.push(Piece { lblk, blocks, kind: piece.kind, segments: indexes });
+        }
+        (pieces, segments)
+    }
+
+    /// Enters the range among those in flight; returns whether it overlaps another.
+    fn note_in_flight(
+        &mut self,
+        volume: VolumeId,
+        id: IoEndId,
+        range: LblkRange,
+        lane: Lane,
+    ) -> bool {
+        let Some(rt) = self.volumes.get_mut(&volume) else { return false };
+        let others = rt.in_flight.iter().filter(|(_, other)| other.overlaps(range));
+        let others: Vec<IoEndId> = others.map(|(id, _)| *id).collect();
+        rt.in_flight.insert(id, range);
+        rt.by_lane[lane as usize] += 1;
+        for other in &others {
+            if let Some(io_end) = self.ledger.get_mut(*other) {
+                io_end.overlapped = true;
+            }
+        }
+        !others.is_empty()
+    }
+
+    fn begun_message(&self, request: u64, io_end: &IoEnd) -> ToWriteback {
+        let mut segments = Vec::with_capacity(io_end.segments.len());
+        for piece in &io_end.pieces {
+            for (replica, index) in (0..).zip(&piece.segments) {
+                let token = self.token(io_end, *index);
+                segments.push(GrantedSegment { token, lblk: piece.lblk, replica });
+            }
+        }
+        ToWriteback::Begun {
+            request,
+            submitter: self.token(io_end, SegmentIndex::SUBMITTER),
+            segments,
+            owes_conversion: io_end.owes_conversion,
+        }
+    }
+
+    /// The token of an io_end as it was granted.
+    pub(super) fn token(&self, io_end: &IoEnd, index: SegmentIndex) -> Token {
+        let segment = io_end.segment(index);
+        let token = Token {
+            epoch: self.durable.epoch,
+            io_end: io_end.id,
+            segment: index,
+            volume: io_end.volume,
+            generation: io_end.generation,
+            store: segment.map_or(StoreId(0), |segment| segment.store),
+            incarnation: segment.map_or(Incarnation(0), |segment| segment.incarnation),
+            pblk: segment.map_or(Pblk(0), |segment| segment.pblk),
+            blocks: segment.map_or(0, |segment| segment.blocks),
+            lease_ms: self.limits.lease_ms,
+            mac: [0; MAC_LEN],
+        };
+        match &self.key {
+            Some(key) => token.signed(key),
+            None => token,
+        }
+    }
+}
+
+fn planned_run(run: &Run) -> Planned {
+    Planned {
+        lblk: run.lblk.0,
+        blocks: u64::from(run.blocks),
+        kind: PieceKind::Fresh,
+        places: run
+            .places
+            .iter()
+            .map(|(store, pblk)| Place { store: *store, pblk: *pblk })
+            .collect(),
+    }
+}
+
+/// The parts of `range` that no piece covers; the pieces are ascending.
+fn gaps(range: LblkRange, planned: &[Planned]) -> Vec<LblkRange> {
+    let mut gaps = Vec::new();
+    let mut at = range.start.0;
+    for piece in planned {
+        if at < piece.lblk {
+            gaps.push(LblkRange::new(at, piece.lblk - at));
+        }
+        at = piece.lblk + piece.blocks;
+    }
+    if at < range.end() {
+        gaps.push(LblkRange::new(at, range.end() - at));
+    }
+    gaps
+}

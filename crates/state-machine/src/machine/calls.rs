@@ -1,0 +1,344 @@
+//! Unary calls on volumes.
+
+use endio_types::{
+    BLOCK_BYTES, Generation, LblkRange, MapVersion, REPLICAS_MAX, Reason, VOLUME_BYTES_MAX,
+    VolumeId,
+};
+
+use super::io::{Call, MapChange, Output, Refusal, ReplyBody, ReplyTo, ToWriteback};
+use super::state::{PendingChange, VolumeRt, Work};
+use super::{Durability, Machine, Step};
+use crate::extent_map::ChunkTable;
+use crate::record::{Record, VolumeState};
+use crate::token::ReadGrant;
+
+/// Longest name of a volume, bytes.
+const VOLUME_NAME_MAX: usize = 128;
+
+impl<T: ChunkTable> Machine<T> {
+    pub(super) fn call(&mut self, reply: ReplyTo, call: Call, out: &mut Output) -> Step<T> {
+        let closes = matches!(call, Call::CloseVolume { .. });
+        if self.granting_key().is_none() {
+            let refusal = self.refusal(Reason::NotReady, "recovering");
+            self.reply(reply, Err(refusal), out);
+            return Ok(());
+        }
+        if self.stopping && !closes {
+            let refusal = self.refusal(Reason::Draining, "the service is stopping");
+            self.reply(reply, Err(refusal), out);
+            return Ok(());
+        }
+        match call {
+            Call::CreateVolume { name, size_bytes, replicas, in_place, growable } => {
+                let volume = VolumeState {
+                    id: self.durable.next_volume,
+                    name,
+                    size_bytes,
+                    replicas: replicas.max(1),
+                    in_place,
+                    growable,
+                    generation: Generation(0),
+                    map_version: MapVersion(0),
+                    owner: None,
+                    promised: 0,
+                    deleted: false,
+                };
+                self.create(reply, volume, out)
+            }
+            Call::ResizeVolume { name, size_bytes, generation } => {
+                self.resize(reply, &name, size_bytes, generation, out)
+            }
+            Call::DeleteVolume { name, generation } => self.delete(reply, &name, generation, out),
+            Call::OpenVolume { name, writeback, force } => {
+                self.open(reply, &name, writeback, force, out)
+            }
+            Call::CloseVolume { name, generation } => self.close(reply, &name, generation, out),
+            Call::ChangeMap { volume, generation, change, range } => {
+                self.change_map(reply, (volume, generation), change, range, out)
+            }
+        }
+    }
+
+    fn create(&mut self, reply: ReplyTo, new: VolumeState, out: &mut Output) -> Step<T> {
+        let refusal = match creation_fault(&new) {
+            Some(message) => Some(self.refusal(Reason::Malformed, message)),
+            None => match self.names.get(&new.name).and_then(|id| self.durable.volumes.get(id)) {
+                Some(old) if !is_same_volume(old, &new) => {
+                    let message = "a volume of that name has other properties";
+                    Some(self.refusal(Reason::AlreadyExists, message))
+                }
+                Some(_) => None,
+                None if self.durable.volumes.len() >= self.limits.volumes_max => {
+                    Some(self.refusal(Reason::Limit, "too many volumes"))
+                }
+                None => {
+                    self.names.insert(new.name.clone(), new.id);
+                    self.volumes.insert(new.id, VolumeRt::default());
+                    self.commit(Record::CreateVolume(new.clone()), out)?;
+                    None
+                }
+            },
+        };
+        match (refusal, self.names.get(&new.name).copied()) {
+            (None, Some(id)) => self.reply_volume(reply, id, out),
+            (refusal, _) => {
+                let refusal = refusal.unwrap_or_else(|| self.unknown());
+                self.reply(reply, Err(refusal), out);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn unknown(&self) -> Refusal {
+        self.refusal(Reason::UnknownVolume, "no such volume")
+    }
+
+    pub(super) fn reply_volume(&self, reply: ReplyTo, id: VolumeId, out: &mut Output) {
+        let body = self.volume_info(id).map(ReplyBody::Volume);
+        self.reply(reply, body.ok_or_else(|| self.unknown()), out);
+    }
+
+    /// The volume that a call names, if the caller may change it.
+    fn administered(&self, name: &str, generation: Generation) -> Result<VolumeState, Refusal> {
+        let id = self.names.get(name).ok_or_else(|| self.unknown())?;
+        let volume = self.durable.volumes.get(id).ok_or_else(|| self.unknown())?;
+        match (&volume.owner, generation) {
+            (None, Generation(0)) => Ok(volume.clone()),
+            (Some(_), Generation(0)) => Err(self.refusal(Reason::VolumeBusy, "the volume is open")),
+            (Some(_), given) if given == volume.generation => Ok(volume.clone()),
+            _ => Err(self.refusal(Reason::OldGeneration, "the volume is not open under that")),
+        }
+    }
+
+    fn resize(
+        &mut self,
+        reply: ReplyTo,
+        name: &str,
+        size_bytes: u64,
+        generation: Generation,
+        out: &mut Output,
+    ) -> Step<T> {
+        let volume = match self.administered(name, generation) {
+            Ok(volume) => volume,
+            Err(refusal) => {
+                self.reply(reply, Err(refusal), out);
+                return Ok(());
+            }
+        };
+        if let Some(message) = size_fault(size_bytes, volume.growable) {
+            let refusal = self.refusal(Reason::Malformed, message);
+            self.reply(reply, Err(refusal), out);
+            return Ok(());
+        }
+        // The block that the new end cuts stays, but writes to it may extend the volume: wait for
+        // them too.
+        let first = size_bytes / BLOCK_BYTES;
+        let range = LblkRange::new(first, u64::MAX - first);
+        self.wait_to_change(reply, volume.id, Work::Shrink(size_bytes), range, out)
+    }
+
+    fn delete(
+        &mut self,
+        reply: ReplyTo,
+        name: &str,
+        generation: Generation,
+        out: &mut Output,
+    ) -> Step<T> {
+        match self.administered(name, generation) {
+            Ok(volume) => {
+                let whole = super::apply::WHOLE;
+                self.wait_to_change(reply, volume.id, Work::Delete, whole, out)
+            }
+            Err(refusal) => {
+                self.reply(reply, Err(refusal), out);
+                Ok(())
+            }
+        }
+    }
+
+    fn open(
+        &mut self,
+        reply: ReplyTo,
+        name: &str,
+        writeback: String,
+        force: bool,
+        out: &mut Output,
+    ) -> Step<T> {
+        let found = self.names.get(name).and_then(|id| self.durable.volumes.get(id)).cloned();
+        let refusal = match &found {
+            None => Some(self.unknown()),
+            _ if writeback.is_empty() => {
+                Some(self.refusal(Reason::Malformed, "the writeback has no name"))
+            }
+            Some(volume) => match &volume.owner {
+                Some(owner) if *owner != writeback && !force && self.is_alive(owner) => {
+                    Some(self.refusal(Reason::VolumeBusy, "the volume is open elsewhere"))
+                }
+                _ => None,
+            },
+        };
+        let (Some(volume), None) = (found, &refusal) else {
+            let refusal = refusal.unwrap_or_else(|| self.unknown());
+            self.reply(reply, Err(refusal), out);
+            return Ok(());
+        };
+        let generation = Generation(volume.generation.0 + 1);
+        self.supersede(&volume, generation, out)?;
+        let owner = writeback;
+        self.commit(Record::OpenVolume { volume: volume.id, generation, owner }, out)?;
+        self.reads.entry(volume.id).or_default().opened(volume.map_version);
+        self.settle_reads(volume.id)?;
+        if let (Some(key), Some(info)) = (self.granting_key(), self.volume_info(volume.id)) {
+            let grant = ReadGrant::new(key, self.durable.epoch, volume.id, generation);
+            self.reply(reply, Ok(ReplyBody::Opened(info, grant)), out);
+        }
+        Ok(())
+    }
+
+    /// Ends what generations below `generation` have in flight, and fences them.
+    fn supersede(
+        &mut self,
+        volume: &VolumeState,
+        generation: Generation,
+        out: &mut Output,
+    ) -> Step<T> {
+        self.abort_of_volume(volume.id, Reason::OldGeneration, out)?;
+        let message = "the volume was opened or closed meanwhile";
+        self.drop_changes(volume.id, Reason::OldGeneration, message, out);
+        if volume.generation > Generation(0) {
+            self.fence_generation(volume.id, generation);
+            let owner = volume.owner.as_ref().and_then(|owner| self.writebacks.get(owner));
+            if let Some(session) = owner.and_then(|owner| owner.session) {
+                let message = ToWriteback::VolumeFenced { volume: volume.id, generation };
+                self.tell(session, Durability::Now, message, out);
+            }
+        }
+        Ok(())
+    }
+
+    fn close(
+        &mut self,
+        reply: ReplyTo,
+        name: &str,
+        generation: Generation,
+        out: &mut Output,
+    ) -> Step<T> {
+        let found = self.names.get(name).and_then(|id| self.durable.volumes.get(id)).cloned();
+        let body = match found {
+            None => Err(self.unknown()),
+            Some(volume) if volume.generation != generation => {
+                Err(self.refusal(Reason::OldGeneration, "the volume is not open under that"))
+            }
+            Some(volume) if volume.owner.is_none() => Ok(ReplyBody::Closed),
+            Some(mut volume) => {
+                let next = Generation(generation.0 + 1);
+                let id = volume.id;
+                // The owner asked for it; there is nobody to warn.
+                volume.owner = None;
+                self.supersede(&volume, next, out)?;
+                self.commit(Record::CloseVolume { volume: id }, out)?;
+                self.settle_reads(id)?;
+                Ok(ReplyBody::Closed)
+            }
+        };
+        self.reply(reply, body, out);
+        Ok(())
+    }
+
+    fn change_map(
+        &mut self,
+        reply: ReplyTo,
+        (volume, generation): (VolumeId, Generation),
+        change: MapChange,
+        range: LblkRange,
+        out: &mut Output,
+    ) -> Step<T> {
+        let state = self.durable.volumes.get(&volume).filter(|volume| !volume.deleted);
+        let fault = match state {
+            None => Some((Reason::UnknownVolume, "no such volume")),
+            Some(state) if state.generation != generation || state.owner.is_none() => {
+                Some((Reason::OldGeneration, "the volume is not open under that"))
+            }
+            Some(_) if range.len == 0 => Some((Reason::Malformed, "no blocks are named")),
+            Some(state) => {
+                let end = range.start.0.checked_add(range.len);
+                let size = state.size_bytes.div_ceil(BLOCK_BYTES);
+                let is_inside = end.is_some_and(|end| end <= size);
+                (!is_inside).then_some((Reason::OutOfRange, "beyond the end of the volume"))
+            }
+        };
+        if let Some((reason, message)) = fault {
+            let refusal = self.refusal(reason, message);
+            self.reply(reply, Err(refusal), out);
+            return Ok(());
+        }
+        if self.metadata_full {
+            let refusal = self.refusal(Reason::MetadataFull, "the metadata disk is full");
+            self.reply(reply, Err(refusal), out);
+            return Ok(());
+        }
+        self.wait_to_change(reply, volume, Work::Map(change), range, out)
+    }
+
+    /// Puts a change in line; it runs in `drain` once nothing in flight overlaps its range.
+    fn wait_to_change(
+        &mut self,
+        reply: ReplyTo,
+        volume: VolumeId,
+        work: Work,
+        range: LblkRange,
+        out: &mut Output,
+    ) -> Step<T> {
+        let max = self.limits.changes_per_volume_max;
+        let rt = self.volumes.entry(volume).or_default();
+        if rt.changes.len() >= max {
+            let refusal = self.refusal(Reason::Limit, "too many changes of the volume wait");
+            self.reply(reply, Err(refusal), out);
+            return Ok(());
+        }
+        let cursor = match work {
+            Work::Shrink(size) => size.div_ceil(BLOCK_BYTES),
+            Work::Map(_) | Work::Delete => range.start.0,
+        };
+        rt.changes.push_back(PendingChange { work, range, reply, cursor, blocks_changed: 0 });
+        self.changing.insert(volume);
+        Ok(())
+    }
+}
+
+fn is_same_volume(old: &VolumeState, new: &VolumeState) -> bool {
+    // A growable volume has grown since; its size is no property that tells it from another.
+    let same_size = old.size_bytes == new.size_bytes || (old.growable && new.growable);
+    same_size
+        && old.replicas == new.replicas
+        && old.in_place == new.in_place
+        && old.growable == new.growable
+}
+
+fn creation_fault(volume: &VolumeState) -> Option<&'static str> {
+    let name = volume.name.as_bytes();
+    let is_word = |byte: &u8| byte.is_ascii_alphanumeric() || b"._-".contains(byte);
+    if name.is_empty() || name.len() > VOLUME_NAME_MAX || !name.iter().all(is_word) {
+        return Some("a name has 1 to 128 of A-Z a-z 0-9 . _ -");
+    }
+    if !name[0].is_ascii_alphanumeric() {
+        return Some("a name starts with a letter or digit");
+    }
+    if volume.replicas > REPLICAS_MAX {
+        return Some("at most 3 replicas");
+    }
+    if volume.in_place && volume.replicas != 1 {
+        return Some("a volume written in place has one replica");
+    }
+    size_fault(volume.size_bytes, volume.growable)
+}
+
+fn size_fault(size_bytes: u64, growable: bool) -> Option<&'static str> {
+    if size_bytes > VOLUME_BYTES_MAX {
+        return Some("larger than 2^60 bytes");
+    }
+    if !growable && !size_bytes.is_multiple_of(BLOCK_BYTES) {
+        return Some("the size is no multiple of 4096");
+    }
+    None
+}

@@ -1,0 +1,165 @@
+//! Conversion: what is queued becomes written, in batches of one record each.
+
+use std::collections::BTreeMap;
+
+use endio_types::{IoEndId, Reason, VolumeId};
+
+use super::io::{ConvertedBatch, EffectKind, Output};
+use super::{Machine, MachineError, Step};
+use crate::chunk::CHUNK_BLOCKS;
+use crate::chunk::ChunkId;
+use crate::extent_map::ChunkTable;
+use crate::ledger::IoEnd;
+use crate::record::{ConvertVolume, Record, Run};
+
+impl<T: ChunkTable> Machine<T> {
+    /// Converts one batch; `false`: nothing is queued. An io_end whose chunks cannot be read ends
+    /// with an error, and the rest of the batch goes on.
+    pub(super) fn convert_batch(
+        &mut self,
+        out: &mut Output,
+    ) -> Result<bool, MachineError<T::Error>> {
+        let taken = self.take_batch();
+        if taken.is_empty() {
+            return Ok(false);
+        }
+        let mut by_volume: BTreeMap<VolumeId, ConvertVolume> = BTreeMap::new();
+        let mut batch = ConvertedBatch { seq: 0, traceparents: vec![], io_ends: vec![], blocks: 0 };
+        for (volume, id) in taken {
+            let Some(io_end) = self.ledger.get(id).cloned() else { continue };
+            if !self.chunks_are_readable(&io_end) {
+                let range = io_end.range;
+                let kind = EffectKind::ConversionFailed { io_end: id, volume, range };
+                self.push(self.when_committed(), kind, out);
+                self.abort(id, Reason::MetadataFull, None, out)?;
+                continue;
+            }
+            self.add_to_batch(&mut by_volume, &io_end);
+            batch.io_ends.push(id);
+            batch.blocks += io_end.durable_ranges().iter().map(|range| range.len).sum::<u64>();
+            if !io_end.traceparent.is_empty() {
+                batch.traceparents.push(io_end.traceparent);
+            }
+        }
+        if by_volume.is_empty() {
+            return Ok(true);
+        }
+        self.commit(Record::Convert(by_volume.into_values().collect()), out)?;
+        self.counters.batches += 1;
+        self.counters.converted += batch.io_ends.len() as u64;
+        self.counters.converted_blocks += batch.blocks;
+        for id in &batch.io_ends {
+            self.complete(*id, out)?;
+        }
+        batch.seq = self.durable.seq;
+        out.batches.push(batch);
+        Ok(true)
+    }
+
+    /// Takes io_ends from both lanes in turn, and inside a lane from the volumes in turn.
+    fn take_batch(&mut self) -> Vec<(VolumeId, IoEndId)> {
+        let mut taken = Vec::new();
+        let mut blocks = 0;
+        let mut lane = 0;
+        while taken.len() < self.limits.convert_batch_max && blocks < self.limits.convert_blocks_max
+        {
+            if self.lanes[lane].is_empty() {
+                lane = 1 - lane;
+            }
+            let Some((volume, id)) = self.lanes[lane].pop() else { break };
+            for older in self.older_overlapping(lane, volume, id) {
+                self.lanes[1 - lane].remove(volume, older);
+                blocks += self.ledger.get(older).map_or(0, |io_end| io_end.range.len);
+                taken.push((volume, older));
+            }
+            blocks += self.ledger.get(id).map_or(0, |io_end| io_end.range.len);
+            taken.push((volume, id));
+            lane = 1 - lane;
+        }
+        taken
+    }
+
+    /// What must convert before `id`: everything of the other lane up to the last io_end that was
+    /// released before it and overlaps it. Each lane by itself is in the order of release.
+    fn older_overlapping(&self, lane: usize, volume: VolumeId, id: IoEndId) -> Vec<IoEndId> {
+        let Some(io_end) = self.ledger.get(id).filter(|io_end| io_end.overlapped) else {
+            return Vec::new();
+        };
+        let others = self.lanes[1 - lane].of(volume).filter_map(|other| self.ledger.get(other));
+        let older: Vec<&IoEnd> =
+            others.take_while(|other| other.release_order < io_end.release_order).collect();
+        let last = older.iter().rposition(|other| other.range.overlaps(io_end.range));
+        let count = last.map_or(0, |last| last + 1);
+        older[..count].iter().map(|other| other.id).collect()
+    }
+
+    fn chunks_are_readable(&mut self, io_end: &IoEnd) -> bool {
+        let first = io_end.range.start.0 / CHUNK_BLOCKS;
+        let last = io_end.range.end().saturating_sub(1) / CHUNK_BLOCKS;
+        (first..=last).all(|index| {
+            let id = ChunkId { volume: io_end.volume, index };
+            self.table.read(id, &mut |_| {}).is_ok()
+        })
+    }
+
+    fn add_to_batch(&self, batch: &mut BTreeMap<VolumeId, ConvertVolume>, io_end: &IoEnd) {
+        let in_place = self.durable.volumes.get(&io_end.volume).is_some_and(|v| v.in_place);
+        let item = batch.entry(io_end.volume).or_insert_with(|| ConvertVolume {
+            volume: io_end.volume,
+            runs: Vec::new(),
+            size_after_bytes: 0,
+            credit_used: 0,
+            io_ends: Vec::new(),
+        });
+        let runs = io_end.runs(!in_place);
+        if io_end.credit > 0 {
+            // Only fresh blocks take credit, and in this lane every converted fresh block does.
+            let fresh = io_end.pieces.iter().filter(|piece| {
+                piece.kind == crate::ledger::PieceKind::Fresh && io_end.is_durable(piece)
+            });
+            item.credit_used += fresh.map(|piece| u64::from(piece.blocks)).sum::<u64>();
+        }
+        for run in runs {
+            push_merged(&mut item.runs, run);
+        }
+        item.size_after_bytes = item.size_after_bytes.max(io_end.durable_size());
+        item.io_ends.push(io_end.id);
+    }
+}
+
+/// Appends a run, or lengthens the last one if the new one goes on where it ends in the volume and
+/// in every copy, with checksums on both sides or on none.
+fn push_merged(runs: &mut Vec<Run>, run: Run) {
+    let Some(last) = runs.last_mut() else { return runs.push(run) };
+    let blocks = u64::from(last.blocks);
+    let goes_on = last.range().end() == run.lblk.0
+        && last.crcs.is_empty() == run.crcs.is_empty()
+        && last.places.len() == run.places.len()
+        && last.places.iter().zip(&run.places).all(|((store, pblk), (next_store, next))| {
+            store == next_store && pblk.0 + blocks == next.0
+        });
+    match last.blocks.checked_add(run.blocks).filter(|_| goes_on) {
+        Some(blocks) => {
+            last.blocks = blocks;
+            last.crcs.extend(run.crcs);
+        }
+        None => runs.push(run),
+    }
+}
+
+impl<T: ChunkTable> Machine<T> {
+    /// Aborts every io_end of a volume, queued or not: its generation is over.
+    pub(super) fn abort_of_volume(
+        &mut self,
+        volume: VolumeId,
+        reason: Reason,
+        out: &mut Output,
+    ) -> Step<T> {
+        let all = self.ledger.iter().filter(|io_end| io_end.volume == volume);
+        let all: Vec<IoEndId> = all.map(|io_end| io_end.id).collect();
+        for id in all {
+            self.abort(id, reason, None, out)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,284 @@
+//! When a block may be handed out again; fences; punching.
+//!
+//! A quarantined block waits for exactly one of these at a time:
+//! * `wait_epoch`: the store has not drained older epochs yet;
+//! * `wait_fence`: an aborted io_end may still write it;
+//! * [`FreedAt`]: the record that freed it is not durable;
+//! * [`Reads::freed`]: a read under an older map version may still be in flight;
+//! * a punch that is under way.
+//!
+//! A store that starts again (newer incarnation) has nothing in flight, but has also forgotten
+//! which generations are fenced: they are fenced again before blocks that wait for that move on.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use endio_types::{Generation, IoEndId, MapVersion, Millis, PblkRange, StoreId, VolumeId};
+
+use super::io::{EffectKind, Output, ToStore};
+use super::state::{FenceOut, FreedAt, Reads, StoreRt};
+use super::{Durability, Machine, Step};
+use crate::chunk::Change;
+use crate::extent_map::ChunkTable;
+use crate::free_space::WrongClass;
+use crate::record::{Run, Seq};
+
+const NO_STORE: WrongClass = WrongClass("blocks of a store that does not exist");
+
+impl<T: ChunkTable> Machine<T> {
+    /// Moves the blocks of a run that got into the map from reserved to mapped.
+    pub(super) fn account_mapped(&mut self, volume: VolumeId, run: &Run) -> Step<T> {
+        for (store, pblk) in &run.places {
+            let rt = self.stores.get_mut(store).ok_or(NO_STORE)?;
+            let range = PblkRange { start: *pblk, len: u64::from(run.blocks) };
+            if rt.space.map_reserved(range)? {
+                self.volumes.entry(volume).or_default().mapped_blocks += range.len;
+            }
+        }
+        Ok(())
+    }
+
+    /// Quarantines what a record freed.
+    pub(super) fn account_freed(&mut self, volume: VolumeId, seq: Seq, change: &Change) -> Step<T> {
+        let version = self.durable.volumes.get(&volume).map_or(MapVersion(0), |v| v.map_version);
+        for piece in &change.freed {
+            let rt = self.stores.get_mut(&piece.store).ok_or(NO_STORE)?;
+            rt.space.quarantine_mapped(piece.range)?;
+            let mapped = &mut self.volumes.entry(volume).or_default().mapped_blocks;
+            *mapped = mapped.saturating_sub(piece.range.len);
+            let (store, range) = (piece.store, piece.range);
+            self.freed.push_back(FreedAt { seq, volume, version, store, range });
+        }
+        Ok(())
+    }
+
+    /// Moves on what was freed by records that are durable now.
+    pub(super) fn settle_committed(&mut self) -> Step<T> {
+        let mut touched = BTreeSet::new();
+        while let Some(freed) = self.freed.front().copied() {
+            if freed.seq > self.committed {
+                break;
+            }
+            self.freed.pop_front();
+            let reads = self.reads.entry(freed.volume).or_default();
+            reads.freed.entry(freed.store).or_default().push_back((freed.version, freed.range));
+            touched.insert(freed.volume);
+        }
+        for volume in touched {
+            self.settle_reads(volume)?;
+        }
+        Ok(())
+    }
+
+    /// Moves on what no read of the volume can touch any more.
+    pub(super) fn settle_reads(&mut self, volume: VolumeId) -> Step<T> {
+        let is_open = self.durable.volumes.get(&volume).is_some_and(|v| v.owner.is_some());
+        let Some(reads) = self.reads.get_mut(&volume) else { return Ok(()) };
+        let needed = reads.min_generation.unwrap_or(Generation(0));
+        for (store, queue) in &mut reads.freed {
+            let acked = reads.acked.get(store).copied().unwrap_or(Generation(0));
+            if acked < needed {
+                continue;
+            }
+            let rt = self.stores.get_mut(store).ok_or(NO_STORE)?;
+            while let Some((version, range)) = queue.front().copied() {
+                if is_open && version > reads.confirmed {
+                    break;
+                }
+                queue.pop_front();
+                rt.space.release(range, false)?;
+            }
+        }
+        reads.freed.retain(|_, queue| !queue.is_empty());
+        Ok(())
+    }
+
+    /// From now on only `generation` and newer of a volume are accepted.
+    pub(super) fn fence_generation(&mut self, volume: VolumeId, generation: Generation) {
+        let reads = self.reads.entry(volume).or_default();
+        reads.min_generation = Some(generation);
+        for store in self.stores.values_mut() {
+            store.fence_volumes.insert(volume, generation);
+        }
+    }
+
+    /// Quarantines reserved blocks that an aborted or partly unsent io_end may still write.
+    pub(super) fn quarantine_until_fenced(
+        &mut self,
+        io_end: IoEndId,
+        store: StoreId,
+        range: PblkRange,
+    ) -> Step<T> {
+        let rt = self.stores.get_mut(&store).ok_or(NO_STORE)?;
+        rt.space.quarantine_reserved(range)?;
+        rt.wait_fence.entry(io_end).or_default().push(range);
+        rt.fence_io_ends.insert(io_end);
+        Ok(())
+    }
+
+    /// Sends the next fence to each store that has none outstanding.
+    pub(super) fn send_fences(&mut self, out: &mut Output) {
+        for rt in self.stores.values_mut() {
+            let Some(session) = rt.session else { continue };
+            if rt.fence.is_some() || rt.lease.is_none() {
+                continue;
+            }
+            if rt.fence_io_ends.is_empty() && rt.fence_volumes.is_empty() {
+                continue;
+            }
+            let max = self.limits.fence_io_ends_max;
+            let io_ends: Vec<IoEndId> =
+                std::iter::from_fn(|| rt.fence_io_ends.pop_first()).take(max).collect();
+            let volumes: Vec<_> =
+                std::iter::from_fn(|| rt.fence_volumes.pop_first()).take(max).collect();
+            let fence = FenceOut { id: self.next_command, io_ends, volumes };
+            self.next_command += 1;
+            let message = fence_message(&fence);
+            let kind = EffectKind::Store(session, message);
+            out.effects.push(super::Effect { after: after(rt, self.committed), kind });
+            rt.fence = Some(fence);
+        }
+    }
+
+    /// A store has drained everything up to a fence.
+    pub(super) fn fence_done(&mut self, store: StoreId, fence: u64) -> Step<T> {
+        let Some(rt) = self.stores.get_mut(&store) else { return Ok(()) };
+        let Some(done) = rt.fence.take_if(|out| out.id == fence) else { return Ok(()) };
+        for io_end in &done.io_ends {
+            for range in rt.wait_fence.remove(io_end).unwrap_or_default() {
+                rt.space.release(range, false)?;
+            }
+        }
+        for (volume, generation) in &done.volumes {
+            if let Some(reads) = self.reads.get_mut(volume) {
+                reads.acked.insert(store, *generation);
+            }
+            self.settle_reads(*volume)?;
+        }
+        for io_end in done.io_ends {
+            self.in_place_fenced(io_end, store);
+        }
+        Ok(())
+    }
+
+    /// An aborted io_end that wrote in place keeps its range until every store has fenced it.
+    fn in_place_fenced(&mut self, io_end: IoEndId, store: StoreId) {
+        let waits = self.stores.iter().any(|(id, rt)| {
+            let outstanding = rt.fence.as_ref().is_some_and(|f| f.io_ends.contains(&io_end));
+            *id != store && (outstanding || rt.fence_io_ends.contains(&io_end))
+        });
+        if waits || self.ledger.get(io_end).is_some() {
+            return;
+        }
+        for volume in self.volumes.values_mut() {
+            volume.in_flight.remove(&io_end);
+        }
+    }
+
+    /// A newer incarnation of a store registered: nothing of the old one is in flight.
+    pub(super) fn drained_by_restart(&mut self, store: StoreId) -> Step<T> {
+        let Some(rt) = self.stores.get_mut(&store) else { return Ok(()) };
+        let mut fenced: Vec<IoEndId> = rt.fence_io_ends.iter().copied().collect();
+        if let Some(fence) = rt.fence.take() {
+            fenced.extend(fence.io_ends);
+        }
+        rt.fence_io_ends.clear();
+        let waited: BTreeMap<IoEndId, Vec<PblkRange>> = std::mem::take(&mut rt.wait_fence);
+        for range in waited.into_values().flatten() {
+            rt.space.release(range, false)?;
+        }
+        if let Some((_, ranges)) = rt.punch.take() {
+            for range in ranges {
+                rt.space.release(range, false)?;
+            }
+        }
+        rt.fence_volumes.clear();
+        for (volume, reads) in &mut self.reads {
+            reads.acked.remove(&store);
+            if let Some(generation) = reads.min_generation {
+                rt.fence_volumes.insert(*volume, generation);
+            }
+        }
+        for io_end in fenced {
+            self.in_place_fenced(io_end, store);
+        }
+        Ok(())
+    }
+
+    /// A store has drained everything of older epochs.
+    pub(super) fn drained_by_epoch(&mut self, store: StoreId) -> Step<T> {
+        let Some(rt) = self.stores.get_mut(&store) else { return Ok(()) };
+        for range in std::mem::take(&mut rt.wait_epoch) {
+            rt.space.release(range, false)?;
+        }
+        Ok(())
+    }
+
+    /// Whether a store could get a punch now.
+    pub(super) fn punch_is_due(&self) -> bool {
+        self.stores.values().any(|rt| rt.next_punch <= self.now && can_punch(rt))
+    }
+
+    /// When a store can get its next punch, if there is something to punch.
+    pub(super) fn next_punch(&self) -> Option<Millis> {
+        self.stores.values().filter(|rt| can_punch(rt)).map(|rt| rt.next_punch).min()
+    }
+
+    /// Gives free blocks back to the host file systems, a bounded batch per store at a time.
+    pub(super) fn send_punches(&mut self, out: &mut Output) {
+        let now = self.now;
+        let due = self.stores.values_mut().filter(|rt| rt.next_punch <= now && can_punch(rt));
+        for rt in due {
+            let Some(session) = rt.session else { continue };
+            let limits = &self.limits;
+            let ranges = rt.space.take_unpunched(limits.punch_ranges_max, limits.punch_blocks_max);
+            let punch = self.next_command;
+            self.next_command += 1;
+            rt.next_punch = now.plus(limits.punch_interval_ms);
+            rt.punch = Some((punch, ranges.clone()));
+            let kind = EffectKind::Store(session, ToStore::Punch { punch, ranges });
+            out.effects.push(super::Effect { after: after(rt, self.committed), kind });
+        }
+    }
+
+    /// A punch is done: its blocks are free and holes.
+    pub(super) fn punch_done(&mut self, store: StoreId, punch: u64) -> Step<T> {
+        let Some(rt) = self.stores.get_mut(&store) else { return Ok(()) };
+        let Some((_, ranges)) = rt.punch.take_if(|(id, _)| *id == punch) else { return Ok(()) };
+        for range in ranges {
+            rt.space.release(range, true)?;
+        }
+        Ok(())
+    }
+}
+
+/// Blocks being punched cannot be allocated, so a store that is short of space is left alone.
+fn can_punch(rt: &StoreRt) -> bool {
+    rt.is_usable()
+        && rt.punch.is_none()
+        && rt.space.has_unpunched()
+        && rt.space.free() > rt.space.capacity() / 8
+}
+
+/// What goes to a store must not overtake its registration.
+pub(super) fn after(rt: &StoreRt, committed: Seq) -> Durability {
+    match rt.registered > committed {
+        true => Durability::Committed(rt.registered),
+        false => Durability::Now,
+    }
+}
+
+/// The message of a fence; sent again as it was when the store comes back.
+pub(super) fn fence_message(fence: &FenceOut) -> ToStore {
+    ToStore::Fence {
+        fence: fence.id,
+        io_ends: fence.io_ends.clone(),
+        volumes: fence.volumes.clone(),
+    }
+}
+
+impl Reads {
+    /// For a volume that is opened: its reads use the map as it is now.
+    pub(super) fn opened(&mut self, version: MapVersion) {
+        self.confirmed = version;
+    }
+}

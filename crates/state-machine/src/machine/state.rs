@@ -1,0 +1,136 @@
+//! The volatile parts of the machine's state. All of it may be forgotten.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use endio_types::{
+    Generation, IoEndId, LblkRange, MapVersion, Millis, PblkRange, StoreId, VolumeId,
+};
+
+use super::io::{MapChange, ReplyTo, StoreSession, WritebackSession};
+use crate::free_space::StoreSpace;
+use crate::lease::Lease;
+use crate::record::Seq;
+
+/// What a waiting change does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Work {
+    /// Trim, allocate or zero.
+    Map(MapChange),
+    /// Free what lies beyond the new end, then set the size.
+    Shrink(u64),
+    /// Delete the volume.
+    Delete,
+}
+
+/// A change of the map that waits for io_ends or is under way.
+#[derive(Clone, Debug)]
+pub(super) struct PendingChange {
+    pub(super) work: Work,
+    pub(super) range: LblkRange,
+    pub(super) reply: ReplyTo,
+    /// First block not handled yet.
+    pub(super) cursor: u64,
+    pub(super) blocks_changed: u64,
+}
+
+/// Volatile state of a volume.
+#[derive(Clone, Debug, Default)]
+pub(super) struct VolumeRt {
+    /// Ranges that something in flight may touch: io_ends, and aborted io_ends that wrote in
+    /// place until their fence is done.
+    pub(super) in_flight: BTreeMap<IoEndId, LblkRange>,
+    /// io_ends in flight by lane.
+    pub(super) by_lane: [usize; 2],
+    /// In order; only the first makes progress.
+    pub(super) changes: VecDeque<PendingChange>,
+    /// Promised blocks that io_ends in flight use.
+    pub(super) credit_in_flight: u64,
+    /// Blocks in the map, once per replica.
+    pub(super) mapped_blocks: u64,
+}
+
+/// Who may still read blocks that the map no longer names. Outlives its volume.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Reads {
+    /// Lowest generation still accepted, once an older one was superseded in this epoch.
+    pub(super) min_generation: Option<Generation>,
+    /// Reads of the current generation use this map version or newer.
+    pub(super) confirmed: MapVersion,
+    /// Lowest generation each store accepts, as it acknowledged.
+    pub(super) acked: BTreeMap<StoreId, Generation>,
+    /// Freed durably, and the map version without them; ascending.
+    pub(super) freed: BTreeMap<StoreId, VecDeque<(MapVersion, Millis, PblkRange)>>,
+}
+
+/// A fence that was sent.
+#[derive(Clone, Debug)]
+pub(super) struct FenceOut {
+    pub(super) id: u64,
+    pub(super) io_ends: Vec<IoEndId>,
+    pub(super) volumes: Vec<(VolumeId, Generation)>,
+}
+
+/// Volatile state of a store.
+#[derive(Clone, Debug)]
+pub(super) struct StoreRt {
+    pub(super) space: StoreSpace,
+    pub(super) session: Option<StoreSession>,
+    pub(super) lease: Option<Lease>,
+    /// Number of the record that made its registration durable.
+    pub(super) registered: Seq,
+    /// It has drained everything of older epochs.
+    pub(super) ready: bool,
+    /// Quarantined until `ready`.
+    pub(super) wait_epoch: Vec<PblkRange>,
+    /// Quarantined until the io_end is fenced.
+    pub(super) wait_fence: BTreeMap<IoEndId, Vec<PblkRange>>,
+    /// To be named in the next fence.
+    pub(super) fence_io_ends: BTreeSet<IoEndId>,
+    /// To be named in the next fence.
+    pub(super) fence_volumes: BTreeMap<VolumeId, Generation>,
+    pub(super) fence: Option<FenceOut>,
+    pub(super) punch: Option<(u64, Vec<PblkRange>)>,
+    /// No punch before: each costs the host file system work.
+    pub(super) next_punch: Millis,
+}
+
+impl StoreRt {
+    pub(super) fn new(space: StoreSpace) -> Self {
+        Self {
+            space,
+            session: None,
+            lease: None,
+            registered: 0,
+            ready: false,
+            wait_epoch: Vec::new(),
+            wait_fence: BTreeMap::new(),
+            fence_io_ends: BTreeSet::new(),
+            fence_volumes: BTreeMap::new(),
+            fence: None,
+            punch: None,
+            next_punch: Millis(0),
+        }
+    }
+    /// New tokens may name it.
+    pub(super) fn is_usable(&self) -> bool {
+        self.session.is_some() && self.lease.is_some() && self.ready
+    }
+}
+
+/// Volatile state of a writeback instance.
+#[derive(Clone, Debug, Default)]
+pub(super) struct WritebackRt {
+    pub(super) session: Option<WritebackSession>,
+    /// `None`: it has ended.
+    pub(super) lease: Option<Lease>,
+}
+
+/// Blocks freed by a record that is not durable yet.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct FreedAt {
+    pub(super) seq: Seq,
+    pub(super) volume: VolumeId,
+    pub(super) version: MapVersion,
+    pub(super) store: StoreId,
+    pub(super) range: PblkRange,
+}
