@@ -181,15 +181,17 @@ impl Shutdown {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let shutdown = self.clone();
         tokio::spawn(async move {
+            let mut is_second = false;
             loop {
                 let (name, code) = tokio::select! {
                     Some(()) = terminate.recv() => ("SIGTERM", 143),
                     Some(()) = interrupt.recv() => ("SIGINT", 130),
                     else => return,
                 };
-                if shutdown.is_requested() {
+                if is_second {
                     exit(code);
                 }
+                is_second = true;
                 tracing::info!(signal = name, "stop requested; the same again ends at once");
                 shutdown.request();
             }

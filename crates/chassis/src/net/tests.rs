@@ -70,3 +70,32 @@ fn a_status_that_the_peer_sent_is_no_lost_connection() {
     assert!(is_connection_lost(&tonic::Status::unavailable("")));
     assert!(!is_connection_lost(&tonic::Status::cancelled("")));
 }
+
+#[tokio::test]
+async fn a_peer_that_stops_answering_does_not_wedge_the_channel() {
+    use tonic_health::pb::HealthCheckRequest;
+    use tonic_health::pb::health_client::HealthClient;
+
+    // It takes connections and never says a word, like a host that was cut off.
+    let mute = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", mute.local_addr().unwrap());
+    let (accepted, mut count) = tokio::sync::mpsc::channel(8);
+    let peer = tokio::spawn(async move {
+        let mut conns = Vec::new();
+        while let Ok((conn, _)) = mute.accept().await {
+            conns.push(conn);
+            if accepted.send(()).await.is_err() {
+                return;
+            }
+        }
+    });
+    let config =
+        DialerConfig { keepalive_interval_ms: 20, keepalive_timeout_ms: 20, ..Default::default() };
+    let mut client = HealthClient::new(Dialer::new(config).channel(&url).unwrap());
+    for _ in 0..2 {
+        let status = client.check(HealthCheckRequest::default()).await.unwrap_err();
+        assert!(is_connection_lost(&status), "{status:?}");
+        count.recv().await.unwrap();
+    }
+    peer.abort();
+}

@@ -59,3 +59,42 @@ async fn a_forced_stop_is_a_request_and_ends_draining_at_once() {
     assert!(shutdown.is_forced());
     assert_eq!(shutdown.drained(LONG).await.unwrap_err(), ["stuck"]);
 }
+
+/// Set in the process that receives the signals: this test binary, started by itself.
+const CHILD: &str = "CHASSIS_TEST_SIGNAL_CHILD";
+
+#[test]
+fn the_first_signal_requests_a_stop_and_the_second_ends_the_process() {
+    use std::io::{BufRead as _, BufReader};
+    use std::process::{Command, Stdio};
+
+    if std::env::var_os(CHILD).is_some() {
+        return receive_signals();
+    }
+    for (signal, code) in [("TERM", 143), ("INT", 130)] {
+        let name = "the_first_signal_requests_a_stop_and_the_second_ends_the_process";
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args([&format!("shutdown::tests::{name}"), "--exact", "--nocapture"])
+            .env(CHILD, "1")
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        for expected in ["installed", "requested"] {
+            assert!(lines.any(|line| line.unwrap().ends_with(expected)), "{expected} never came");
+            let kill = format!("kill -{signal} {}", child.id());
+            assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success());
+        }
+        assert_eq!(child.wait().unwrap().code(), Some(code));
+    }
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn receive_signals() {
+    let shutdown = Shutdown::new();
+    shutdown.on_signals().unwrap();
+    println!("\ninstalled");
+    shutdown.requested().await;
+    println!("\nrequested");
+    tokio::time::sleep(LONG).await;
+}
