@@ -261,7 +261,12 @@ pub(crate) fn find(vfs: &dyn Vfs, database: u64, after: u64) -> Result<Found, Me
     let mut found = Found { last: after, ..Found::default() };
     if let Some((name, first)) = segments.first() {
         if *first > after + 1 {
-            return Err(damaged(vfs, name, 0, format!("records from {} on are missing", after + 1)));
+            return Err(damaged(
+                vfs,
+                name,
+                0,
+                format!("records from {} on are missing", after + 1),
+            ));
         }
         found.last = first - 1;
     }

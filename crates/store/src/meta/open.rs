@@ -218,8 +218,7 @@ fn newest<R>(
                 last = Some((name, error));
             }
             // Set aside already.
-            Err(MetaError::Io { source, .. })
-                if source.kind() == std::io::ErrorKind::NotFound => {}
+            Err(MetaError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
         if let Some((name, error)) = &last {
@@ -254,12 +253,7 @@ fn reuse(
             canary.last_seq, found.last
         )));
     }
-    Ok(verify(engine, canary).map(|backend| Opened {
-        head,
-        found,
-        backend,
-        chunks: canary.chunks,
-    }))
+    Ok(verify(engine, canary).map(|backend| Opened { head, found, backend, chunks: canary.chunks }))
 }
 
 /// Checks the files before the store reads them, and every chunk after.
@@ -328,5 +322,8 @@ fn check_room(shared: &Shared, bytes: u64) -> Result<(), MetaError> {
     {
         return Ok(());
     }
-    Err(MetaError::NoSpace { what: "rebuild the table of chunks in", path: shared.vfs.path("sled") })
+    Err(MetaError::NoSpace {
+        what: "rebuild the table of chunks in",
+        path: shared.vfs.path("sled"),
+    })
 }

@@ -213,6 +213,7 @@ impl SimVfs {
         disk.names = names;
         disk.name_history.clear();
         disk.cut_after = None;
+        disk.syncs_before_failure = None;
         disk.locked = false;
         disk.life += 1;
     }
