@@ -245,8 +245,7 @@ impl<D: Clone> DirtyMap<D> {
         let range = self.run_around(seed, limit);
         let io = WriteOutId(self.next_io);
         self.next_io += 1;
-        let mut picked =
-            Picked { io, range, data: Vec::new(), max_lsn: Lsn(0), end_bytes: 0 };
+        let mut picked = Picked { io, range, data: Vec::new(), max_lsn: Lsn(0), end_bytes: 0 };
         for lblk in range.start.0..range.end() {
             let Some(version) = self.launch(lblk, io) else { continue };
             picked.max_lsn = picked.max_lsn.max(version.lsn);

@@ -34,6 +34,7 @@ fn a_block_rewritten_under_writeback_stays_dirty_after_the_old_version_completes
     assert!(map.is_clean());
 }
 
+/// Scenario 24, dirty map.
 #[test]
 fn a_failed_write_out_is_dirty_again_and_never_hides_newer_data() {
     let mut map = DirtyMap::new();
@@ -48,6 +49,7 @@ fn a_failed_write_out_is_dirty_again_and_never_hides_newer_data() {
     assert_eq!(map.pending_blocks_up_to(Lsn(1)), 3, "the newer data stands for the older too");
 }
 
+/// Scenario 40, dirty map.
 #[test]
 fn an_fsync_waits_for_what_was_acknowledged_before_it_and_for_nothing_later() {
     let mut map = DirtyMap::new();
@@ -80,6 +82,7 @@ fn a_run_is_contiguous_holds_its_limit_and_begins_at_the_oldest_block() {
     assert_eq!(map.pick(PickLimit::blocks(0)), None);
 }
 
+/// Scenario 36, dirty map.
 #[test]
 fn a_write_out_carries_the_size_of_its_own_writes_only() {
     let mut map = DirtyMap::new();
@@ -93,6 +96,7 @@ fn a_write_out_carries_the_size_of_its_own_writes_only() {
     assert_eq!(first.end_bytes, 4096, "never beyond the blocks it converts");
 }
 
+/// Scenario 42, dirty map.
 #[test]
 fn discarded_blocks_do_not_come_back_when_their_write_out_fails() {
     let mut map = DirtyMap::new();

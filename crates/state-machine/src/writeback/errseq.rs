@@ -71,6 +71,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
+    /// Scenario 20, error sequence.
     #[test]
     fn each_observer_is_told_an_error_once() {
         let mut errors = ErrSeq::new();

@@ -8,6 +8,7 @@ fn range(start: u64, len: u64) -> LblkRange {
     LblkRange::new(start, len)
 }
 
+/// Scenario 46, range lock.
 #[test]
 fn a_later_request_does_not_overtake_an_overlapping_waiter() {
     let mut lock = RangeLock::new();

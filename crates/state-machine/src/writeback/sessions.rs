@@ -138,10 +138,10 @@ impl SessionTable {
     /// Also for replay of the log: creates the session if need be, whatever the bound. Idempotent.
     pub fn applied(&mut self, key: RequestKey, result: u64, now: Millis) {
         let limits = self.limits;
-        let session = self.sessions.entry(key.session).or_insert_with(|| Session {
-            first: key.sequence,
-            ..Session::default()
-        });
+        let session = self
+            .sessions
+            .entry(key.session)
+            .or_insert_with(|| Session { first: key.sequence, ..Session::default() });
         session.last_used = session.last_used.max(now);
         session.running.remove(&key.sequence);
         session.applied(key.sequence, result, limits);
@@ -193,10 +193,10 @@ impl SessionTable {
         self.memory_lost |= snapshot.memory_lost;
         let limits = self.limits;
         for (id, stored) in snapshot.sessions {
-            let session = self.sessions.entry(id).or_insert_with(|| Session {
-                first: stored.first,
-                ..Session::default()
-            });
+            let session = self
+                .sessions
+                .entry(id)
+                .or_insert_with(|| Session { first: stored.first, ..Session::default() });
             session.merge(stored, limits);
             session.last_used = now;
         }

@@ -18,6 +18,7 @@ fn small() -> SessionTable {
     })
 }
 
+/// Scenario 33, session table.
 #[test]
 fn a_retry_of_an_applied_request_is_a_duplicate_with_its_result() {
     let mut table = small();
@@ -103,6 +104,8 @@ fn a_copy_forgets_the_sessions_used_longest_ago() {
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 128, failure_persistence: None, ..Default::default() })]
+    /// Scenario 62, session table.
+    ///
     /// Clients send each number once as first try, overtaking each other only for a while, and any
     /// number of times as retry; requests fail, succeed and get lost, the service restarts from
     /// its snapshot, and sessions are forgotten: nothing is applied twice.

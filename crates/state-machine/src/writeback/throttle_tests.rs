@@ -33,6 +33,7 @@ fn a_writer_is_slowed_down_towards_the_hard_limit_and_stopped_at_it() {
     assert_eq!(throttle.decide(A, 1), Verdict::WriteOut);
 }
 
+/// Scenario 67, limits.
 #[test]
 fn a_volume_beyond_its_share_waits_while_another_one_proceeds() {
     let mut throttle = throttle();

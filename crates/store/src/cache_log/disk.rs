@@ -54,11 +54,8 @@ impl RealDisk {
     /// Creates the directory if need be and locks it. `Ok(None)`: somebody else has it.
     pub(super) fn lock(dir: &Path) -> io::Result<Option<Self>> {
         std::fs::create_dir_all(dir)?;
-        let lock = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(dir.join("lock"))?;
+        let lock =
+            OpenOptions::new().create(true).truncate(false).write(true).open(dir.join("lock"))?;
         match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),

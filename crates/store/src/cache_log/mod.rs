@@ -265,7 +265,7 @@ impl CacheLog {
 
     /// Flushes all there is now; returns its newest record.
     fn flush(&self) -> Result<Lsn, CacheLogError> {
-        let (target, files, new_names) = self.writer().to_flush();
+        let (target, files, new_names) = self.writer().take_unsynced();
         let flush = || {
             for (name, file) in &files {
                 file.sync().map_err(|source| (name.as_str(), source))?;

@@ -13,9 +13,7 @@ use endio_types::{BLOCK_BYTES, Generation, VolumeId};
 use super::api::CacheLogError;
 use super::disk::{Disk, LogFile};
 use super::live::Live;
-use super::record::{
-    CleanPayload, HEADER_LEN, Header, Kind, SnapshotPayload, VolumePayload,
-};
+use super::record::{CleanPayload, HEADER_LEN, Header, Kind, SnapshotPayload, VolumePayload};
 
 const STATE: &str = "state";
 const STATE_NEW: &str = "state.new";
@@ -212,12 +210,11 @@ impl Scan {
                     break;
                 }
             };
-            let damaged =
-                |what: &str| CacheLogError::Damaged {
-                    path: disk.path(&name),
-                    offset: at,
-                    what: what.into(),
-                };
+            let damaged = |what: &str| CacheLogError::Damaged {
+                path: disk.path(&name),
+                offset: at,
+                what: what.into(),
+            };
             let starts_log = index == 0 && first.is_none();
             if !starts_log && header.lsn != self.last.next() {
                 return Err(damaged("a record is missing before this one"));
@@ -264,8 +261,7 @@ impl Scan {
                 self.writes.push(Found { header, file: file.clone(), number, payload_at });
             }
             Kind::Clean => {
-                let clean: CleanPayload =
-                    postcard::from_bytes(payload).map_err(|_| unreadable)?;
+                let clean: CleanPayload = postcard::from_bytes(payload).map_err(|_| unreadable)?;
                 for run in clean.runs() {
                     self.live.clean(header.volume, run);
                 }
@@ -277,8 +273,7 @@ impl Scan {
                 self.volumes = snapshot.volumes;
             }
             Kind::Volume => {
-                let mark: VolumePayload =
-                    postcard::from_bytes(payload).map_err(|_| unreadable)?;
+                let mark: VolumePayload = postcard::from_bytes(payload).map_err(|_| unreadable)?;
                 if mark.open {
                     self.volumes.insert(header.volume, (mark.name, header.generation));
                 } else {
@@ -383,8 +378,8 @@ fn read_record(
     }
     let mut head = [0; HEADER_LEN];
     file.read_at(at, &mut head).map_err(Bad::Io)?;
-    let header = Header::decode(&head, tag)
-        .map_err(|what| Bad::Broken { what, cut_short: false })?;
+    let header =
+        Header::decode(&head, tag).map_err(|what| Bad::Broken { what, cut_short: false })?;
     if len - at < header.record_len() {
         return Err(Bad::Broken { what: "the file ends inside a payload", cut_short: true });
     }

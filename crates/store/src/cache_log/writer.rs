@@ -22,6 +22,9 @@ pub(super) struct Body<'a> {
     pub(super) keeps_reserve: bool,
 }
 
+/// A file that a flush must cover, by name.
+pub(super) type Unsynced = (String, Arc<dyn LogFile>);
+
 struct Sealed {
     number: u64,
     last: Lsn,
@@ -42,7 +45,7 @@ pub(super) struct Writer {
     last: Lsn,
     bytes: u64,
     /// Sealed files that no flush has covered.
-    unsynced: Vec<(String, Arc<dyn LogFile>)>,
+    unsynced: Vec<Unsynced>,
     new_names: bool,
     /// What the log itself says about sessions: exactly what a snapshot may stand for.
     sessions: SessionTable,
@@ -155,7 +158,7 @@ impl Writer {
     }
 
     /// What a flush must cover to make everything up to the returned number durable.
-    pub(super) fn to_flush(&mut self) -> (Lsn, Vec<(String, Arc<dyn LogFile>)>, bool) {
+    pub(super) fn take_unsynced(&mut self) -> (Lsn, Vec<Unsynced>, bool) {
         // A flush that fails poisons the log, so nothing has to be put back.
         let mut files = std::mem::take(&mut self.unsynced);
         files.push((segment_name(self.active.number), self.active.file.clone()));
