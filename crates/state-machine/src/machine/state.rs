@@ -59,7 +59,7 @@ pub(super) struct Reads {
     /// Lowest generation each store accepts, as it acknowledged.
     pub(super) acked: BTreeMap<StoreId, Generation>,
     /// Freed durably, and the map version without them; ascending.
-    pub(super) freed: BTreeMap<StoreId, VecDeque<(MapVersion, Millis, PblkRange)>>,
+    pub(super) freed: BTreeMap<StoreId, VecDeque<(MapVersion, PblkRange)>>,
 }
 
 /// A fence that was sent.
