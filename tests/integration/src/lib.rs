@@ -1,1 +1,5 @@
-//! The real stack in one process.
+//! The real stack in one process, over real sockets, and peers whose every message a test decides.
+
+pub mod hostile;
+pub mod raw;
+pub mod services;

@@ -1,0 +1,171 @@
+//! Conversion and block-stores in this process.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use endio_chassis::net::{Dialer, DialerConfig, ListenAddr, Listener};
+use endio_chassis::recorder::Recorder;
+use endio_chassis::shutdown::Shutdown;
+use endio_chassis::telemetry::{self, TelemetryConfig};
+use endio_store::block::{BlockDevice, MemoryDevice, Superblock};
+use endio_types::Incarnation;
+
+/// Blocks of each store unless a test says otherwise: 64 MiB.
+pub const STORE_BLOCKS: u64 = 16 << 10;
+/// Longest wait for a stop.
+pub(crate) const STOP_WAIT: Duration = Duration::from_secs(30);
+
+/// The one recorder of this process.
+pub fn recorder() -> Recorder {
+    telemetry::init(&TelemetryConfig::default()).expect("the default filter can be read")
+}
+
+pub(crate) fn dialer() -> Dialer {
+    Dialer::new(DialerConfig::default())
+}
+
+pub(crate) async fn bind(addr: &str) -> Listener {
+    let addr: ListenAddr = addr.parse().expect("an address");
+    // The port of a service that has just stopped may be taken for a moment.
+    for _ in 0..100 {
+        if let Ok(listener) = Listener::bind(&addr).await {
+            return listener;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("{addr} stays taken")
+}
+
+pub(crate) fn address(url: &str) -> &str {
+    url.trim_start_matches("http://")
+}
+
+/// A conversion service.
+pub struct Conversion {
+    /// Where it answers.
+    pub url: String,
+    /// Its configuration, for the next start.
+    pub config: endio_conversion::Config,
+    shutdown: Shutdown,
+    running: Option<endio_conversion::Running>,
+}
+
+impl Conversion {
+    /// Starts one in `directory`.
+    pub async fn start(directory: &Path) -> Self {
+        let config = endio_conversion::Config {
+            data_dir: directory.join("conversion"),
+            ..endio_conversion::Config::default()
+        };
+        Self::start_with(config).await
+    }
+
+    /// Starts one with this configuration.
+    pub async fn start_with(config: endio_conversion::Config) -> Self {
+        let mut conversion =
+            Self { url: String::new(), config, shutdown: Shutdown::new(), running: None };
+        conversion.launch("127.0.0.1:0").await;
+        conversion
+    }
+
+    async fn launch(&mut self, listen: &str) {
+        let listener = bind(listen).await;
+        self.url = listener.url().to_owned();
+        self.shutdown = Shutdown::new();
+        let deps =
+            endio_conversion::Deps::new(listener, dialer(), recorder(), self.shutdown.clone());
+        let running = endio_conversion::start(self.config.clone(), deps).await;
+        self.running = Some(running.expect("conversion starts"));
+    }
+
+    /// Stops it; it must drain.
+    pub async fn stop(&mut self) {
+        self.shutdown.request();
+        if let Some(running) = self.running.take() {
+            let ended = tokio::time::timeout(STOP_WAIT, running.wait()).await;
+            ended.expect("conversion stops in time").expect("conversion drains");
+        }
+    }
+
+    /// Stops it and starts it again on the same port: a new epoch.
+    pub async fn restart(&mut self) {
+        self.stop().await;
+        let url = self.url.clone();
+        self.launch(address(&url)).await;
+    }
+}
+
+/// A block-store over a device in memory that fails when it is told to.
+pub struct Store {
+    /// Where it answers.
+    pub url: String,
+    /// What it writes to.
+    pub device: Arc<MemoryDevice>,
+    superblock: Superblock,
+    conversion: String,
+    shutdown: Shutdown,
+    running: Option<endio_block_store::Running>,
+}
+
+impl Store {
+    /// Starts one of [`STORE_BLOCKS`].
+    pub async fn start(conversion: &str) -> Self {
+        Self::start_with(conversion, STORE_BLOCKS).await
+    }
+
+    /// Starts one of so many blocks.
+    pub async fn start_with(conversion: &str, blocks: u64) -> Self {
+        let superblock = Superblock {
+            sequence: 1,
+            uuid: rand::random(),
+            incarnation: Incarnation(0),
+            capacity_blocks: blocks,
+        };
+        let mut store = Self {
+            url: String::new(),
+            device: Arc::new(MemoryDevice::new(blocks)),
+            superblock,
+            conversion: conversion.to_owned(),
+            shutdown: Shutdown::new(),
+            running: None,
+        };
+        store.launch("127.0.0.1:0").await;
+        store
+    }
+
+    async fn launch(&mut self, listen: &str) {
+        let listener = bind(listen).await;
+        self.url = listener.url().to_owned();
+        self.shutdown = Shutdown::new();
+        self.superblock.incarnation.0 += 1;
+        let config = endio_block_store::Config {
+            conversion: self.conversion.clone(),
+            ..endio_block_store::Config::default()
+        };
+        let deps = endio_block_store::Deps {
+            listener,
+            dialer: dialer(),
+            recorder: recorder(),
+            shutdown: self.shutdown.clone(),
+        };
+        let device: Arc<dyn BlockDevice> = self.device.clone();
+        let running = endio_block_store::start_on(config, deps, device, self.superblock).await;
+        self.running = Some(running.expect("the block-store starts"));
+    }
+
+    /// Stops it; it must drain.
+    pub async fn stop(&mut self) {
+        self.shutdown.request();
+        if let Some(running) = self.running.take() {
+            let ended = tokio::time::timeout(STOP_WAIT, running.wait()).await;
+            ended.expect("the block-store stops in time").expect("the block-store drains");
+        }
+    }
+
+    /// Starts it again after [`Store::stop`], on the same port: a new incarnation.
+    pub async fn start_again(&mut self) {
+        let url = self.url.clone();
+        self.launch(address(&url)).await;
+    }
+}
