@@ -220,6 +220,10 @@ impl Life {
         if let Err(panic) = self.session.await {
             error!(%panic, "the session's task failed");
         }
+        if !held.is_empty() {
+            // Streams whose answers hang on the device would keep it for its own deadline.
+            self.server.abort();
+        }
         let served = match early {
             Some(served) => served,
             None => self.server.await,

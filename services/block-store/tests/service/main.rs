@@ -1,0 +1,11 @@
+//! The block-store service between a conversion that does what a test says and a device that fails
+//! when it is told to.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod bench;
+mod fake;
+mod hostile;
+mod lifecycle;
+mod reads;
+mod session;
+mod writes;
