@@ -1,2 +1,74 @@
-//! Entry point.
-fn main() {}
+//! The `endio` command.
+//!
+//! Each command is a thin client of the writeback service, but for `up`, which runs all services in
+//! this process, and `check --data-dir`, which reads the files of a stopped one.
+
+mod args;
+mod client;
+mod commands;
+mod failure;
+mod inspect;
+mod output;
+mod trace;
+mod transfer;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory as _, Parser as _};
+
+use crate::{
+    args::{Cli, Command},
+    client::Client,
+    failure::{Exit, Failure, Outcome},
+    output::Output,
+};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let json = cli.json;
+    let outcome = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::new(Exit::Failed, "start the runtime", error))
+        .and_then(|runtime| runtime.block_on(run(cli)));
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            if json {
+                eprintln!("{}", failure.json());
+            } else {
+                eprintln!("error: {failure}");
+            }
+            ExitCode::from(failure.exit as u8)
+        }
+    }
+}
+
+async fn run(cli: Cli) -> Outcome {
+    let out = Output { json: cli.json };
+    if let Command::Completions { shell } = cli.command {
+        clap_complete::generate(shell, &mut Cli::command(), "endio", &mut std::io::stdout());
+        return Ok(());
+    }
+    let client = Client::new(&cli.endpoint)?;
+    match cli.command {
+        Command::Volume(command) => commands::volume(&client, out, command).await,
+        Command::Write(args) => commands::write(&client, out, args).await,
+        Command::Read(args) => commands::read(&client, &args).await,
+        Command::Import(args) => transfer::import::run(&client, out, args).await,
+        Command::Export(args) => transfer::export::run(&client, out, args).await,
+        Command::Fsync { volume } => commands::fsync(&client, out, volume).await,
+        Command::Sync => commands::sync(&client, out).await,
+        Command::Trim(args) => commands::range(&client, out, args, "trim").await,
+        Command::Zero(args) => commands::range(&client, out, args, "zero").await,
+        Command::Allocate(args) => commands::range(&client, out, args, "allocate").await,
+        Command::Extents(args) => inspect::extents(&client, out, args).await,
+        Command::IoEnds { volume, limit } => inspect::io_ends(&client, out, volume, limit).await,
+        Command::Stores => inspect::stores(&client, out).await,
+        Command::Status => inspect::status(&client, out).await,
+        Command::Check(args) => inspect::check(&client, out, args).await,
+        Command::Trace(args) => trace::run(&client, out, args).await,
+        Command::Bench(options) => commands::bench(&client, out, options).await,
+        Command::Up(_) | Command::Completions { .. } => Ok(()),
+    }
+}

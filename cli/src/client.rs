@@ -1,0 +1,114 @@
+//! Connections to the writeback service.
+
+use std::time::Duration;
+
+use endio_api::writeback::{
+    inspect_client::InspectClient, io_client::IoClient, volumes_client::VolumesClient,
+};
+use endio_chassis::net::{Dialer, DialerConfig};
+use tonic::{Status, transport::Channel};
+
+use crate::failure::{Exit, Failure, Outcome};
+
+/// Largest answer that is accepted; maps and traces are sent in pieces far below it.
+const MESSAGE_BYTES_MAX: usize = 16 << 20;
+
+/// A service to talk to. Clones share the connection.
+#[derive(Clone, Debug)]
+pub(crate) struct Client {
+    endpoint: String,
+    channel: Channel,
+}
+
+impl Client {
+    /// Prepares a connection; it is made, and made again, when it is needed.
+    ///
+    /// # Errors
+    /// The endpoint is no URL.
+    pub(crate) fn new(endpoint: &str) -> Outcome<Self> {
+        let channel = Dialer::new(DialerConfig::default()).channel(endpoint).map_err(|error| {
+            Failure::new(Exit::Usage, format!("use endpoint {endpoint:?}"), error)
+                .help("give http://HOST:PORT or unix:/PATH")
+        })?;
+        Ok(Self { endpoint: endpoint.into(), channel })
+    }
+
+    /// The same service over a connection of its own.
+    pub(crate) fn another(&self) -> Outcome<Self> {
+        Self::new(&self.endpoint)
+    }
+
+    /// The channel.
+    pub(crate) fn channel(&self) -> Channel {
+        self.channel.clone()
+    }
+
+    /// Volumes.
+    pub(crate) fn volumes(&self) -> VolumesClient<Channel> {
+        VolumesClient::new(self.channel()).max_decoding_message_size(MESSAGE_BYTES_MAX)
+    }
+
+    /// Reads and writes.
+    pub(crate) fn io(&self) -> IoClient<Channel> {
+        IoClient::new(self.channel()).max_decoding_message_size(MESSAGE_BYTES_MAX)
+    }
+
+    /// Questions.
+    pub(crate) fn inspect(&self) -> InspectClient<Channel> {
+        InspectClient::new(self.channel()).max_decoding_message_size(MESSAGE_BYTES_MAX)
+    }
+
+    /// A failure of a call to this service.
+    pub(crate) fn failure(&self, what: impl Into<String>, status: &Status) -> Failure {
+        Failure::of_status(what, status, &self.endpoint)
+    }
+}
+
+/// Waits between tries: doubles from 100 ms to 3 s, unless the service names a time.
+#[derive(Debug)]
+pub(crate) struct Backoff {
+    next: Duration,
+}
+
+impl Backoff {
+    const FIRST: Duration = Duration::from_millis(100);
+    const MAX: Duration = Duration::from_secs(3);
+
+    /// Starts at the shortest wait.
+    pub(crate) fn new() -> Self {
+        Self { next: Self::FIRST }
+    }
+
+    /// How long to wait now. `hint` is what the service asks for; it is kept below the maximum.
+    pub(crate) fn take(&mut self, hint: Option<Duration>) -> Duration {
+        let wait = hint.map_or(self.next, |hint| hint.clamp(Duration::from_millis(1), Self::MAX));
+        self.next = (self.next * 2).min(Self::MAX);
+        wait
+    }
+
+    /// Something went well: the next wait is short again.
+    pub(crate) fn reset(&mut self) {
+        self.next = Self::FIRST;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_double_up_to_a_bound_and_start_again_after_success() {
+        let mut backoff = Backoff::new();
+        let waits: Vec<u128> = (0..7).map(|_| backoff.take(None).as_millis()).collect();
+        assert_eq!(waits, [100, 200, 400, 800, 1600, 3000, 3000]);
+        backoff.reset();
+        assert_eq!(backoff.take(None).as_millis(), 100);
+    }
+
+    #[test]
+    fn a_hint_is_followed_within_the_bound() {
+        let mut backoff = Backoff::new();
+        assert_eq!(backoff.take(Some(Duration::from_millis(40))).as_millis(), 40);
+        assert_eq!(backoff.take(Some(Duration::from_secs(60))), Backoff::MAX);
+    }
+}

@@ -1,0 +1,155 @@
+//! Commands that only ask: extents, io-ends, stores, status, check.
+
+use endio_api::{
+    conversion::{ListIoEndsRequest, ListStoresRequest},
+    writeback::{CheckRequest, CheckResponse, ExtentsRequest, StatusRequest, VolumeRequest},
+};
+use serde_json::{Value, json};
+
+use crate::{
+    args::{CheckArgs, ExtentsArgs},
+    client::Client,
+    failure::{Exit, Failure, Outcome},
+    output::{
+        Output, extent_json, extent_table, io_end_json, io_end_table, status_json, status_text,
+        store_json, store_table,
+    },
+};
+
+/// `endio extents`: prints each batch as it comes, so that a large map needs no memory.
+pub(crate) async fn extents(client: &Client, out: Output, args: ExtentsArgs) -> Outcome {
+    let what = format!("show the extents of volume {}", args.volume);
+    let request = ExtentsRequest {
+        volume: args.volume,
+        offset_bytes: args.offset.bytes(),
+        length_bytes: args.length.map_or(0, |length| length.bytes()),
+    };
+    let answer = client.inspect().extents(request).await;
+    let mut batches = answer.map_err(|e| client.failure(&what, &e))?.into_inner();
+    while let Some(batch) = batches.message().await.map_err(|e| client.failure(&what, &e))? {
+        let value = json!({ "extents": batch.extents.iter().map(extent_json).collect::<Vec<_>>() });
+        out.print(&value, || extent_table(&batch.extents))?;
+    }
+    Ok(())
+}
+
+/// `endio io-ends`
+pub(crate) async fn io_ends(
+    client: &Client,
+    out: Output,
+    volume: Option<String>,
+    limit: u32,
+) -> Outcome {
+    let mut request = ListIoEndsRequest { volume: 0, limit };
+    if let Some(name) = volume {
+        let what = format!("show volume {name}");
+        let answer = client.volumes().get(VolumeRequest { name }).await;
+        request.volume = answer.map_err(|e| client.failure(what, &e))?.into_inner().id;
+    }
+    let answer = client.inspect().io_ends(request).await;
+    let answer = answer.map_err(|e| client.failure("list io_ends", &e))?.into_inner();
+    let list: Vec<Value> = answer.io_ends.iter().map(io_end_json).collect();
+    out.print(&json!({ "io_ends": list, "total": answer.total }), || {
+        io_end_table(&answer.io_ends, answer.total)
+    })
+}
+
+/// `endio stores`
+pub(crate) async fn stores(client: &Client, out: Output) -> Outcome {
+    let answer = client.inspect().stores(ListStoresRequest {}).await;
+    let stores = answer.map_err(|e| client.failure("list block-stores", &e))?.into_inner().stores;
+    let list: Vec<Value> = stores.iter().map(store_json).collect();
+    out.print(&json!({ "stores": list }), || store_table(&stores))
+}
+
+/// `endio status`
+pub(crate) async fn status(client: &Client, out: Output) -> Outcome {
+    let answer = client.inspect().status(StatusRequest {}).await;
+    let status = answer.map_err(|e| client.failure("show the status", &e))?.into_inner();
+    out.print(&status_json(&status), || status_text(&status))
+}
+
+/// `endio check` of a running service.
+pub(crate) async fn check(client: &Client, out: Output, args: CheckArgs) -> Outcome {
+    let request = CheckRequest { read_data: args.read_data || !args.no_data };
+    let answer = client.inspect().check(request).await;
+    let answer = answer.map_err(|e| client.failure("check", &e))?.into_inner();
+    out.print(&check_json(&answer), || check_text(&answer))?;
+    verdict(findings(&answer).count())
+}
+
+/// Turns the number of findings into the command's outcome.
+pub(crate) fn verdict(findings: usize) -> Outcome {
+    if findings == 0 {
+        return Ok(());
+    }
+    let message = format!("{findings} findings, listed above");
+    Err(Failure::new(Exit::CheckFound, "call this clean", message))
+}
+
+fn findings(answer: &CheckResponse) -> impl Iterator<Item = &String> {
+    answer.metadata.iter().flat_map(|metadata| &metadata.findings).chain(&answer.findings)
+}
+
+fn check_json(answer: &CheckResponse) -> Value {
+    let metadata = answer.metadata.clone().unwrap_or_default();
+    json!({
+        "clean": findings(answer).next().is_none(),
+        "findings": findings(answer).collect::<Vec<_>>(),
+        "volumes": metadata.volumes, "extents": metadata.extents,
+        "mapped_blocks": metadata.mapped_blocks, "reserved_blocks": metadata.reserved_blocks,
+        "quarantined_blocks": metadata.quarantined_blocks, "free_blocks": metadata.free_blocks,
+        "io_ends": metadata.io_ends, "blocks_verified": answer.blocks_verified,
+        "blocks_unreachable": answer.blocks_unreachable,
+    })
+}
+
+fn check_text(answer: &CheckResponse) -> String {
+    let metadata = answer.metadata.clone().unwrap_or_default();
+    let mut text = format!(
+        "{} volumes, {} extents, {} io_ends in flight\n\
+         blocks: {} mapped, {} reserved, {} quarantined, {} free\n\
+         data: {} blocks compared with their checksums, {} out of reach\n",
+        metadata.volumes,
+        metadata.extents,
+        metadata.io_ends,
+        metadata.mapped_blocks,
+        metadata.reserved_blocks,
+        metadata.quarantined_blocks,
+        metadata.free_blocks,
+        answer.blocks_verified,
+        answer.blocks_unreachable,
+    );
+    for finding in findings(answer) {
+        text.push_str(&format!("FOUND: {finding}\n"));
+    }
+    if findings(answer).next().is_none() {
+        text.push_str("clean\n");
+    }
+    text
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn findings_of_metadata_and_of_data_both_make_a_check_fail() {
+        let metadata = endio_api::conversion::CheckResponse {
+            findings: vec!["block 7 is mapped twice".into()],
+            ..Default::default()
+        };
+        let answer = CheckResponse {
+            metadata: Some(metadata),
+            findings: vec!["block 9 has a bad checksum".into()],
+            ..CheckResponse::default()
+        };
+        let text = check_text(&answer);
+        assert!(text.contains("FOUND: block 7 is mapped twice"), "{text}");
+        assert!(text.contains("FOUND: block 9 has a bad checksum"), "{text}");
+        assert_eq!(check_json(&answer)["clean"], false);
+        assert_eq!(verdict(findings(&answer).count()).unwrap_err().exit, Exit::CheckFound);
+        assert!(check_text(&CheckResponse::default()).ends_with("clean\n"));
+    }
+}
