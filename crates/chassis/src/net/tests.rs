@@ -1,6 +1,11 @@
 #![allow(clippy::unwrap_used)]
 
+use std::time::Duration;
+
 use super::*;
+
+/// Bound of waits that end by themselves unless something is broken.
+const LONG: Duration = Duration::from_secs(30);
 
 #[test]
 fn an_address_round_trips_through_text() {
@@ -93,7 +98,8 @@ async fn a_peer_that_stops_answering_does_not_wedge_the_channel() {
         DialerConfig { keepalive_interval_ms: 20, keepalive_timeout_ms: 20, ..Default::default() };
     let mut client = HealthClient::new(Dialer::new(config).channel(&url).unwrap());
     for _ in 0..2 {
-        let status = client.check(HealthCheckRequest::default()).await.unwrap_err();
+        let call = client.check(HealthCheckRequest::default());
+        let status = tokio::time::timeout(LONG, call).await.unwrap().unwrap_err();
         assert!(is_connection_lost(&status), "{status:?}");
         count.recv().await.unwrap();
     }

@@ -24,6 +24,9 @@ use tower::{Service, ServiceExt as _};
 use super::*;
 use crate::net::{Dialer, ListenAddr, Listener, is_connection_lost};
 
+/// Bound of waits that end by themselves unless something is broken.
+const LONG: Duration = Duration::from_secs(30);
+
 /// A service by hand: its methods are named after what goes wrong in them.
 #[derive(Clone)]
 struct Faulty;
@@ -274,7 +277,8 @@ async fn a_forced_stop_cuts_streams_at_once_and_a_requested_one_after_the_drain(
         fixture.server.await.unwrap().unwrap();
         assert_eq!(fixture.shutdown.drained(Duration::ZERO).await, Ok(()));
         let mut body = Pin::new(stream.body_mut());
-        let frame = poll_fn(|cx| body.as_mut().poll_frame(cx)).await;
+        let frame = poll_fn(|cx| body.as_mut().poll_frame(cx));
+        let frame = tokio::time::timeout(LONG, frame).await.unwrap();
         assert!(matches!(frame, Some(Err(_)) | None), "the connection must end");
     }
 }
@@ -371,7 +375,8 @@ async fn a_connection_that_says_nothing_is_closed() {
     let mut silent = tokio::net::TcpStream::connect(host_port).await.unwrap();
     let mut bytes = Vec::new();
     // Ends when the server closes; an error is as good as an end.
-    let _ = tokio::io::AsyncReadExt::read_to_end(&mut silent, &mut bytes).await;
+    let read = tokio::io::AsyncReadExt::read_to_end(&mut silent, &mut bytes);
+    let _ = tokio::time::timeout(LONG, read).await.unwrap();
     assert!(health(&fixture.channel, "").await.is_ok());
     fixture.stop().await;
 }
