@@ -1,0 +1,6 @@
+//! The scenarios of the completion protocol on the pure machine.
+#![allow(clippy::unwrap_used, missing_docs, unreachable_pub)]
+
+mod random;
+mod references;
+mod rig;

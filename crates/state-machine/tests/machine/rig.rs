@@ -1,0 +1,427 @@
+//! A machine with a journal in memory, and peers that do what a test says.
+
+use std::collections::BTreeMap;
+
+use endio_state_machine::extent_map::MemoryTable;
+use endio_state_machine::limits::Limits;
+use endio_state_machine::machine::*;
+use endio_state_machine::record::{Record, Seq, Snapshot};
+use endio_state_machine::token::{Token, TokenKey};
+use endio_types::*;
+
+pub const WB: WritebackSession = WritebackSession(1);
+
+pub struct Rig {
+    pub machine: Machine<MemoryTable>,
+    pub now: Millis,
+    pub journal: Vec<(Seq, Record)>,
+    /// Records up to here are durable.
+    pub durable: usize,
+    waiting: Vec<Effect>,
+    /// Everything that left the process, in order.
+    pub sent: Vec<EffectKind>,
+    pub replies: BTreeMap<u64, Result<ReplyBody, Refusal>>,
+    pub completions: Vec<Completion>,
+    pub batches: Vec<ConvertedBatch>,
+    pub limits: Limits,
+    next: u64,
+    pub auto_commit: bool,
+    epoch_no: u8,
+}
+
+#[derive(Clone, Debug)]
+pub struct Begun {
+    pub submitter: Token,
+    pub segments: Vec<GrantedSegment>,
+    pub owes: bool,
+}
+
+pub fn limits() -> Limits {
+    Limits { lease_ms: 1000, io_end_life_max_ms: 10_000, ..Limits::default() }
+}
+
+impl Rig {
+    /// `stores` stores of `capacity` blocks, ready; a writeback "wb" on session [`WB`].
+    pub fn new(stores: u64, capacity: u64) -> Self {
+        Self::with_limits(stores, capacity, limits())
+    }
+
+    pub fn with_limits(stores: u64, capacity: u64, limits: Limits) -> Self {
+        let snapshot = Snapshot::new([1; 16]);
+        let mut rig = Self {
+            machine: Machine::recover(limits.clone(), MemoryTable::new(), snapshot),
+            now: Millis(1),
+            journal: Vec::new(),
+            durable: 0,
+            waiting: Vec::new(),
+            sent: Vec::new(),
+            replies: BTreeMap::new(),
+            completions: Vec::new(),
+            batches: Vec::new(),
+            limits,
+            next: 100,
+            auto_commit: true,
+            epoch_no: 1,
+        };
+        rig.start();
+        for store in 1..=stores {
+            rig.join_store(store, 1, capacity);
+        }
+        rig.hello(WB, "wb");
+        rig
+    }
+
+    fn start(&mut self) {
+        let mut out = Output::default();
+        let key = TokenKey::new([self.epoch_no; 32]);
+        self.machine.finish_recovery(key, self.now, &mut out).unwrap();
+        self.absorb(out);
+        self.commit();
+    }
+
+    /// The process dies; only durable records remain. Chunks are replayed from nothing.
+    pub fn crash(&mut self) {
+        self.journal.truncate(self.durable);
+        self.waiting.clear();
+        self.epoch_no = self.epoch_no.wrapping_add(1);
+        let snapshot = Snapshot::new([1; 16]);
+        self.machine = Machine::recover(self.limits.clone(), MemoryTable::new(), snapshot);
+        for (seq, record) in &self.journal {
+            self.machine.apply(*seq, record).unwrap();
+        }
+        self.start();
+    }
+
+    fn absorb(&mut self, out: Output) {
+        self.journal.extend(out.records);
+        self.waiting.extend(out.effects);
+        self.batches.extend(out.batches);
+        self.deliver();
+        if self.auto_commit {
+            self.commit();
+        }
+    }
+
+    fn deliver(&mut self) {
+        let durable = self.durable as u64;
+        let waiting = std::mem::take(&mut self.waiting);
+        for effect in waiting {
+            match effect.after {
+                Durability::Committed(seq) if seq > durable => self.waiting.push(effect),
+                _ => self.leave(effect.kind),
+            }
+        }
+    }
+
+    fn leave(&mut self, kind: EffectKind) {
+        match &kind {
+            EffectKind::Reply(to, body) => {
+                let twice = self.replies.insert(to.0, body.clone());
+                assert!(twice.is_none(), "a call was answered twice");
+            }
+            EffectKind::Writeback(_, ToWriteback::Completion(completion)) => {
+                let id = completion.io_end;
+                let twice = self.completions.iter().any(|other| other.io_end == id);
+                assert!(!twice, "io_end {id} completed twice");
+                self.completions.push(completion.clone());
+            }
+            _ => {}
+        }
+        self.sent.push(kind);
+    }
+
+    pub fn commit(&mut self) {
+        self.durable = self.journal.len();
+        self.machine.committed(self.durable as u64).unwrap();
+        self.deliver();
+    }
+
+    pub fn input(&mut self, input: Input) {
+        let mut out = Output::default();
+        self.machine.handle(self.now, input, &mut out).unwrap();
+        self.absorb(out);
+    }
+
+    pub fn drain_once(&mut self) {
+        let mut out = Output::default();
+        self.machine.drain(self.now, &mut out).unwrap();
+        self.absorb(out);
+    }
+
+    /// Drains until nothing is left to do.
+    pub fn drain(&mut self) {
+        for _ in 0..1000 {
+            if !self.machine.has_work() {
+                return;
+            }
+            self.drain_once();
+        }
+        panic!("the machine never comes to rest");
+    }
+
+    pub fn advance(&mut self, ms: u64) {
+        self.now = self.now.plus(ms);
+        self.input(Input::Tick);
+    }
+
+    pub fn store(&mut self, store: u64, message: FromStore) {
+        self.input(Input::Store { session: StoreSession(store), message });
+    }
+
+    pub fn register(&mut self, store: u64, incarnation: u64, capacity: u64) {
+        let message = FromStore::Register {
+            uuid: [store as u8; 16],
+            incarnation: Incarnation(incarnation),
+            capacity_blocks: capacity,
+            url: format!("memory:store-{store}"),
+        };
+        self.store(store, message);
+    }
+
+    pub fn join_store(&mut self, store: u64, incarnation: u64, capacity: u64) {
+        self.register(store, incarnation, capacity);
+        self.ready(store);
+    }
+
+    pub fn ready(&mut self, store: u64) {
+        let epoch = self.machine.epoch();
+        self.store(store, FromStore::Ready { epoch });
+    }
+
+    pub fn say(&mut self, message: FromWriteback) {
+        self.input(Input::Writeback { session: WB, message });
+    }
+
+    pub fn hello(&mut self, session: WritebackSession, name: &str) {
+        let message = FromWriteback::Hello { writeback: name.to_owned() };
+        self.input(Input::Writeback { session, message });
+    }
+
+    /// Renews every holder and lets stores acknowledge fences.
+    pub fn keep_alive(&mut self, stores: u64) {
+        self.say(FromWriteback::Renew { confirms: vec![] });
+        for store in 1..=stores {
+            self.store(store, FromStore::Renew);
+        }
+    }
+
+    pub fn call_later(&mut self, call: Call) -> u64 {
+        self.next += 1;
+        let reply = self.next;
+        self.input(Input::Call { reply: ReplyTo(reply), call });
+        reply
+    }
+
+    pub fn call(&mut self, call: Call) -> Result<ReplyBody, Refusal> {
+        let reply = self.call_later(call);
+        self.drain();
+        self.replies.get(&reply).cloned().expect("the call was answered")
+    }
+
+    /// Creates and opens a volume.
+    pub fn volume(&mut self, name: &str, blocks: u64, replicas: u32) -> VolumeInfo {
+        self.create(name, blocks * BLOCK_BYTES, replicas, false, false);
+        self.open(name, "wb")
+    }
+
+    pub fn create(&mut self, name: &str, bytes: u64, replicas: u32, in_place: bool, grow: bool) {
+        let call = Call::CreateVolume {
+            name: name.to_owned(),
+            size_bytes: bytes,
+            replicas,
+            in_place,
+            growable: grow,
+        };
+        self.call(call).unwrap();
+    }
+
+    pub fn open(&mut self, name: &str, writeback: &str) -> VolumeInfo {
+        let (name, writeback) = (name.to_owned(), writeback.to_owned());
+        match self.call(Call::OpenVolume { name, writeback, force: true }).unwrap() {
+            ReplyBody::Opened(info, _) => info,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub fn change(
+        &mut self,
+        volume: &VolumeInfo,
+        change: MapChange,
+        lblk: u64,
+        blocks: u64,
+    ) -> Result<u64, Refusal> {
+        match self.call(change_call(volume, change, lblk, blocks))? {
+            ReplyBody::Changed { blocks_changed, .. } => Ok(blocks_changed),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub fn try_begin(&mut self, begin: BeginIo) -> Result<Begun, Refusal> {
+        let request = begin.request;
+        let from = self.sent.len();
+        self.say(FromWriteback::Begin(begin));
+        for kind in &self.sent[from..] {
+            match kind {
+                EffectKind::Writeback(
+                    _,
+                    ToWriteback::Begun { request: r, submitter, segments, owes_conversion },
+                ) if *r == request => {
+                    return Ok(Begun {
+                        submitter: *submitter,
+                        segments: segments.clone(),
+                        owes: *owes_conversion,
+                    });
+                }
+                EffectKind::Writeback(_, ToWriteback::Refused { request: r, refusal })
+                    if *r == request =>
+                {
+                    return Err(refusal.clone());
+                }
+                _ => {}
+            }
+        }
+        panic!("BeginIo was not answered")
+    }
+
+    pub fn begin(&mut self, volume: &VolumeInfo, lblk: u64, blocks: u32) -> Begun {
+        self.try_begin(begin_io(volume, lblk, blocks)).unwrap()
+    }
+
+    /// The answer to a release of a segment.
+    pub fn release(&mut self, token: &Token, outcome: SegmentOutcome) -> Option<Reason> {
+        let from = self.sent.len();
+        let message = FromStore::Release { token: *token, outcome };
+        self.store(u64::from(token.store.0), message);
+        let answer = self.sent[from..].iter().find_map(|kind| match kind {
+            EffectKind::Store(_, ToStore::Released { refused, .. }) => Some(*refused),
+            _ => None,
+        });
+        answer.expect("the release was answered")
+    }
+
+    pub fn durable_release(&mut self, token: &Token) -> Option<Reason> {
+        self.release(token, SegmentOutcome::Durable(vec![7; token.blocks as usize]))
+    }
+
+    pub fn submit(&mut self, token: &Token) -> Option<Reason> {
+        self.submit_with(token, vec![], false)
+    }
+
+    pub fn submit_with(
+        &mut self,
+        token: &Token,
+        not_submitted: Vec<SegmentIndex>,
+        abort: bool,
+    ) -> Option<Reason> {
+        let from = self.sent.len();
+        self.say(FromWriteback::Release { token: *token, not_submitted, abort });
+        let answer = self.sent[from..].iter().find_map(|kind| match kind {
+            EffectKind::Writeback(_, ToWriteback::Released { refused, .. }) => Some(*refused),
+            _ => None,
+        });
+        answer.expect("the release was answered")
+    }
+
+    /// A whole write that succeeds.
+    pub fn write(&mut self, volume: &VolumeInfo, lblk: u64, blocks: u32) -> Completion {
+        let begun = self.begin(volume, lblk, blocks);
+        self.finish(&begun)
+    }
+
+    pub fn finish(&mut self, begun: &Begun) -> Completion {
+        for segment in &begun.segments {
+            assert_eq!(self.durable_release(&segment.token), None);
+        }
+        assert_eq!(self.submit(&begun.submitter), None);
+        self.drain();
+        self.completion(begun).expect("the write completed")
+    }
+
+    pub fn completion(&self, begun: &Begun) -> Option<Completion> {
+        let id = begun.submitter.io_end;
+        self.completions.iter().find(|completion| completion.io_end == id).cloned()
+    }
+
+    /// Every outstanding fence and punch is acknowledged, until there is none.
+    pub fn acknowledge(&mut self) {
+        let mut from = 0;
+        while from < self.sent.len() {
+            let kind = self.sent[from].clone();
+            from += 1;
+            let EffectKind::Store(session, message) = kind else { continue };
+            let message = match message {
+                ToStore::Fence { fence, .. } => FromStore::FenceDone { fence },
+                ToStore::Punch { punch, .. } => FromStore::PunchDone { punch },
+                _ => continue,
+            };
+            self.input(Input::Store { session, message });
+        }
+    }
+
+    pub fn confirm(&mut self, volume: &VolumeInfo) {
+        let version = self.machine.volume(&volume.name).unwrap().map_version;
+        let confirms = vec![(volume.id, volume.generation, version)];
+        self.say(FromWriteback::Renew { confirms });
+    }
+
+    /// Blocks of a volume that are written, as (lblk, store, pblk) of each first copy.
+    pub fn written(&mut self, volume: &VolumeInfo) -> Vec<u64> {
+        self.blocks(volume, endio_state_machine::chunk::ExtentState::Written)
+    }
+
+    pub fn unwritten(&mut self, volume: &VolumeInfo) -> Vec<u64> {
+        self.blocks(volume, endio_state_machine::chunk::ExtentState::Unwritten)
+    }
+
+    fn blocks(
+        &mut self,
+        volume: &VolumeInfo,
+        state: endio_state_machine::chunk::ExtentState,
+    ) -> Vec<u64> {
+        let whole = LblkRange::new(0, 1 << 40);
+        let extents = self.machine.extents(&volume.name, whole).unwrap().unwrap_or_default();
+        let extents = extents.into_iter().filter(|extent| extent.state == state);
+        extents.flat_map(|extent| extent.range.start.0..extent.range.end()).collect()
+    }
+
+    /// Physical home of a block's first copy.
+    pub fn place(&mut self, volume: &VolumeInfo, lblk: u64) -> Option<(StoreId, Pblk)> {
+        let range = LblkRange::new(lblk, 1);
+        let extents = self.machine.extents(&volume.name, range).unwrap().unwrap();
+        extents.first().map(|e| (e.places.as_slice()[0].store, e.places.as_slice()[0].pblk))
+    }
+
+    pub fn assert_sound(&mut self) {
+        let report = self.machine.check().unwrap();
+        assert!(report.findings.is_empty(), "{:#?}", report.findings);
+    }
+
+    pub fn count(&self, wanted: impl Fn(&EffectKind) -> bool) -> usize {
+        self.sent.iter().filter(|kind| wanted(kind)).count()
+    }
+
+    pub fn conversions(&self) -> usize {
+        self.journal.iter().filter(|(_, record)| matches!(record, Record::Convert(_))).count()
+    }
+}
+
+pub fn change_call(volume: &VolumeInfo, change: MapChange, lblk: u64, blocks: u64) -> Call {
+    let range = LblkRange::new(lblk, blocks);
+    Call::ChangeMap { volume: volume.id, generation: volume.generation, change, range }
+}
+
+pub fn begin_io(volume: &VolumeInfo, lblk: u64, blocks: u32) -> BeginIo {
+    BeginIo {
+        request: 1,
+        volume: volume.id,
+        generation: volume.generation,
+        lane: Lane::Direct,
+        lblk: Lblk(lblk),
+        blocks,
+        size_after_bytes: 0,
+        avoid_stores: vec![],
+        attempt: 1,
+        traceparent: String::new(),
+        sync: false,
+    }
+}
