@@ -1,6 +1,10 @@
 //! The scenarios of the completion protocol on the pure machine.
 #![allow(clippy::unwrap_used, missing_docs, unreachable_pub)]
 
+mod errors;
+mod holders;
+mod map;
 mod random;
 mod references;
 mod rig;
+mod space;

@@ -1,0 +1,275 @@
+//! Leases, epochs, generations, incarnations.
+
+use endio_state_machine::machine::*;
+use endio_types::*;
+
+use crate::rig::*;
+
+/// Scenario 50.
+#[test]
+fn a_release_one_millisecond_before_expiry_counts_and_at_expiry_does_not() {
+    for (wait, refused) in [(999, None), (1000, Some(Reason::LeaseExpired))] {
+        let mut rig = Rig::new(1, 100);
+        let volume = rig.volume("v", 100, 1);
+        let begun = rig.begin(&volume, 0, 1);
+        rig.say(FromWriteback::Renew { confirms: vec![] });
+        rig.now = rig.now.plus(wait);
+        assert_eq!(rig.durable_release(&begun.segments[0].token), refused);
+        rig.drain();
+        assert_eq!(rig.conversions(), 0);
+        rig.assert_sound();
+    }
+}
+
+/// Scenarios 51, 52 and 41.
+#[test]
+fn a_store_that_dies_holding_a_token_aborts_the_write_and_the_retry_succeeds() {
+    let mut rig = Rig::new(2, 100);
+    let volume = rig.volume("v", 100, 1);
+    let begun = rig.begin(&volume, 0, 1);
+    let token = begun.segments[0].token;
+    assert_eq!(rig.submit(&begun.submitter), None);
+    let dead = u64::from(token.store.0);
+    rig.input(Input::StoreLost { session: StoreSession(dead) });
+    for _ in 0..10 {
+        rig.say(FromWriteback::Renew { confirms: vec![] });
+        rig.store(3 - dead, FromStore::Renew);
+        rig.advance(100);
+    }
+    let done = rig.completion(&begun).unwrap();
+    assert_eq!((done.failed, done.retryable), (Some(Reason::LeaseExpired), true));
+    assert_eq!(done.failed_store, Some(token.store));
+    let retry = rig.write(&volume, 0, 1);
+    assert_eq!(retry.failed, None);
+    // The blocks of the first attempt stay out of reach until the store is heard of again.
+    let quarantined = |rig: &Rig| -> u64 {
+        rig.machine.stores(rig.now).iter().map(|store| store.quarantined_blocks).sum()
+    };
+    assert_eq!(quarantined(&rig), 1);
+    rig.join_store(dead, 2, 100);
+    rig.acknowledge();
+    assert_eq!(quarantined(&rig), 0);
+    assert_eq!(rig.durable_release(&token), Some(Reason::LeaseExpired));
+    rig.assert_sound();
+}
+
+/// Scenario 53.
+#[test]
+fn blocks_of_an_unreachable_store_are_not_reused_and_others_serve() {
+    let mut rig = Rig::new(2, 8);
+    let volume = rig.volume("v", 100, 1);
+    let begun = rig.begin(&volume, 0, 4);
+    let dead = u64::from(begun.segments[0].token.store.0);
+    rig.input(Input::StoreLost { session: StoreSession(dead) });
+    for _ in 0..300 {
+        rig.say(FromWriteback::Renew { confirms: vec![] });
+        rig.store(3 - dead, FromStore::Renew);
+        rig.advance(900);
+    }
+    assert_eq!(rig.write(&volume, 0, 8).failed, None);
+    let refused = rig.try_begin(begin_io(&volume, 20, 1)).unwrap_err();
+    assert_eq!(refused.reason, Reason::NoSpace);
+    rig.assert_sound();
+}
+
+/// Scenario 54.
+#[test]
+fn a_dead_submitters_io_end_ends_at_expiry_or_when_its_generation_is_superseded() {
+    let mut rig = Rig::new(1, 100);
+    let volume = rig.volume("v", 100, 1);
+    let slow = rig.begin(&volume, 0, 1);
+    rig.input(Input::WritebackLost { session: WB });
+    rig.store(1, FromStore::Renew);
+    rig.advance(999);
+    assert!(!rig.machine.is_idle());
+    rig.store(1, FromStore::Renew);
+    rig.advance(1);
+    assert!(rig.machine.is_idle());
+    assert_eq!(rig.completion(&slow).unwrap().failed, Some(Reason::LeaseExpired));
+    rig.hello(WB, "wb");
+    let begun = rig.begin(&volume, 4, 1);
+    rig.open("v", "other");
+    assert_eq!(rig.completion(&begun).unwrap().failed, Some(Reason::OldGeneration));
+    rig.assert_sound();
+}
+
+/// Scenarios 32, 55 and 56.
+#[test]
+fn after_a_restart_old_tokens_are_refused_and_the_write_begins_again() {
+    let mut rig = Rig::new(1, 100);
+    let volume = rig.volume("v", 100, 1);
+    rig.auto_commit = false;
+    let begun = rig.begin(&volume, 0, 4);
+    rig.durable_release(&begun.segments[0].token);
+    rig.submit(&begun.submitter);
+    rig.drain();
+    assert!(rig.completion(&begun).is_none(), "the record is not durable yet");
+    rig.crash();
+    rig.auto_commit = true;
+    rig.hello(WB, "wb");
+    rig.register(1, 1, 100);
+    // Not ready: something of the old epoch may still land there.
+    let refused = rig.try_begin(begin_io(&volume, 0, 4)).unwrap_err();
+    assert_eq!(refused.reason, Reason::NotEnoughStores);
+    rig.ready(1);
+    assert_eq!(rig.durable_release(&begun.segments[0].token), Some(Reason::OldEpoch));
+    assert_eq!(rig.submit(&begun.submitter), Some(Reason::OldEpoch));
+    assert_eq!(rig.written(&volume), [0u64; 0]);
+    assert_eq!(rig.write(&volume, 0, 4).failed, None);
+    assert_eq!(rig.completions.len(), 1);
+    rig.assert_sound();
+}
+
+/// Scenario 33.
+#[test]
+fn after_a_crash_behind_the_commit_the_data_is_written_and_a_retry_succeeds() {
+    let mut rig = Rig::new(1, 100);
+    let volume = rig.volume("v", 100, 1);
+    rig.write(&volume, 0, 4);
+    rig.crash();
+    assert_eq!(rig.written(&volume), [0, 1, 2, 3]);
+    rig.hello(WB, "wb");
+    rig.join_store(1, 1, 100);
+    assert_eq!(rig.write(&volume, 0, 4).failed, None);
+    rig.assert_sound();
+}
+
+/// Scenario 57.
+#[test]
+fn a_renewal_at_expiry_does_not_save_the_tokens() {
+    for (wait, alive) in [(999, true), (1000, false)] {
+        let mut rig = Rig::new(1, 100);
+        let volume = rig.volume("v", 100, 1);
+        let begun = rig.begin(&volume, 0, 1);
+        rig.store(1, FromStore::Renew);
+        rig.now = rig.now.plus(wait);
+        rig.say(FromWriteback::Renew { confirms: vec![] });
+        rig.store(1, FromStore::Renew);
+        rig.advance(500);
+        assert_eq!(rig.completion(&begun).is_none(), alive);
+        assert_eq!(rig.durable_release(&begun.segments[0].token).is_none(), alive);
+    }
+}
+
+/// Scenario 58.
+#[test]
+fn a_clock_that_goes_back_expires_nothing_early_and_completes_nothing_twice() {
+    let mut rig = Rig::new(1, 100);
+    let volume = rig.volume("v", 100, 1);
+    rig.advance(100);
+    rig.keep_alive(1);
+    let begun = rig.begin(&volume, 0, 1);
+    rig.now = Millis(0);
+    rig.input(Input::Tick);
+    assert!(rig.completion(&begun).is_none());
+    assert_eq!(rig.finish(&begun).failed, None);
+}
+
+/// Scenario 59.
+#[test]
+fn a_late_release_of_the_first_attempt_changes_nothing_after_the_second() {
+    let mut rig = Rig::new(1, 100);
+    let volume = rig.volume("v", 100, 1);
+    let first = rig.begin(&volume, 0, 1);
+    rig.submit(&first.submitter);
+    rig.input(Input::WritebackLost { session: WB });
+    let again = WritebackSession(2);
+    rig.hello(again, "wb");
+    let message = FromWriteback::Begin(begin_io(&volume, 0, 1));
+    rig.input(Input::Writeback { session: again, message });
+    let version = rig.machine.volume("v").unwrap().map_version;
+    assert_eq!(rig.durable_release(&first.segments[0].token), Some(Reason::Aborted));
+    rig.drain();
+    assert_eq!(rig.machine.volume("v").unwrap().map_version, version);
+    rig.assert_sound();
+}
+
+/// Scenario 61.
+#[test]
+fn a_second_writeback_that_opens_the_volume_fences_the_first() {
+    let mut rig = Rig::new(1, 100);
+    let old = rig.volume("v", 100, 1);
+    let held = rig.begin(&old, 0, 1);
+    let queued = rig.begin(&old, 4, 1);
+    rig.durable_release(&queued.segments[0].token);
+    rig.submit(&queued.submitter);
+    let call = |force| Call::OpenVolume { name: "v".into(), writeback: "w2".into(), force };
+    assert_eq!(rig.call(call(false)).unwrap_err().reason, Reason::VolumeBusy);
+    let held_2 = rig.begin(&old, 8, 1);
+    rig.call(call(true)).unwrap();
+    for write in [&held, &held_2] {
+        assert_eq!(rig.completion(write).unwrap().failed, Some(Reason::OldGeneration));
+        assert_eq!(rig.submit(&write.submitter), Some(Reason::OldGeneration));
+        let token = write.segments[0].token;
+        assert_eq!(rig.durable_release(&token), Some(Reason::OldGeneration));
+    }
+    assert_eq!(rig.try_begin(begin_io(&old, 0, 1)).unwrap_err().reason, Reason::OldGeneration);
+    let fenced = |kind: &EffectKind| {
+        matches!(kind, EffectKind::Writeback(WB, ToWriteback::VolumeFenced { .. }))
+    };
+    assert_eq!(rig.count(fenced), 1);
+    rig.assert_sound();
+}
+
+/// Scenario 70.
+#[test]
+fn nothing_is_granted_before_the_epoch_is_durable() {
+    use endio_state_machine::extent_map::MemoryTable;
+    use endio_state_machine::record::Snapshot;
+    use endio_state_machine::token::TokenKey;
+    let mut machine = Machine::recover(limits(), MemoryTable::new(), Snapshot::new([1; 16]));
+    let mut out = Output::default();
+    machine.finish_recovery(TokenKey::new([1; 32]), Millis(1), &mut out).unwrap();
+    let call = Call::OpenVolume { name: "v".into(), writeback: "w".into(), force: false };
+    machine.handle(Millis(1), Input::Call { reply: ReplyTo(1), call }, &mut out).unwrap();
+    let Some(EffectKind::Reply(_, Err(refusal))) = out.effects.last().map(|e| e.kind.clone())
+    else {
+        panic!("the call is answered")
+    };
+    assert_eq!(refusal.reason, Reason::NotReady);
+}
+
+/// Scenario 68.
+#[test]
+fn a_graceful_stop_refuses_new_writes_and_finishes_old_ones() {
+    let mut rig = Rig::new(1, 100);
+    let volume = rig.volume("v", 100, 1);
+    let begun = rig.begin(&volume, 0, 1);
+    rig.input(Input::StopIntake);
+    let refused = rig.try_begin(begin_io(&volume, 4, 1)).unwrap_err();
+    assert_eq!(refused.reason, Reason::Draining);
+    assert!(!rig.machine.is_idle());
+    assert_eq!(rig.finish(&begun).failed, None);
+    assert!(rig.machine.is_idle());
+}
+
+/// Scenario 69.
+#[test]
+fn a_forced_stop_answers_every_waiter_with_an_error() {
+    let mut rig = Rig::new(1, 100);
+    let volume = rig.volume("v", 100, 1);
+    let begun = rig.begin(&volume, 0, 1);
+    let waiting = rig.call_later(change_call(&volume, MapChange::Trim, 0, 4));
+    rig.input(Input::AbortAll);
+    assert_eq!(rig.completion(&begun).unwrap().failed, Some(Reason::Draining));
+    assert_eq!(rig.replies[&waiting].clone().unwrap_err().reason, Reason::Draining);
+    assert!(rig.machine.is_idle());
+    let alarm = |kind: &EffectKind| matches!(kind, EffectKind::ConversionFailed { .. });
+    assert_eq!(rig.count(alarm), 0);
+    rig.assert_sound();
+}
+
+/// A token that is renewed for ever ends all the same.
+#[test]
+fn an_io_end_ends_after_its_longest_life_even_if_its_holders_renew() {
+    let mut rig = Rig::new(1, 100);
+    let volume = rig.volume("v", 100, 1);
+    let begun = rig.begin(&volume, 0, 1);
+    for _ in 0..19 {
+        rig.advance(500);
+        rig.keep_alive(1);
+    }
+    assert!(rig.completion(&begun).is_none());
+    rig.advance(500);
+    assert_eq!(rig.completion(&begun).unwrap().failed, Some(Reason::Aborted));
+}

@@ -1,0 +1,265 @@
+//! Order, sizes, trim, allocate, delete.
+
+use endio_state_machine::machine::*;
+use endio_types::*;
+
+use crate::rig::*;
+
+/// Scenarios 35 and 36.
+#[test]
+fn the_size_grows_with_the_conversion_byte_exact_and_never_beyond_it() {
+    let mut rig = Rig::new(1, 100);
+    rig.create("v", 0, 1, false, true);
+    let volume = rig.open("v", "wb");
+    let mut append = begin_io(&volume, 0, 2);
+    append.size_after_bytes = 5000;
+    let begun = rig.try_begin(append.clone()).unwrap();
+    assert_eq!(rig.machine.volume("v").unwrap().size_bytes, 0);
+    let mut longer = begin_io(&volume, 0, 4);
+    longer.size_after_bytes = 4 * BLOCK_BYTES;
+    let second = rig.try_begin(longer).unwrap();
+    assert_eq!(rig.finish(&begun).size_bytes, 5000);
+    let skipped = second.segments[0].token.segment;
+    rig.submit_with(&second.submitter, vec![skipped], false);
+    rig.drain();
+    assert_eq!(rig.completion(&second).unwrap().size_bytes, 5000);
+    rig.crash();
+    assert_eq!(rig.machine.volume("v").unwrap().size_bytes, 5000);
+}
+
+/// Scenarios 42 and 44.
+#[test]
+fn a_trim_waits_for_the_write_below_it_and_nothing_comes_back_to_life() {
+    let mut rig = Rig::new(1, 100);
+    let volume = rig.volume("v", 100, 1);
+    let begun = rig.begin(&volume, 0, 4);
+    let trim = rig.call_later(change_call(&volume, MapChange::Trim, 2, 8));
+    rig.drain();
+    assert!(!rig.replies.contains_key(&trim));
+    let refused = rig.try_begin(begin_io(&volume, 5, 1)).unwrap_err();
+    assert_eq!((refused.reason, refused.retry_after_ms > 0), (Reason::Limit, true));
+    assert_eq!(rig.write(&volume, 20, 1).failed, None);
+    rig.finish(&begun);
+    rig.drain();
+    assert!(rig.replies[&trim].is_ok());
+    assert_eq!(rig.written(&volume), [0, 1, 20]);
+    rig.assert_sound();
+}
+
+/// Scenario 71.
+#[test]
+fn a_caller_waiting_in_trim_gets_its_earlier_completion_without_its_help() {
+    let mut rig = Rig::new(1, 100);
+    let volume = rig.volume("v", 100, 1);
+    let begun = rig.begin(&volume, 0, 4);
+    rig.submit(&begun.submitter);
+    let trim = rig.call_later(change_call(&volume, MapChange::Trim, 0, 4));
+    rig.durable_release(&begun.segments[0].token);
+    rig.drain();
+    assert_eq!(rig.completion(&begun).unwrap().failed, None);
+    assert!(rig.replies[&trim].is_ok());
+    assert_eq!(rig.written(&volume), [0u64; 0]);
+}
+
+/// Scenario 43.
+#[test]
+fn freed_blocks_serve_another_volume_only_after_reads_and_commit_and_late_releases_do_nothing() {
+    let mut rig = Rig::new(1, 4);
+    let volume = rig.volume("v", 4, 1);
+    let begun = rig.begin(&volume, 0, 4);
+    rig.finish(&begun);
+    let other = rig.volume("w", 4, 1);
+    rig.auto_commit = false;
+    rig.call_later(change_call(&volume, MapChange::Trim, 0, 4));
+    rig.drain();
+    rig.confirm(&volume);
+    let refused = rig.try_begin(begin_io(&other, 0, 1)).unwrap_err();
+    assert_eq!(refused.reason, Reason::NoSpace, "the record is not durable");
+    rig.auto_commit = true;
+    rig.commit();
+    assert_eq!(rig.write(&other, 0, 4).failed, None);
+    assert_eq!(rig.durable_release(&begun.segments[0].token), None);
+    assert_eq!(rig.written(&other), [0, 1, 2, 3]);
+    assert_eq!(rig.written(&volume), [0u64; 0]);
+    rig.assert_sound();
+}
+
+/// The other half of scenario 43: a reader may still be in flight.
+#[test]
+fn freed_blocks_wait_until_the_writeback_confirms_its_reads() {
+    let mut rig = Rig::new(1, 4);
+    let volume = rig.volume("v", 4, 1);
+    rig.write(&volume, 0, 4);
+    rig.change(&volume, MapChange::Trim, 0, 4).unwrap();
+    let refused = rig.try_begin(begin_io(&volume, 0, 1)).unwrap_err();
+    assert_eq!(refused.reason, Reason::NoSpace);
+    rig.confirm(&volume);
+    assert_eq!(rig.write(&volume, 0, 4).failed, None);
+}
+
+/// A reader of an older generation holds blocks back until its store has fenced it.
+#[test]
+fn freed_blocks_wait_until_the_old_generation_is_fenced() {
+    let mut rig = Rig::new(1, 4);
+    let volume = rig.volume("v", 4, 1);
+    rig.write(&volume, 0, 4);
+    let volume = rig.open("v", "wb");
+    rig.change(&volume, MapChange::Trim, 0, 4).unwrap();
+    rig.confirm(&volume);
+    assert_eq!(rig.try_begin(begin_io(&volume, 0, 1)).unwrap_err().reason, Reason::NoSpace);
+    rig.acknowledge();
+    assert_eq!(rig.write(&volume, 0, 4).failed, None);
+    rig.assert_sound();
+}
+
+/// Scenario 45.
+#[test]
+fn allocate_beside_a_write_in_flight_converts_only_what_was_written() {
+    let mut rig = Rig::new(1, 100);
+    let volume = rig.volume("v", 100, 1);
+    rig.change(&volume, MapChange::Allocate, 0, 8).unwrap();
+    let begun = rig.begin(&volume, 2, 2);
+    assert_eq!(rig.change(&volume, MapChange::Allocate, 8, 8).unwrap(), 8);
+    rig.finish(&begun);
+    assert_eq!(rig.written(&volume), [2, 3]);
+    let unwritten: Vec<u64> = (0..16).filter(|at| *at != 2 && *at != 3).collect();
+    assert_eq!(rig.unwritten(&volume), unwritten);
+    rig.assert_sound();
+}
+
+/// Scenario 46.
+#[test]
+fn of_two_overlapping_io_ends_the_later_released_one_wins_in_any_lane() {
+    for first_lane in Lane::ALL {
+        let mut rig = Rig::new(1, 100);
+        let volume = rig.volume("v", 100, 1);
+        reserve(&mut rig, &volume, 50);
+        let mut writes = vec![];
+        for lane in
+            [first_lane, if first_lane == Lane::Direct { Lane::WriteOut } else { Lane::Direct }]
+        {
+            let begin = BeginIo { lane, ..begin_io(&volume, 0, 2) };
+            writes.push(rig.try_begin(begin).unwrap());
+        }
+        for write in &writes {
+            rig.durable_release(&write.segments[0].token);
+            rig.submit(&write.submitter);
+        }
+        rig.drain();
+        let last = writes[1].segments[0].token;
+        assert_eq!(rig.place(&volume, 0), Some((last.store, last.pblk)));
+        rig.assert_sound();
+    }
+}
+
+/// Scenario 48.
+#[test]
+fn an_overwrite_in_place_beside_an_unwritten_write_is_not_confused() {
+    let mut rig = Rig::new(1, 100);
+    rig.create("v", 100 * BLOCK_BYTES, 1, true, false);
+    let volume = rig.open("v", "wb");
+    rig.write(&volume, 0, 4);
+    let over = rig.begin(&volume, 0, 4);
+    let fresh = rig.begin(&volume, 4, 4);
+    assert!(!over.owes && fresh.owes);
+    let refused = rig.try_begin(begin_io(&volume, 3, 2)).unwrap_err();
+    assert_eq!(refused.reason, Reason::Limit);
+    rig.finish(&over);
+    assert_eq!(rig.written(&volume), [0, 1, 2, 3]);
+    rig.finish(&fresh);
+    assert_eq!(rig.written(&volume), (0..8).collect::<Vec<_>>());
+    rig.assert_sound();
+}
+
+/// An aborted write in place blocks its range until its bios cannot land any more.
+#[test]
+fn a_range_written_in_place_is_closed_after_an_abort_until_the_fence() {
+    let mut rig = Rig::new(1, 100);
+    rig.create("v", 100 * BLOCK_BYTES, 1, true, false);
+    let volume = rig.open("v", "wb");
+    rig.write(&volume, 0, 4);
+    let begun = rig.begin(&volume, 0, 4);
+    rig.submit_with(&begun.submitter, vec![], true);
+    assert_eq!(rig.try_begin(begin_io(&volume, 0, 1)).unwrap_err().reason, Reason::Limit);
+    rig.acknowledge();
+    assert_eq!(rig.write(&volume, 0, 1).failed, None);
+    rig.assert_sound();
+}
+
+/// Scenario 49.
+#[test]
+fn delete_waits_for_io_ends_and_gives_all_space_back() {
+    let mut rig = Rig::new(2, 100);
+    let volume = rig.volume("v", 100, 2);
+    rig.write(&volume, 0, 10);
+    let begun = rig.begin(&volume, 20, 4);
+    let generation = volume.generation;
+    let call = Call::DeleteVolume { name: "v".into(), generation };
+    let delete = rig.call_later(call.clone());
+    rig.drain();
+    assert!(!rig.replies.contains_key(&delete));
+    rig.finish(&begun);
+    rig.drain();
+    assert_eq!(rig.replies[&delete], Ok(ReplyBody::Deleted));
+    assert_eq!(rig.call(call).unwrap_err().reason, Reason::UnknownVolume);
+    assert_eq!(rig.try_begin(begin_io(&volume, 0, 1)).unwrap_err().reason, Reason::UnknownVolume);
+    rig.acknowledge();
+    rig.drain();
+    rig.acknowledge();
+    for store in rig.machine.stores(rig.now) {
+        assert_eq!(store.free_blocks, 100);
+    }
+    rig.assert_sound();
+}
+
+/// A trim of a whole large volume costs as much as there is mapped.
+#[test]
+fn trimming_two_tebibytes_of_holes_makes_one_record() {
+    let mut rig = Rig::new(1, 100);
+    let blocks = (2 << 40) / BLOCK_BYTES;
+    let volume = rig.volume("v", blocks, 1);
+    rig.write(&volume, 0, 2);
+    rig.write(&volume, blocks - 2, 2);
+    let records = rig.journal.len();
+    assert_eq!(rig.change(&volume, MapChange::Trim, 0, blocks).unwrap(), 4);
+    assert_eq!(rig.journal.len(), records + 1);
+    assert_eq!(rig.change(&volume, MapChange::Trim, 0, blocks).unwrap(), 0);
+    assert_eq!(rig.journal.len(), records + 1);
+    rig.assert_sound();
+}
+
+#[test]
+fn shrinking_frees_what_lies_beyond_and_zeroing_keeps_it() {
+    let mut rig = Rig::new(1, 100);
+    let volume = rig.volume("v", 100, 1);
+    rig.write(&volume, 0, 10);
+    assert_eq!(rig.change(&volume, MapChange::Zero, 4, 2).unwrap(), 2);
+    let resize = Call::ResizeVolume {
+        name: "v".into(),
+        size_bytes: 6 * BLOCK_BYTES,
+        generation: volume.generation,
+    };
+    rig.call(resize).unwrap();
+    assert_eq!(rig.written(&volume), [0, 1, 2, 3]);
+    assert_eq!(rig.unwritten(&volume), [4, 5]);
+    assert_eq!(rig.machine.volume("v").unwrap().size_bytes, 6 * BLOCK_BYTES);
+    rig.assert_sound();
+}
+
+pub fn reserve(rig: &mut Rig, volume: &VolumeInfo, add_blocks: u64) -> Result<u64, Reason> {
+    let from = rig.sent.len();
+    rig.say(FromWriteback::Reserve {
+        request: 5,
+        volume: volume.id,
+        generation: volume.generation,
+        reset: false,
+        add_blocks,
+        drop_blocks: 0,
+    });
+    let answer = rig.sent[from..].iter().find_map(|kind| match kind {
+        EffectKind::Writeback(_, ToWriteback::Reserved { blocks, .. }) => Some(Ok(*blocks)),
+        EffectKind::Writeback(_, ToWriteback::Refused { refusal, .. }) => Some(Err(refusal.reason)),
+        _ => None,
+    });
+    answer.expect("Reserve was answered")
+}

@@ -1,0 +1,118 @@
+//! Free space, credit, fences.
+
+use endio_state_machine::machine::*;
+use endio_types::*;
+
+use crate::map::reserve;
+use crate::rig::*;
+
+/// Scenario 65: what is promised is there, whatever direct writes do.
+#[test]
+fn promised_space_is_kept_from_direct_writes_and_survives_a_restart() {
+    let mut rig = Rig::new(1, 10);
+    let volume = rig.volume("v", 100, 1);
+    assert_eq!(reserve(&mut rig, &volume, 6), Ok(6));
+    assert_eq!(reserve(&mut rig, &volume, 5), Err(Reason::NoSpace));
+    assert_eq!(rig.try_begin(begin_io(&volume, 0, 5)).unwrap_err().reason, Reason::NoSpace);
+    assert_eq!(rig.write(&volume, 0, 4).failed, None);
+    rig.crash();
+    rig.hello(WB, "wb");
+    rig.join_store(1, 1, 10);
+    assert_eq!(rig.machine.volume("v").unwrap().credit_blocks, 6);
+    let write_out =
+        |lblk, blocks| BeginIo { lane: Lane::WriteOut, ..begin_io(&volume, lblk, blocks) };
+    assert_eq!(rig.try_begin(write_out(10, 7)).unwrap_err().reason, Reason::NoSpace);
+    let begun = rig.try_begin(write_out(10, 6)).unwrap();
+    assert_eq!(rig.machine.volume("v").unwrap().credit_blocks, 0);
+    assert_eq!(rig.finish(&begun).failed, None);
+    assert_eq!(rig.machine.volume("v").unwrap().credit_blocks, 0);
+    rig.assert_sound();
+}
+
+#[test]
+fn an_abort_returns_the_credit() {
+    let mut rig = Rig::new(1, 20);
+    let volume = rig.volume("v", 100, 1);
+    reserve(&mut rig, &volume, 6).unwrap();
+    let begin = BeginIo { lane: Lane::WriteOut, ..begin_io(&volume, 0, 6) };
+    let begun = rig.try_begin(begin).unwrap();
+    rig.submit_with(&begun.submitter, vec![], true);
+    assert_eq!(rig.machine.volume("v").unwrap().credit_blocks, 6);
+    rig.assert_sound();
+}
+
+#[test]
+fn replicas_lie_on_distinct_stores_and_too_few_stores_are_told_from_no_space() {
+    let mut rig = Rig::new(2, 10);
+    let two = rig.volume("two", 100, 2);
+    let three = rig.volume("three", 100, 3);
+    let begun = rig.begin(&two, 0, 10);
+    assert_ne!(begun.segments[0].token.store, begun.segments[1].token.store);
+    let refused = rig.try_begin(begin_io(&three, 0, 1)).unwrap_err();
+    assert_eq!(refused.reason, Reason::NotEnoughStores);
+    assert_eq!(rig.try_begin(begin_io(&two, 20, 1)).unwrap_err().reason, Reason::NoSpace);
+}
+
+#[test]
+fn unequal_stores_are_used_to_the_last_block() {
+    let mut rig = Rig::new(0, 1);
+    for (store, capacity) in [(1, 2), (2, 2), (3, 2)] {
+        rig.join_store(store, 1, capacity);
+    }
+    let volume = rig.volume("v", 100, 2);
+    assert_eq!(rig.write(&volume, 0, 3).failed, None);
+    assert!(rig.machine.stores(rig.now).iter().all(|store| store.free_blocks == 0));
+    rig.assert_sound();
+}
+
+#[test]
+fn aborted_blocks_come_back_only_with_the_fence() {
+    let mut rig = Rig::new(1, 4);
+    let volume = rig.volume("v", 100, 1);
+    let begun = rig.begin(&volume, 0, 4);
+    rig.submit_with(&begun.submitter, vec![], true);
+    let refused = rig.try_begin(begin_io(&volume, 0, 4)).unwrap_err();
+    assert_eq!((refused.reason, refused.retry_after_ms > 0), (Reason::NoSpace, true));
+    rig.store(1, FromStore::FenceDone { fence: 9999 });
+    assert_eq!(rig.machine.stores(rig.now)[0].quarantined_blocks, 4);
+    rig.acknowledge();
+    assert_eq!(rig.machine.stores(rig.now)[0].free_blocks, 4);
+    assert_eq!(rig.write(&volume, 0, 4).failed, None);
+}
+
+#[test]
+fn a_fence_is_sent_again_when_the_store_comes_back_in_the_same_incarnation() {
+    let mut rig = Rig::new(1, 8);
+    let volume = rig.volume("v", 100, 1);
+    let begun = rig.begin(&volume, 0, 4);
+    rig.submit_with(&begun.submitter, vec![], true);
+    rig.input(Input::StoreLost { session: StoreSession(1) });
+    rig.sent.clear();
+    rig.register(1, 1, 8);
+    let is_fence = |kind: &EffectKind| matches!(kind, EffectKind::Store(_, ToStore::Fence { io_ends, .. }) if io_ends.len() == 1);
+    assert_eq!(rig.count(is_fence), 1);
+    rig.acknowledge();
+    assert_eq!(rig.machine.stores(rig.now)[0].quarantined_blocks, 0);
+    rig.assert_sound();
+}
+
+#[test]
+fn an_older_incarnation_is_refused() {
+    let mut rig = Rig::new(0, 1);
+    rig.join_store(1, 5, 10);
+    rig.sent.clear();
+    rig.input(Input::Store {
+        session: StoreSession(9),
+        message: FromStore::Register {
+            uuid: [1; 16],
+            incarnation: Incarnation(4),
+            capacity_blocks: 10,
+            url: String::new(),
+        },
+    });
+    let refused = |kind: &EffectKind| {
+        matches!(kind, EffectKind::Store(StoreSession(9), ToStore::SessionRefused(refusal))
+            if refusal.reason == Reason::OldIncarnation)
+    };
+    assert_eq!(rig.count(refused), 1);
+}
