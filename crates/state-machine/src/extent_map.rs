@@ -20,7 +20,8 @@ pub trait ChunkTable {
     fn read(&mut self, id: ChunkId, f: &mut dyn FnMut(Option<&Chunk>)) -> Result<(), Self::Error>;
 
     /// Calls `f` once with the chunk, an empty one if it does not exist, and keeps what `f` makes
-    /// of it; a chunk that is empty afterwards is removed.
+    /// of it; a chunk that is empty afterwards is removed. Every change moves [`Chunk::applied`]: a
+    /// chunk that says the same number afterwards may be taken for unchanged.
     fn update(&mut self, id: ChunkId, f: &mut dyn FnMut(&mut Chunk)) -> Result<(), Self::Error>;
 
     /// The first existing chunk at or after `from`, in the order of volume and index.

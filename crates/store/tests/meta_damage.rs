@@ -187,7 +187,8 @@ fn a_flipped_bit_in_any_file_of_sled_rebuilds_the_table() {
 #[test]
 fn an_empty_missing_or_garbage_sled_rebuilds_the_table() {
     let clean = CleanDisk::new();
-    let spoil: [(&str, fn(&Path)); 5] = [
+    type Spoil = fn(&Path);
+    let spoil: [(&str, Spoil); 5] = [
         ("missing", |sled| fs::remove_dir_all(sled).unwrap()),
         ("empty", |sled| {
             fs::remove_dir_all(sled).unwrap();
@@ -212,8 +213,9 @@ fn an_empty_missing_or_garbage_sled_rebuilds_the_table() {
 }
 
 fn last_segment(dir: &Path) -> PathBuf {
-    let logs = files(dir).into_iter().filter(|p| p.extension().is_some_and(|e| e == "log"));
-    logs.filter(|path| path.metadata().unwrap().len() > 32).next_back().unwrap()
+    let is_log = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "log");
+    let with_records = |path: &PathBuf| path.metadata().unwrap().len() > 32;
+    files(dir).into_iter().rfind(|path| is_log(path) && with_records(path)).unwrap()
 }
 
 #[test]

@@ -23,8 +23,7 @@ fn cut_power(meta: &MemoryMeta, mode: LossMode, seed: u64) {
     meta.lose_table_changes(|| random.below(2) == 0);
 }
 
-/// Cuts the power after each operation of one random life, in every mode; opens; lives on; cuts it
-/// again somewhere in that second life, also in the middle of recovery.
+/// Cuts the power after each operation of one random life, in every mode; lives on; cuts it again.
 fn cut_everywhere(seed: u64, steps: u64) -> u64 {
     let whole = MemoryMeta::with_options(options());
     live(&whole, seed, steps, &mut Oracle::default()).unwrap();
@@ -39,19 +38,30 @@ fn cut_everywhere(seed: u64, steps: u64) -> u64 {
             // The last operations may be hints, whose failure nobody needs to know.
             assert!(died.is_err() || cut + 3 > operations, "{what}: lived on without power");
             cut_power(&meta, mode, cut * 8 + n as u64);
-
-            let random = &mut Random::new(cut * 31 + n as u64);
-            meta.disk().cut_after(meta.disk().operations() + random.below(60));
-            let _ = live(&meta, seed + 1000, 5, &mut oracle);
-            let second = LossMode::ALL[random.below(5) as usize];
-            cut_power(&meta, second, cut);
-
-            let opened = Service::open(&meta);
-            let mut service = opened.unwrap_or_else(|error| panic!("{what}, {second:?}: {error}"));
-            oracle.check(&mut service, &format!("{what}, {second:?}"));
+            live_on_and_check(&meta, seed, cut * 31 + n as u64, &mut oracle, &what);
         }
+        // Killed at the same moment: what was not synced is still there, and still not synced.
+        let what = format!("seed {seed}, killed after {cut}");
+        let mut oracle = Oracle::default();
+        let meta = MemoryMeta::with_options(options());
+        meta.disk().cut_after(cut);
+        let _ = live(&meta, seed, steps, &mut oracle);
+        meta.disk().kill();
+        live_on_and_check(&meta, seed, cut * 31 + 7, &mut oracle, &what);
     }
     operations
+}
+
+/// A second life, cut off somewhere, also in the middle of its recovery.
+fn live_on_and_check(meta: &MemoryMeta, seed: u64, salt: u64, oracle: &mut Oracle, what: &str) {
+    let random = &mut Random::new(salt);
+    meta.disk().cut_after(meta.disk().operations() + random.below(60));
+    let _ = live(meta, seed + 1000, 5, oracle);
+    let mode = LossMode::ALL[random.below(6) as usize];
+    cut_power(meta, mode, salt);
+    let opened = Service::open(meta);
+    let mut service = opened.unwrap_or_else(|error| panic!("{what}, then {mode:?}: {error}"));
+    oracle.check(&mut service, &format!("{what}, then {mode:?}"));
 }
 
 #[test]
@@ -214,4 +224,31 @@ fn a_full_disk_gives_a_checkpoint_up_and_keeps_the_service() {
     service.checkpoint(&mut oracle).unwrap();
     service.close(&mut oracle).unwrap();
     oracle.check(&mut Service::open(&meta).unwrap(), "at last");
+}
+
+#[test]
+fn on_a_full_disk_the_table_goes_on_in_memory_and_asks_for_no_new_work() {
+    let meta = MemoryMeta::with_options(options());
+    let mut oracle = Oracle::default();
+    let mut service = Service::open(&meta).unwrap();
+    let random = &mut Random::new(13);
+    leave_free(&meta, 8192);
+    for _ in 0..20 {
+        let payload = payload(random, service.seq + 1);
+        service.append(&mut oracle, payload).unwrap();
+    }
+    service.commit(&mut oracle).unwrap();
+    service.table.flush_dirty().unwrap();
+    assert!(service.table.stats().dirty > 0);
+    assert!(service.journal.is_degraded());
+    // A stop on the full disk is no clean one, and loses nothing.
+    let durable = service.seq;
+    service.table.close(durable).unwrap();
+    drop(service);
+    meta.disk().set_capacity(None);
+    let mut service = Service::open(&meta).unwrap();
+    assert!(service.rebuilt.is_some());
+    oracle.check(&mut service, "with room again");
+    service.table.flush_dirty().unwrap();
+    assert_eq!(service.table.stats().dirty, 0);
 }

@@ -29,6 +29,8 @@ struct Numbers {
     stats: JournalStats,
     /// Bytes of journal written before the running checkpoint began.
     before_running_checkpoint: u64,
+    /// Free bytes that the table last asked for in vain; 0 if it got what it asked for.
+    table_needs: u64,
 }
 
 pub(crate) struct Shared {
@@ -89,8 +91,9 @@ impl Shared {
     pub(crate) fn restore_ballast(&self) -> bool {
         let bytes = self.options.ballast_bytes;
         let made = bytes == 0 || self.ballast_is_whole() || self.make_ballast(bytes);
-        let roomy = self.free_bytes() >= bytes;
+        let free = self.free_bytes();
         let mut numbers = self.numbers();
+        let roomy = free >= bytes.max(numbers.table_needs);
         let degraded = !(made && roomy);
         if numbers.stats.degraded != degraded {
             if degraded {
@@ -140,12 +143,12 @@ impl Shared {
         if self.options.ballast_bytes == 0 {
             return true;
         }
-        let needed = bytes.saturating_mul(4).saturating_add(self.options.ballast_bytes);
-        if self.free_bytes() >= needed {
-            return true;
-        }
-        self.numbers().stats.degraded = true;
-        false
+        let needed = bytes.saturating_mul(2).saturating_add(self.options.ballast_bytes);
+        let enough = self.free_bytes() >= needed;
+        let mut numbers = self.numbers();
+        numbers.table_needs = if enough { 0 } else { needed };
+        numbers.stats.degraded |= !enough;
+        enough
     }
 
     fn free_bytes(&self) -> u64 {

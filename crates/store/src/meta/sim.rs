@@ -26,12 +26,20 @@ pub enum LossMode {
     Sectors,
     /// All contents, but none of the changes to the directory.
     LostNames,
+    /// All contents, and any of the changes to the directory, each for itself.
+    SomeNames,
 }
 
 impl LossMode {
     /// Every mode.
-    pub const ALL: [Self; 5] =
-        [Self::Nothing, Self::Everything, Self::Prefix, Self::Sectors, Self::LostNames];
+    pub const ALL: [Self; 6] = [
+        Self::Nothing,
+        Self::Everything,
+        Self::Prefix,
+        Self::Sectors,
+        Self::LostNames,
+        Self::SomeNames,
+    ];
 }
 
 #[derive(Clone, Default)]
@@ -143,7 +151,7 @@ fn surviving(inode: &Inode, mode: LossMode, random: &mut u64) -> Vec<u8> {
     match mode {
         _ if live == synced => live.clone(),
         LossMode::Nothing => synced.clone(),
-        LossMode::Everything | LossMode::LostNames => live.clone(),
+        LossMode::Everything | LossMode::LostNames | LossMode::SomeNames => live.clone(),
         LossMode::Prefix if live.starts_with(synced) => {
             let more = (live.len() - synced.len()) as u64;
             live[..synced.len() + (draw(random) % (more + 1)) as usize].to_vec()
@@ -194,6 +202,19 @@ impl SimVfs {
         let names = match mode {
             LossMode::Nothing | LossMode::LostNames => disk.synced_names.clone(),
             LossMode::Everything | LossMode::Sectors => disk.names.clone(),
+            LossMode::SomeNames => {
+                let all = disk.names.keys().chain(disk.synced_names.keys());
+                let all: BTreeSet<String> = all.cloned().collect();
+                let mut kept = BTreeMap::new();
+                for name in all {
+                    let newer = draw(&mut random).is_multiple_of(2);
+                    let names = if newer { &disk.names } else { &disk.synced_names };
+                    if let Some(id) = names.get(&name) {
+                        kept.insert(name, *id);
+                    }
+                }
+                kept
+            }
             LossMode::Prefix => {
                 let pick = draw(&mut random) as usize % (disk.name_history.len() + 1);
                 match pick.checked_sub(1) {
@@ -212,6 +233,16 @@ impl SimVfs {
         disk.synced_names = names.clone();
         disk.names = names;
         disk.name_history.clear();
+        disk.cut_after = None;
+        disk.syncs_before_failure = None;
+        disk.locked = false;
+        disk.life += 1;
+    }
+
+    /// The process is gone but the machine is not: nothing is lost, and nothing more is synced than
+    /// before. Open files and locks of before are dead.
+    pub fn kill(&self) {
+        let mut disk = lock(&self.disk);
         disk.cut_after = None;
         disk.syncs_before_failure = None;
         disk.locked = false;

@@ -222,7 +222,12 @@ impl ChunkTable for CachedTable {
             // An emptied chunk forgets what it has seen, whether or not it was written out yet.
             slot.chunk = Chunk::default();
         }
+        let seen = slot.chunk.applied();
         f(&mut slot.chunk);
+        if slot.chunk.applied() == seen && !was_empty {
+            // Replay found that the chunk knows the operation: nothing to write.
+            return self.shrink();
+        }
         self.newest = self.newest.max(slot.chunk.applied().record);
         let is_empty = slot.chunk.is_empty();
         slot.dirty = true;
