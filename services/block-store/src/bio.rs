@@ -1,13 +1,11 @@
 //! One bio from its stream to its answers.
 
-use endio_api::{blockstore, common, conversion};
+use endio_api::{blockstore, common, conversion, convert::reason_to_wire};
 use endio_chassis::telemetry;
 use endio_state_machine::token::Token;
 use endio_types::{BLOCK_SIZE, Reason};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tracing::{Span, info_span};
-
-use crate::wire;
 
 /// Where the answers of a stream go, and the shares of the stream's budget that an answer holds
 /// until the transport takes it.
@@ -73,7 +71,7 @@ pub(crate) fn release(
 ) -> conversion::SegmentRelease {
     conversion::SegmentRelease {
         token: Some(segment.wire.clone()),
-        reason: wire::reason(outcome.err()),
+        reason: reason_to_wire(outcome.err()),
         crc32c: if outcome.is_ok() { crc32c } else { Vec::new() },
         traceparent: telemetry::traceparent(&segment.span),
     }

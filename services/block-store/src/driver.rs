@@ -12,7 +12,11 @@ use std::{
     time::Instant,
 };
 
-use endio_api::{blockstore, conversion::StoreMessage};
+use endio_api::{
+    blockstore,
+    conversion::StoreMessage,
+    convert::{grant_from_proto, reason_to_wire, token_from_proto},
+};
 use endio_chassis::shutdown::Shutdown;
 use endio_state_machine::gate::{
     Admit, Cleared, FlightId, Gate, GateLimits, Outcome, PunchTurn, Registration,
@@ -119,12 +123,9 @@ impl Driver {
             self.metrics.refused.inc();
             reply.send(wire::bio_done(token.as_ref(), Err(reason), message));
         };
-        let Some(domain) = token.as_ref().and_then(wire::token) else {
-            return refuse(
-                reply,
-                Reason::Malformed,
-                "the token is missing or its mac is not 16 bytes",
-            );
+        let domain = match token_from_proto(token.as_ref()) {
+            Ok(domain) => domain,
+            Err(malformed) => return refuse(reply, Reason::Malformed, &malformed.to_string()),
         };
         if crc32c.len() != domain.blocks as usize || domain.blocks > IO_END_BLOCKS_MAX {
             return refuse(reply, Reason::Malformed, "one crc32c per block, 1 to 1024 blocks");
@@ -178,7 +179,8 @@ impl Driver {
             return self.finish(flight, segment, Err(Reason::ChecksumMismatch));
         }
         let wait = info_span!(parent: &segment.span, "wait");
-        if let Err(job) = self.stages.submit(Job { flight, segment, data, wait }) {
+        let job = Box::new(Job { flight, segment, data, wait });
+        if let Err(job) = self.stages.submit(job) {
             self.finish(job.flight, job.segment, Err(Reason::Draining));
         }
     }
@@ -224,7 +226,7 @@ impl Driver {
     }
 
     fn try_admit_read(&self, request: &blockstore::ReadRequest) -> Result<FlightId, Reason> {
-        let grant = request.grant.as_ref().and_then(wire::read_grant).ok_or(Reason::Malformed)?;
+        let grant = grant_from_proto(request.grant.as_ref()).map_err(|_| Reason::Malformed)?;
         let blocks = request.blocks as usize;
         let are_crcs_whole = request.crc32c.is_empty() || request.crc32c.len() == blocks;
         if !are_crcs_whole || request.blocks == 0 || request.blocks > IO_END_BLOCKS_MAX {
@@ -241,7 +243,7 @@ impl Driver {
     pub(crate) fn read(&self, request: &blockstore::ReadRequest) -> blockstore::ReadDone {
         let answer = |reason: Option<Reason>, message: &str| blockstore::ReadDone {
             request: request.request,
-            reason: wire::reason(reason),
+            reason: reason_to_wire(reason),
             message: message.to_owned(),
             ..blockstore::ReadDone::default()
         };

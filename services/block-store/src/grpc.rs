@@ -8,6 +8,7 @@ use endio_api::{
         block_store_server::BlockStore,
     },
     common::{ListSpansRequest, ListSpansResponse, Span, traces_server::Traces},
+    convert::reason_to_wire,
 };
 use endio_chassis::{
     recorder::{RecordedSpan, Recorder, SpanQuery},
@@ -24,7 +25,6 @@ use tracing::info_span;
 use crate::{
     bio::{Answer, Permits, Reply},
     driver::Driver,
-    wire,
 };
 
 /// Largest message: the data of the longest bio, its checksums, its token.
@@ -145,7 +145,7 @@ async fn start_read(driver: &Arc<Driver>, request: ReadRequest, reply: Reply<Rea
         Err(reason) => {
             return reply.send(ReadDone {
                 request: request.request,
-                reason: wire::reason(Some(reason)),
+                reason: reason_to_wire(Some(reason)),
                 message: "the read is not allowed here and now".to_owned(),
                 ..ReadDone::default()
             });

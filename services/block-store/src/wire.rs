@@ -1,47 +1,7 @@
-//! Messages of this service ⇄ domain.
+//! Answers and checksums of this service.
 
-use endio_api::{blockstore, common};
-use endio_state_machine::token::{MAC_LEN, ReadGrant, Token};
-use endio_types::{
-    BLOCK_SIZE, ClusterEpoch, Generation, Incarnation, IoEndId, Pblk, Reason, SegmentIndex,
-    StoreId, VolumeId,
-};
-
-/// A token as it came. Only its form is checked here.
-pub(crate) fn token(wire: &common::Token) -> Option<Token> {
-    Some(Token {
-        epoch: ClusterEpoch(wire.cluster_epoch),
-        io_end: IoEndId(wire.io_end),
-        segment: SegmentIndex(wire.segment),
-        volume: VolumeId(wire.volume),
-        generation: Generation(wire.volume_generation),
-        store: StoreId(wire.store),
-        incarnation: Incarnation(wire.store_incarnation),
-        pblk: Pblk(wire.pblk),
-        blocks: wire.blocks,
-        lease_ms: wire.lease_ms,
-        mac: mac(&wire.mac)?,
-    })
-}
-
-/// A read grant as it came.
-pub(crate) fn read_grant(wire: &common::ReadGrant) -> Option<ReadGrant> {
-    Some(ReadGrant {
-        epoch: ClusterEpoch(wire.cluster_epoch),
-        volume: VolumeId(wire.volume),
-        generation: Generation(wire.volume_generation),
-        mac: mac(&wire.mac)?,
-    })
-}
-
-fn mac(bytes: &[u8]) -> Option<[u8; MAC_LEN]> {
-    bytes.try_into().ok()
-}
-
-/// The number of a reason; 0 for none.
-pub(crate) fn reason(reason: Option<Reason>) -> i32 {
-    reason.map_or(0, |reason| reason as i32)
-}
+use endio_api::{blockstore, common, convert::reason_to_wire};
+use endio_types::{BLOCK_SIZE, Reason};
 
 /// Answer to a bio that named `token`.
 pub(crate) fn bio_done(
@@ -52,7 +12,7 @@ pub(crate) fn bio_done(
     blockstore::BioDone {
         io_end: token.map_or(0, |token| token.io_end),
         segment: token.map_or(0, |token| token.segment),
-        reason: reason(outcome.err()),
+        reason: reason_to_wire(outcome.err()),
         message: message.to_owned(),
     }
 }

@@ -41,8 +41,8 @@ struct Written {
 /// The queues between the stages.
 #[derive(Debug)]
 pub(crate) struct Stages {
-    bios: Queue<Job>,
-    written: Queue<Written>,
+    bios: Queue<Box<Job>>,
+    written: Queue<Box<Written>>,
     punches: Queue<PunchTurn>,
 }
 
@@ -57,7 +57,7 @@ impl Stages {
     }
 
     /// Hands a job to the writers, or gives it back when they have stopped.
-    pub(crate) fn submit(&self, job: Job) -> Result<(), Job> {
+    pub(crate) fn submit(&self, job: Box<Job>) -> Result<(), Box<Job>> {
         self.bios.push(job)
     }
 }
@@ -103,7 +103,8 @@ impl Writer {
 }
 
 fn write_loop(driver: &Driver) {
-    while let Some(Job { flight, segment, data, wait }) = driver.stages.bios.pop() {
+    while let Some(job) = driver.stages.bios.pop() {
+        let Job { flight, segment, data, wait } = *job;
         drop(wait);
         let began = Instant::now();
         let span = info_span!(parent: &segment.span, "write", length = data.len());
@@ -115,7 +116,7 @@ fn write_loop(driver: &Driver) {
             Ok(ticket) => {
                 let flush =
                     info_span!(parent: &segment.span, "flush", group = tracing::field::Empty);
-                let written = Written { flight, segment, ticket, flush };
+                let written = Box::new(Written { flight, segment, ticket, flush });
                 if let Err(written) = driver.stages.written.push(written) {
                     driver.finish(written.flight, written.segment, Err(Reason::Draining));
                 }
@@ -151,7 +152,8 @@ fn flush_loop(driver: &Driver) {
             );
         }
         let size = group.len();
-        for Written { flight, segment, ticket, flush } in group {
+        for written in group {
+            let Written { flight, segment, ticket, flush } = *written;
             flush.record("group", size);
             drop(flush);
             let outcome = outcome(&driver.device, ticket, failure);

@@ -1,6 +1,6 @@
 //! The block-store service between a conversion that does what a test says and a device that fails
 //! when it is told to.
-#![allow(clippy::unwrap_used, missing_docs)]
+#![allow(clippy::unwrap_used, missing_docs, unreachable_pub)]
 
 mod bench;
 mod fake;
