@@ -1,2 +1,21 @@
-//! Entry point.
-fn main() {}
+//! `endio-writeback`: the writeback service as a process of its own.
+
+use clap::Parser as _;
+use endio_chassis::net::{Dialer, Listener};
+use endio_chassis::{config, report, shutdown::Shutdown, telemetry};
+use endio_writeback::{Config, Deps, Flags, start};
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let flags = Flags::parse();
+    let config: Config = config::load(flags.config.as_deref(), "ENDIO_WRITEBACK", &flags)?;
+    let recorder = telemetry::init(&config.telemetry)?;
+    config::log_effective(&config);
+    let shutdown = Shutdown::new();
+    shutdown.on_signals()?;
+    let listener = Listener::bind(&config.listen).await?;
+    let dialer = Dialer::new(config.dialer.clone());
+    let running = start(config, Deps::new(listener, dialer, recorder, shutdown)).await?;
+    report::ready("writeback", &running.url(), &[])?;
+    Ok(running.wait().await?)
+}

@@ -1,0 +1,208 @@
+//! What an operator may set. Every limit has a unit, a default, a bound and a reason.
+
+use std::path::PathBuf;
+
+use endio_chassis::config::{Fault, Validate};
+use endio_chassis::net::{DialerConfig, ListenAddr};
+use endio_chassis::server::ServerConfig;
+use endio_chassis::telemetry::TelemetryConfig;
+use serde::{Deserialize, Serialize};
+
+/// Configuration of the writeback service.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Where clients reach it.
+    pub listen: ListenAddr,
+    /// Url of the conversion service.
+    pub conversion: String,
+    /// Directory of the cache log. Locked while the service runs. Whoever loses it loses what was
+    /// acknowledged and not yet written out.
+    pub cache_dir: PathBuf,
+    /// Where the NBD export listens; absent: no export.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nbd_listen: Option<ListenAddr>,
+    /// How long a request waits for what is away or full before its caller gets an error, in ms.
+    /// Too small: a restart of a peer becomes an I/O error. Too large: a caller hangs. 100 to
+    /// 3,600,000.
+    pub io_timeout_ms: u64,
+    /// Dirty bytes above which write-out starts at once. At most `dirty_bytes_max`.
+    pub dirty_bytes_soft: u64,
+    /// Dirty bytes at which writers are held up. Too small: write-out cannot merge. Too large:
+    /// memory, and a long replay. At least 8 MiB.
+    pub dirty_bytes_max: u64,
+    /// Delay of a writer that just reaches the limit, in ms. 0 to 1,000.
+    pub dirty_delay_max_ms: u64,
+    /// How long data stays dirty before it is written out, in ms. Too small: no merging. Too
+    /// large: a longer fsync. 1 to 600,000.
+    pub write_out_after_ms: u64,
+    /// Most blocks in one write-out. Too small: more conversions. Too large: one failure costs
+    /// more. 1 to 1,024.
+    pub write_out_blocks: u64,
+    /// Write-outs under way per volume. Too small: slow fsync. Too large: one volume takes the
+    /// capacity. 1 to 1,024.
+    pub write_outs_per_volume: usize,
+    /// Bytes of write-out in flight, all volumes. At least 4 MiB.
+    pub write_out_bytes_in_flight: u64,
+    /// Bytes of direct writes in flight, all volumes. At least 4 MiB.
+    pub direct_bytes_in_flight: u64,
+    /// Bytes of reads in flight, all volumes. At least 4 MiB.
+    pub read_bytes_in_flight: u64,
+    /// Requests of one Submit stream under way; beyond it the stream is not read. 1 to 65,536.
+    pub submit_requests: usize,
+    /// Bytes of the requests of one Submit stream under way. At least 4 MiB.
+    pub submit_bytes: u64,
+    /// Blocks of credit below which a volume asks for more.
+    pub credit_low_blocks: u64,
+    /// Blocks of credit above which an idle volume gives some back.
+    pub credit_high_blocks: u64,
+    /// Blocks of credit asked for at once. Too small: many durable promises. Too large: space that
+    /// others cannot use. 1 to 1,048,576.
+    pub credit_step_blocks: u64,
+    /// Most bytes of the cache log. At least four segments.
+    pub log_bytes_max: u64,
+    /// Bytes of one segment of the cache log. At least 1 MiB.
+    pub log_segment_bytes: u64,
+    /// Sessions of retrying clients remembered.
+    pub sessions_max: usize,
+    /// A session is not forgotten before it was idle so long, in ms.
+    pub session_idle_min_ms: u64,
+    /// Volumes open here at a time. 1 to 65,536.
+    pub volumes_max: usize,
+    /// First pause before a write begins again, in ms.
+    pub retry_first_ms: u64,
+    /// Longest pause before a write begins again, in ms.
+    pub retry_max_ms: u64,
+    /// First pause before the session is opened again, in ms.
+    pub reconnect_first_ms: u64,
+    /// Longest pause before the session is opened again, in ms.
+    pub reconnect_max_ms: u64,
+    /// Most time for opening a stream to a peer, in ms.
+    pub connect_timeout_ms: u64,
+    /// Most time for one call of a peer, in ms; the request is tried again until its own timeout.
+    pub call_timeout_ms: u64,
+    /// Most time between two confirmations of what reads use, in ms. Too small: messages for
+    /// nothing. Too large: overwritten blocks come back late.
+    pub confirm_every_ms: u64,
+    /// Messages of one batch to conversion. 1 to 65,536.
+    pub session_batch: usize,
+    /// Messages waiting for the session. 1 to 65,536.
+    pub session_queue: usize,
+    /// Bios or reads waiting for one store's stream. 1 to 65,536.
+    pub store_queue: usize,
+    /// How long a stop may write out before what is held is named and left, in ms.
+    pub drain_deadline_ms: u64,
+    /// The gRPC server.
+    pub server: ServerConfig,
+    /// Connections to peers.
+    pub dialer: DialerConfig,
+    /// Logs and traces.
+    pub telemetry: TelemetryConfig,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let io_timeout_ms = 120_000;
+        Self {
+            listen: ListenAddr::Tcp("127.0.0.1:7400".to_owned()),
+            conversion: "http://127.0.0.1:7401".to_owned(),
+            cache_dir: PathBuf::from("endio-data/cache"),
+            nbd_listen: None,
+            io_timeout_ms,
+            dirty_bytes_soft: 64 << 20,
+            dirty_bytes_max: 256 << 20,
+            dirty_delay_max_ms: 20,
+            write_out_after_ms: 1_000,
+            write_out_blocks: 256,
+            write_outs_per_volume: 16,
+            write_out_bytes_in_flight: 64 << 20,
+            direct_bytes_in_flight: 64 << 20,
+            read_bytes_in_flight: 64 << 20,
+            submit_requests: 256,
+            submit_bytes: 64 << 20,
+            credit_low_blocks: 1_024,
+            credit_high_blocks: 16_384,
+            credit_step_blocks: 4_096,
+            log_bytes_max: 2 << 30,
+            log_segment_bytes: 64 << 20,
+            sessions_max: 2_048,
+            session_idle_min_ms: 600_000,
+            volumes_max: 4_096,
+            retry_first_ms: 5,
+            retry_max_ms: 1_000,
+            reconnect_first_ms: 20,
+            reconnect_max_ms: 1_000,
+            connect_timeout_ms: 3_000,
+            call_timeout_ms: 10_000,
+            confirm_every_ms: 250,
+            session_batch: 512,
+            session_queue: 4_096,
+            store_queue: 256,
+            drain_deadline_ms: 30_000,
+            // A unary call may wait for the I/O timeout, and a little for its answer.
+            server: ServerConfig {
+                unary_timeout_ms: io_timeout_ms + 30_000,
+                ..ServerConfig::default()
+            },
+            dialer: DialerConfig::default(),
+            telemetry: TelemetryConfig::default(),
+        }
+    }
+}
+
+impl Validate for Config {
+    fn validate(&self) -> Vec<Fault> {
+        const MIB: u64 = 1 << 20;
+        let mut faults = Vec::new();
+        let mut within = |key: &str, value: u64, least: u64, most: u64| {
+            if value < least || value > most {
+                faults.push(Fault::new(key, format!("{value} is not in {least} to {most}")));
+            }
+        };
+        within("io_timeout_ms", self.io_timeout_ms, 100, 3_600_000);
+        within("dirty_bytes_max", self.dirty_bytes_max, 8 * MIB, 1 << 40);
+        within("dirty_bytes_soft", self.dirty_bytes_soft, 0, self.dirty_bytes_max);
+        within("dirty_delay_max_ms", self.dirty_delay_max_ms, 0, 1_000);
+        within("write_out_after_ms", self.write_out_after_ms, 1, 600_000);
+        within("write_out_blocks", self.write_out_blocks, 1, 1_024);
+        within("write_outs_per_volume", self.write_outs_per_volume as u64, 1, 1_024);
+        within("write_out_bytes_in_flight", self.write_out_bytes_in_flight, 4 * MIB, 1 << 36);
+        within("direct_bytes_in_flight", self.direct_bytes_in_flight, 4 * MIB, 1 << 36);
+        within("read_bytes_in_flight", self.read_bytes_in_flight, 4 * MIB, 1 << 36);
+        within("submit_requests", self.submit_requests as u64, 1, 65_536);
+        within("submit_bytes", self.submit_bytes, 4 * MIB, 1 << 36);
+        within("credit_step_blocks", self.credit_step_blocks, 1, 1 << 20);
+        within("credit_high_blocks", self.credit_high_blocks, self.credit_low_blocks, 1 << 30);
+        within("log_segment_bytes", self.log_segment_bytes, MIB, 1 << 34);
+        within("log_bytes_max", self.log_bytes_max, 4 * self.log_segment_bytes, 1 << 44);
+        within("sessions_max", self.sessions_max as u64, 1, 1 << 20);
+        within("volumes_max", self.volumes_max as u64, 1, 65_536);
+        within("retry_first_ms", self.retry_first_ms, 1, self.retry_max_ms);
+        within("reconnect_first_ms", self.reconnect_first_ms, 1, self.reconnect_max_ms);
+        within("connect_timeout_ms", self.connect_timeout_ms, 1, 600_000);
+        within("call_timeout_ms", self.call_timeout_ms, 1, 600_000);
+        within("confirm_every_ms", self.confirm_every_ms, 1, 600_000);
+        within("session_batch", self.session_batch as u64, 1, 65_536);
+        within("session_queue", self.session_queue as u64, 1, 65_536);
+        within("store_queue", self.store_queue as u64, 1, 65_536);
+        within("drain_deadline_ms", self.drain_deadline_ms, 1, 3_600_000);
+        faults
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_defaults_are_within_their_own_bounds() {
+        assert_eq!(Config::default().validate(), Vec::new());
+    }
+
+    #[test]
+    fn every_value_out_of_bounds_is_named_at_once() {
+        let config = Config { io_timeout_ms: 0, write_out_blocks: 0, ..Config::default() };
+        let keys: Vec<_> = config.validate().into_iter().map(|fault| fault.key).collect();
+        assert_eq!(keys, ["io_timeout_ms", "write_out_blocks"]);
+    }
+}

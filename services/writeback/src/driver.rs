@@ -1,0 +1,237 @@
+//! The life of the service: start, recovery, serving, and a stop that loses nothing.
+//!
+//! ```text
+//!   Starting ── session stands, log replayed ──► Serving ── stop asked for ──► Draining ──► ended
+//! ```
+
+use std::sync::atomic::AtomicU8;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use endio_chassis::backoff::Backoff;
+use endio_chassis::net::Dialer;
+use endio_chassis::recorder::Recorder;
+use endio_chassis::server::{Readiness, ServeError};
+use endio_chassis::shutdown::Shutdown;
+use endio_state_machine::writeback::sessions::SessionLimits;
+use endio_state_machine::writeback::throttle::{Limits as ThrottleLimits, Throttle};
+use endio_store::cache_log::{CacheLog, CacheLogOptions, Replay};
+use endio_types::BLOCK_BYTES;
+use tokio::sync::{Notify, Semaphore};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::config::Config;
+use crate::conversion::Conversion;
+use crate::dedupe::Dedupe;
+use crate::engine::{Engine, Identity, STARTING};
+use crate::failure::Failure;
+use crate::io_end::{Limits as IoLimits, Submitter};
+use crate::log::Log;
+use crate::metrics::Metrics;
+use crate::session::{Limits as SessionStreamLimits, Session};
+use crate::stores::{Limits as StoreLimits, Stores};
+use crate::table::Table;
+use crate::{RunError, StartError, identity};
+
+/// Pause between two looks at what a stop still waits for.
+const DRAIN_LOOK: Duration = Duration::from_millis(20);
+
+/// What was opened before anything is served.
+pub(crate) struct Opened {
+    log: CacheLog,
+    replay: Replay,
+    identity: Identity,
+}
+
+/// Opens the cache directory, blocking.
+///
+/// # Errors
+/// Another process has it, or it is damaged, or the disk fails.
+pub(crate) fn open(config: &Config) -> Result<Opened, StartError> {
+    let dir = &config.cache_dir;
+    let log_dir = dir.join("log");
+    std::fs::create_dir_all(&log_dir).map_err(StartError::CacheDir)?;
+    let options = CacheLogOptions {
+        segment_bytes: config.log_segment_bytes,
+        max_bytes: config.log_bytes_max,
+        sessions_max: config.sessions_max,
+    };
+    // The log's lock comes first: two processes must not count one start.
+    let (log, replay) = CacheLog::open(&log_dir, options).map_err(StartError::CacheLog)?;
+    let identity = identity::next_start(dir).map_err(StartError::CacheDir)?;
+    Ok(Opened { log, replay, identity })
+}
+
+/// Puts the parts together. Must be called inside a tokio runtime.
+///
+/// # Errors
+/// The url of conversion has no known form.
+pub(crate) fn build(
+    config: Config,
+    opened: Opened,
+    dialer: Dialer,
+    recorder: Recorder,
+) -> Result<(Arc<Engine>, Replay, JoinHandle<()>), StartError> {
+    let Opened { log, replay, identity } = opened;
+    let ms = Duration::from_millis;
+    let channel = dialer.channel(&config.conversion).map_err(StartError::Url)?;
+    let backoff = Backoff {
+        first: ms(config.retry_first_ms),
+        max: ms(config.retry_max_ms),
+        retries_max: None,
+    };
+    let conversion = Conversion::new(channel, ms(config.call_timeout_ms), backoff);
+    let connect = ms(config.connect_timeout_ms);
+    let read = ms(config.call_timeout_ms);
+    let store_limits = StoreLimits { queue: config.store_queue, connect, read };
+    let stores = Arc::new(Stores::new(dialer.clone(), store_limits));
+    let table = Arc::new(Table::new(Arc::clone(&stores)));
+    let stop = CancellationToken::new();
+    let limits = SessionStreamLimits {
+        queue: config.session_queue,
+        batch: config.session_batch,
+        confirm_every: ms(config.confirm_every_ms),
+        backoff: (ms(config.reconnect_first_ms), ms(config.reconnect_max_ms)),
+        connect,
+    };
+    let (session, task) = Session::start(
+        identity.writeback(),
+        config.conversion.clone(),
+        dialer,
+        limits,
+        Arc::clone(&table) as _,
+        stop.clone(),
+    );
+    let metrics = Arc::new(Metrics::default());
+    let io_limits = IoLimits {
+        direct_blocks: blocks(config.direct_bytes_in_flight),
+        write_out_blocks: blocks(config.write_out_bytes_in_flight),
+        backoff: (ms(config.retry_first_ms), ms(config.retry_max_ms)),
+    };
+    let submitter =
+        Submitter::new(session.clone(), Arc::clone(&stores), Arc::clone(&metrics), io_limits);
+    let engine = Engine {
+        dedupe: Arc::new(Dedupe::new(SessionLimits {
+            sessions_max: config.sessions_max,
+            idle_min_ms: config.session_idle_min_ms,
+            ..SessionLimits::default()
+        })),
+        throttle: Mutex::new(Throttle::new(ThrottleLimits {
+            soft_bytes: config.dirty_bytes_soft,
+            hard_bytes: config.dirty_bytes_max,
+            delay_max_ms: config.dirty_delay_max_ms,
+        })),
+        reads: Semaphore::new(blocks(config.read_bytes_in_flight)),
+        identity,
+        session,
+        conversion,
+        stores,
+        submitter,
+        table,
+        log: Log::start(log),
+        metrics,
+        recorder,
+        room: Notify::new(),
+        opening: Mutex::default(),
+        tasks: TaskTracker::new(),
+        stop,
+        stage: AtomicU8::new(STARTING),
+        config,
+    };
+    Ok((Arc::new(engine), replay, task))
+}
+
+fn blocks(bytes: u64) -> usize {
+    usize::try_from(bytes / BLOCK_BYTES).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS)
+}
+
+/// Everything that must be ended in order.
+pub(crate) struct Life {
+    pub(crate) engine: Arc<Engine>,
+    pub(crate) replay: Replay,
+    pub(crate) readiness: Readiness,
+    pub(crate) shutdown: Shutdown,
+    pub(crate) session: JoinHandle<()>,
+    pub(crate) server: JoinHandle<Result<(), ServeError>>,
+}
+
+impl Life {
+    /// Recovers, serves, and stops when asked to.
+    pub(crate) async fn run(self) -> Result<(), RunError> {
+        let Self { engine, replay, readiness, shutdown, session, mut server } = self;
+        engine.start_log_keeper();
+        let recovery = recover(Arc::clone(&engine), replay, readiness.clone());
+        let mut recovery = tokio::spawn(recovery);
+        let mut recovered = None;
+        let early = loop {
+            tokio::select! {
+                biased;
+                () = shutdown.requested() => break None,
+                served = &mut server => break Some(served),
+                done = &mut recovery, if recovered.is_none() => match done {
+                    Ok(Ok(())) => recovered = Some(()),
+                    Ok(Err(failure)) => {
+                        shutdown.request();
+                        let _ = server.await;
+                        engine.stop.cancel();
+                        return Err(RunError::Recovery(failure));
+                    }
+                    Err(panic) => return Err(RunError::Panicked(panic)),
+                },
+            }
+        };
+        // Refuses new work also when the server ended by itself.
+        shutdown.request();
+        readiness.set_not_ready().await;
+        engine.drain();
+        let served = match early {
+            Some(served) => served,
+            None => server.await,
+        };
+        let held = match recovered {
+            Some(()) => write_everything_out(&engine, &shutdown).await,
+            // What was not replayed is in the log, where the next start finds it.
+            None => {
+                recovery.abort();
+                Vec::new()
+            }
+        };
+        if held.is_empty() && recovered.is_some() {
+            engine.log.close_clean().await.map_err(RunError::Close)?;
+        }
+        engine.stop.cancel();
+        session.await.map_err(RunError::Panicked)?;
+        served.map_err(RunError::Panicked)??;
+        if held.is_empty() {
+            tracing::info!("writeback stopped");
+            return Ok(());
+        }
+        tracing::error!(held = held.join(", "), "the stop overran its deadline");
+        Err(RunError::Overrun(held))
+    }
+}
+
+async fn recover(engine: Arc<Engine>, replay: Replay, readiness: Readiness) -> Result<(), Failure> {
+    engine.session.up().await;
+    engine.replay(replay).await?;
+    engine.serve();
+    readiness.set_ready().await;
+    tracing::info!(writeback = engine.identity.writeback(), "ready");
+    Ok(())
+}
+
+/// Writes out what is dirty. Returns what is left at the deadline, by name.
+async fn write_everything_out(engine: &Arc<Engine>, shutdown: &Shutdown) -> Vec<String> {
+    let deadline = Instant::now() + Duration::from_millis(engine.config.drain_deadline_ms);
+    loop {
+        engine.want_everything_out();
+        let held = engine.held();
+        if held.is_empty() || Instant::now() >= deadline || shutdown.is_forced() {
+            return held;
+        }
+        tokio::time::sleep(DRAIN_LOOK).await;
+    }
+}

@@ -1,0 +1,375 @@
+//! Questions that may always be asked: extents, status, checks, traces.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use endio_api::common::{Extent, ExtentState, ListSpansRequest, ListSpansResponse, Span};
+use endio_api::conversion::{
+    CheckRequest as MetadataCheck, ListIoEndsRequest, ListIoEndsResponse, ListStoresRequest,
+    ListStoresResponse,
+};
+use endio_api::traces::span_to_proto;
+use endio_api::writeback::{CheckResponse, StatusResponse, VolumeStatus};
+use endio_chassis::recorder::SpanQuery;
+use endio_types::{BLOCK_BYTES, ByteRange, LblkRange, Reason};
+use tokio::time::{Duration, Instant};
+
+use super::Engine;
+use super::read::READ_BLOCKS_MAX;
+use crate::conversion::Client;
+use crate::failure::Failure;
+use crate::stores::store_away;
+use crate::volume::Volume;
+
+/// Blocks of the map that are shown at once.
+const EXTENT_BLOCKS_MAX: u64 = 65_536;
+/// Findings that a check names; one more says that there are more.
+const FINDINGS_MAX: usize = 1_000;
+/// How long a question may take that waits for other services.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+impl Engine {
+    /// The states of some blocks from `at` on, without gaps, and the first block after them;
+    /// `None`: the range is done.
+    ///
+    /// # Errors
+    /// As a look-up.
+    pub async fn extents(
+        &self,
+        volume: &Arc<Volume>,
+        range: LblkRange,
+        at: u64,
+    ) -> Result<Option<(Vec<Extent>, u64)>, Failure> {
+        if at >= range.end() {
+            return Ok(None);
+        }
+        let part = LblkRange::new(at, EXTENT_BLOCKS_MAX.min(range.end() - at));
+        let _registered = volume.read_begins();
+        let delayed: Vec<u64> = {
+            let state = volume.state();
+            state.dirty.read_range(part).map(|(lblk, _)| lblk.0).collect()
+        };
+        let mapped_end = volume.state().durable_size_bytes.div_ceil(BLOCK_BYTES);
+        let mapped = part.intersection(LblkRange::new(0, mapped_end));
+        let map = match mapped {
+            Some(mapped) => {
+                let deadline = Instant::now() + PATIENCE;
+                self.look_up(volume, mapped, deadline).await?.extents
+            }
+            None => Vec::new(),
+        };
+        Ok(Some((overlay(part, &map, &delayed), part.end())))
+    }
+
+    /// The blocks of a volume that `offset` and `length` (0: to the end) name.
+    ///
+    /// # Errors
+    /// `OUT_OF_RANGE`.
+    pub fn blocks_of(
+        &self,
+        volume: &Volume,
+        offset_bytes: u64,
+        length_bytes: u64,
+    ) -> Result<LblkRange, Failure> {
+        let size = volume.state().size_bytes;
+        let len = if length_bytes == 0 { size.saturating_sub(offset_bytes) } else { length_bytes };
+        volume.check(ByteRange { offset: offset_bytes, len }, false)
+    }
+
+    /// This writeback's state.
+    pub fn status(&self) -> StatusResponse {
+        let link = self.session.link();
+        let rest = Instant::now();
+        let of = |volume: &Arc<Volume>| {
+            let state = volume.state();
+            let blocked = match &state.gone {
+                Some(gone) => gone.detail.to_string(),
+                None if state.rest_until.is_some_and(|until| until > rest) => {
+                    "write-out failed and is tried again".to_owned()
+                }
+                None => String::new(),
+            };
+            VolumeStatus {
+                name: volume.name.to_string(),
+                generation: volume.generation,
+                dirty_bytes: state.dirty_bytes(),
+                in_flight_bytes: state.dirty.in_flight_blocks() * BLOCK_BYTES + state.direct_bytes,
+                error_pending: state.errors.is_untold(),
+                blocked,
+            }
+        };
+        StatusResponse {
+            writeback: self.identity.writeback(),
+            cluster_epoch: link.epoch.unwrap_or(0),
+            connected: link.epoch.is_some(),
+            dirty_bytes: self.throttle().total_bytes(),
+            dirty_bytes_max: self.config.dirty_bytes_max,
+            log_bytes: self.log.usage_bytes().0,
+            volumes: self.table.all().iter().map(of).collect(),
+        }
+    }
+
+    /// io_ends in flight, from conversion.
+    ///
+    /// # Errors
+    /// `PEER_AWAY`.
+    pub async fn io_ends(&self, request: ListIoEndsRequest) -> Result<ListIoEndsResponse, Failure> {
+        let call = |mut client: Client| async move { client.list_io_ends(request).await };
+        self.conversion.call(Instant::now() + PATIENCE, call).await
+    }
+
+    /// Block-stores, from conversion.
+    ///
+    /// # Errors
+    /// `PEER_AWAY`.
+    pub async fn store_list(&self) -> Result<ListStoresResponse, Failure> {
+        let call =
+            |mut client: Client| async move { client.list_stores(ListStoresRequest {}).await };
+        self.conversion.call(Instant::now() + PATIENCE, call).await
+    }
+
+    /// Spans of this service, and of a trace those of the others too: who is away is left out.
+    pub async fn trace(&self, request: ListSpansRequest) -> ListSpansResponse {
+        let mut all = self.own_spans(&request);
+        if request.trace_id.is_empty() {
+            return all;
+        }
+        for (spans, dropped) in self.spans_of_peers(&request).await {
+            all.spans.extend(spans);
+            all.dropped += dropped;
+        }
+        // Services of one process share a recorder.
+        all.spans.sort_by(|a, b| (&a.span_id, a.start_unix_ns).cmp(&(&b.span_id, b.start_unix_ns)));
+        all.spans.dedup_by(|a, b| a.span_id == b.span_id);
+        all.spans.sort_by_key(|span| span.start_unix_ns);
+        all
+    }
+
+    fn own_spans(&self, request: &ListSpansRequest) -> ListSpansResponse {
+        let query = SpanQuery {
+            trace_id: request.trace_id.clone(),
+            roots_only: request.roots_only,
+            service: "writeback".to_owned(),
+            volume: request.volume.clone(),
+            offset_bytes: request.offset_bytes,
+            io_end: request.io_end,
+            limit: request.limit as usize,
+        };
+        let spans = self.recorder.query(&query).into_iter().map(span_to_proto).collect();
+        ListSpansResponse { spans, dropped: self.recorder.dropped() }
+    }
+
+    async fn spans_of_peers(&self, request: &ListSpansRequest) -> Vec<(Vec<Span>, u64)> {
+        use endio_api::common::traces_client::TracesClient;
+        let mut found = Vec::new();
+        let mut client = TracesClient::new(self.conversion.channel());
+        match tokio::time::timeout(PATIENCE, client.list_spans(request.clone())).await {
+            Ok(Ok(answer)) => {
+                let answer = answer.into_inner();
+                found.push((answer.spans, answer.dropped));
+            }
+            _ => tracing::debug!("conversion told no spans"),
+        }
+        for store in self.stores.ids() {
+            match self.stores.spans(store, request.clone()).await {
+                Ok(spans) => found.push(spans),
+                Err(error) => tracing::debug!(store, %error, "a block-store told no spans"),
+            }
+        }
+        found
+    }
+
+    /// Verifies the metadata's invariants, and with `read_data` every copy of every block.
+    ///
+    /// # Errors
+    /// `PEER_AWAY`: conversion cannot be asked.
+    pub async fn check(self: &Arc<Self>, read_data: bool) -> Result<CheckResponse, Failure> {
+        let call = |mut client: Client| async move { client.check(MetadataCheck {}).await };
+        let metadata = self.conversion.call(Instant::now() + PATIENCE, call).await?;
+        let mut report = CheckResponse { metadata: Some(metadata), ..CheckResponse::default() };
+        if read_data {
+            for volume in self.list().await? {
+                if let Err(failure) = self.check_data(&volume.name, &mut report).await {
+                    note(&mut report, format!("volume {}: {failure}", volume.name));
+                }
+            }
+        }
+        Ok(report)
+    }
+
+    async fn check_data(
+        self: &Arc<Self>,
+        name: &str,
+        report: &mut CheckResponse,
+    ) -> Result<(), Failure> {
+        // Only the owner of a volume may read it.
+        let volume = self.volume(name).await?;
+        let end = volume.state().durable_size_bytes.div_ceil(BLOCK_BYTES);
+        let mut at = 0;
+        while at < end {
+            let part = LblkRange::new(at, READ_BLOCKS_MAX.min(end - at));
+            let _registered = volume.read_begins();
+            let map = self.look_up(&volume, part, self.deadline()).await?;
+            let grant = map.read_grant.clone().ok_or_else(Failure::fenced)?;
+            for extent in map.extents.iter().filter(|e| e.state == ExtentState::Written as i32) {
+                self.check_extent(name, &grant, extent, report).await;
+            }
+            // A hole of a thin volume may be long: the next extent says where to go on.
+            at = match map.extents.is_empty() {
+                true => self.next_extent(&volume, part.end(), end).await?,
+                false => part.end(),
+            };
+        }
+        Ok(())
+    }
+
+    /// The first mapped block at or after `at`.
+    async fn next_extent(
+        &self,
+        volume: &Arc<Volume>,
+        mut at: u64,
+        end: u64,
+    ) -> Result<u64, Failure> {
+        while at < end {
+            let part = LblkRange::new(at, EXTENT_BLOCKS_MAX.min(end - at));
+            let map = self.look_up(volume, part, self.deadline()).await?;
+            if let Some(first) = map.extents.first() {
+                return Ok(first.lblk);
+            }
+            at = part.end();
+        }
+        Ok(end)
+    }
+
+    async fn check_extent(
+        &self,
+        name: &str,
+        grant: &endio_api::common::ReadGrant,
+        extent: &Extent,
+        report: &mut CheckResponse,
+    ) {
+        let blocks = u64::from(extent.blocks);
+        for place in &extent.places {
+            let request = endio_api::blockstore::ReadRequest {
+                request: 0,
+                grant: Some(grant.clone()),
+                pblk: place.pblk,
+                blocks: extent.blocks,
+                crc32c: extent.crc32c.clone(),
+                traceparent: String::new(),
+            };
+            match self.stores.read(place.store, request).await {
+                Ok(_) => report.blocks_verified += blocks,
+                Err(failure) if failure.reason == store_away().reason => {
+                    report.blocks_unreachable += blocks;
+                }
+                Err(failure) => {
+                    let kind = match failure.reason {
+                        Reason::ChecksumMismatch => "does not match its checksum",
+                        _ => "cannot be read",
+                    };
+                    let (lblk, store, pblk) = (extent.lblk, place.store, place.pblk);
+                    note(
+                        report,
+                        format!(
+                            "volume {name}: blocks {lblk}+{blocks} on store {store} at {pblk}: \
+                             the data {kind} ({failure})"
+                        ),
+                    );
+                }
+            }
+        }
+    }
+}
+
+fn note(report: &mut CheckResponse, finding: String) {
+    match report.findings.len() {
+        len if len < FINDINGS_MAX => report.findings.push(finding),
+        FINDINGS_MAX => report.findings.push("there are more findings".to_owned()),
+        _ => {}
+    }
+}
+
+/// The map with delayed data over it and holes in between: ascending, without gaps.
+fn overlay(range: LblkRange, map: &[Extent], delayed: &[u64]) -> Vec<Extent> {
+    let mut states: BTreeMap<u64, u64> = BTreeMap::new();
+    for lblk in delayed {
+        match states.last_entry() {
+            Some(mut last) if last.key() + last.get() == *lblk => *last.get_mut() += 1,
+            _ => drop(states.insert(*lblk, 1)),
+        }
+    }
+    let mut out = Vec::new();
+    let mut at = range.start.0;
+    for (start, len) in states {
+        under(LblkRange::new(at, start - at), map, &mut out);
+        out.push(plain(start, len, ExtentState::Delayed));
+        at = start + len;
+    }
+    under(LblkRange::new(at, range.end() - at), map, &mut out);
+    out
+}
+
+/// The map of a range without delayed data, with its holes.
+fn under(range: LblkRange, map: &[Extent], out: &mut Vec<Extent>) {
+    let mut at = range.start.0;
+    for extent in map {
+        let whole = LblkRange::new(extent.lblk, extent.blocks.into());
+        let left = LblkRange::new(at, range.end().saturating_sub(at));
+        let Some(part) = whole.intersection(left) else { continue };
+        if part.start.0 > at {
+            out.push(plain(at, part.start.0 - at, ExtentState::Hole));
+        }
+        out.push(cut(extent, part));
+        at = part.end();
+    }
+    if at < range.end() {
+        out.push(plain(at, range.end() - at, ExtentState::Hole));
+    }
+}
+
+fn plain(lblk: u64, len: u64, state: ExtentState) -> Extent {
+    // Ranges here are at most EXTENT_BLOCKS_MAX long.
+    let blocks = u32::try_from(len).unwrap_or(u32::MAX);
+    Extent { lblk, blocks, state: state.into(), places: Vec::new(), crc32c: Vec::new() }
+}
+
+fn cut(extent: &Extent, part: LblkRange) -> Extent {
+    let skip = part.start.0 - extent.lblk;
+    let mut piece = plain(part.start.0, part.len, ExtentState::Unspecified);
+    piece.state = extent.state;
+    piece.places = extent.places.clone();
+    for place in &mut piece.places {
+        place.pblk += skip;
+    }
+    if let (Ok(from), Ok(to)) = (usize::try_from(skip), usize::try_from(skip + part.len)) {
+        piece.crc32c = extent.crc32c.get(from..to).unwrap_or_default().to_vec();
+    }
+    piece
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn delayed_blocks_hide_the_map_and_gaps_are_holes() {
+        let mut written = plain(2, 4, ExtentState::Written);
+        written.places = vec![endio_api::common::Place { store: 1, pblk: 100 }];
+        written.crc32c = vec![2, 3, 4, 5];
+        let seen = overlay(LblkRange::new(0, 8), &[written], &[3, 4, 7]);
+        let states: Vec<_> = seen.iter().map(|e| (e.lblk, e.blocks, e.state())).collect();
+        assert_eq!(
+            states,
+            [
+                (0, 2, ExtentState::Hole),
+                (2, 1, ExtentState::Written),
+                (3, 2, ExtentState::Delayed),
+                (5, 1, ExtentState::Written),
+                (6, 1, ExtentState::Hole),
+                (7, 1, ExtentState::Delayed),
+            ]
+        );
+        assert_eq!((seen[3].places[0].pblk, seen[3].crc32c.as_slice()), (103, [5].as_slice()));
+    }
+}

@@ -1,0 +1,276 @@
+//! Trim, write zeroes, allocate: changes of the map without data.
+
+use std::sync::Arc;
+
+use bytes::BytesMut;
+use endio_api::conversion::{ChangeMapRequest, MapChange};
+use endio_chassis::telemetry;
+use endio_types::{BLOCK_BYTES, ByteRange, LblkRange, Reason};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tracing::{Instrument as _, Span, info_span};
+
+use super::write::trace_id;
+use super::{Engine, Piece};
+use crate::dedupe::{Admission, Admitted, Retry};
+use crate::failure::Failure;
+use crate::locks::Held;
+use crate::volume::Volume;
+
+/// What happens to the range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RangeKind {
+    /// It becomes a hole.
+    Trim,
+    /// It reads as zeroes and stays allocated.
+    Zero,
+    /// Its holes become unwritten blocks.
+    Allocate,
+}
+
+/// A change as it was asked for.
+#[derive(Debug, Clone)]
+pub struct RangeOp {
+    /// What to do.
+    pub kind: RangeKind,
+    /// Where.
+    pub bytes: ByteRange,
+    /// Makes a retry safe.
+    pub retry: Option<Retry>,
+    /// W3C traceparent of the caller; empty: none.
+    pub traceparent: String,
+}
+
+/// A change that is durable.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Ranged {
+    /// 32 hexadecimal digits; empty: not sampled.
+    pub trace_id: String,
+    /// Blocks whose state changed, once per replica.
+    pub blocks_changed: u64,
+    /// It had been applied before.
+    pub duplicate: bool,
+}
+
+struct Change {
+    engine: Arc<Engine>,
+    volume: Arc<Volume>,
+    op: RangeOp,
+    blocks: LblkRange,
+    deadline: Instant,
+    span: Span,
+}
+
+impl RangeKind {
+    fn on_the_wire(self) -> MapChange {
+        match self {
+            Self::Trim => MapChange::Trim,
+            Self::Zero => MapChange::Zero,
+            Self::Allocate => MapChange::Allocate,
+        }
+    }
+}
+
+impl Engine {
+    /// Starts a change and takes its place in the order of its blocks before this returns. It goes
+    /// on when the handle is dropped.
+    pub fn start_range(
+        self: &Arc<Self>,
+        volume: &Arc<Volume>,
+        op: RangeOp,
+    ) -> JoinHandle<Result<Ranged, Failure>> {
+        let begun = self.place_range(volume, op);
+        self.tasks.spawn(async move {
+            let (change, admitted, held) = begun?;
+            let span = change.span.clone();
+            let outcome = change.run(admitted, held).instrument(span.clone()).await;
+            if let Err(failure) = &outcome {
+                telemetry::fail(&span, &failure.detail);
+            }
+            outcome
+        })
+    }
+
+    fn place_range(
+        self: &Arc<Self>,
+        volume: &Arc<Volume>,
+        op: RangeOp,
+    ) -> Result<(Change, Admitted, Option<Held>), Failure> {
+        self.takes_work()?;
+        let (volume_name, offset, length) = (&volume.name, op.bytes.offset, op.bytes.len);
+        let span = match op.kind {
+            RangeKind::Trim => info_span!("trim", volume = %volume_name, offset, length),
+            RangeKind::Zero => info_span!("write_zeroes", volume = %volume_name, offset, length),
+            RangeKind::Allocate => info_span!("allocate", volume = %volume_name, offset, length),
+        };
+        telemetry::set_parent(&span, &op.traceparent);
+        let blocks = volume.check(op.bytes, false)?;
+        let admitted = self.dedupe.admit(op.retry)?;
+        let is_new = matches!(admitted, Admitted::New(_));
+        let held = is_new.then(|| volume.locks.acquire(blocks));
+        let (engine, volume) = (Arc::clone(self), Arc::clone(volume));
+        let change = Change { deadline: engine.deadline(), engine, volume, op, blocks, span };
+        Ok((change, admitted, held))
+    }
+}
+
+impl Change {
+    async fn run(self, mut admitted: Admitted, held: Option<Held>) -> Result<Ranged, Failure> {
+        let Self { engine, volume, .. } = &self;
+        if matches!(admitted, Admitted::Busy) {
+            admitted = engine.dedupe.admit_in_turn(self.op.retry, self.deadline).await?;
+        }
+        let trace_id = trace_id(&self.span);
+        let admission = match admitted {
+            Admitted::New(admission) => admission,
+            Admitted::Duplicate(result) => {
+                engine.metrics.duplicates.inc();
+                let blocks_changed = result.unwrap_or(0);
+                return Ok(Ranged { trace_id, blocks_changed, duplicate: true });
+            }
+            Admitted::Busy => return Err(Failure::task_lost()),
+        };
+        let mut held = held.unwrap_or_else(|| volume.locks.acquire(self.blocks));
+        if tokio::time::timeout_at(self.deadline, held.held()).await.is_err() {
+            let detail = "earlier requests for these blocks are still under way";
+            return Err(Failure::new(Reason::TimedOut, detail));
+        }
+        volume.usable()?;
+        let blocks_changed = self.apply().await?;
+        self.note_done(admission, blocks_changed);
+        Ok(Ranged { trace_id, blocks_changed, duplicate: false })
+    }
+
+    async fn apply(&self) -> Result<u64, Failure> {
+        if self.blocks.is_empty() {
+            return Ok(0);
+        }
+        if self.op.kind == RangeKind::Allocate {
+            // Allocated or not is a property of whole blocks; data in the cache stays.
+            return self.change_map(self.blocks).await;
+        }
+        self.engine.forget(&self.volume, self.blocks, self.deadline).await?;
+        let size = self.volume.state().size_bytes;
+        let (inner, edges) = inner_and_edges(self.op.bytes, size);
+        for edge in edges {
+            self.zero_edge(edge).await?;
+        }
+        if inner.is_empty() { Ok(0) } else { self.change_map(inner).await }
+    }
+
+    /// Zeroes bytes inside one block.
+    async fn zero_edge(&self, edge: ByteRange) -> Result<(), Failure> {
+        let Self { engine, volume, deadline, .. } = self;
+        let block = edge.blocks();
+        let held = engine.read_whole(volume, block, *deadline).await?;
+        if held.iter().all(|piece| matches!(piece, Piece::Zeroes(_))) {
+            return Ok(());
+        }
+        // An edge is shorter than a block.
+        let zeroes = BytesMut::zeroed(edge.len as usize).freeze();
+        let whole = engine.merge(volume, edge, zeroes, *deadline).await?;
+        engine.write_through(volume, block, whole, 0, *deadline).await?;
+        Ok(())
+    }
+
+    async fn change_map(&self, range: LblkRange) -> Result<u64, Failure> {
+        let Self { engine, volume, .. } = self;
+        let request = ChangeMapRequest {
+            volume: volume.id,
+            generation: volume.generation,
+            change: self.op.kind.on_the_wire().into(),
+            lblk: range.start.0,
+            blocks: range.len,
+            traceparent: telemetry::traceparent(&self.span),
+        };
+        let call = |mut client: crate::conversion::Client| {
+            let request = request.clone();
+            async move { client.change_map(request).await }
+        };
+        let changed = engine.conversion.call(self.deadline, call).await;
+        if let Err(failure) = &changed {
+            engine.heed(volume, failure);
+        }
+        let changed = changed?;
+        volume.state().saw_map(changed.map_version);
+        Ok(changed.blocks_changed)
+    }
+
+    fn note_done(&self, admission: Option<Admission>, result: u64) {
+        let Some(admission) = admission else { return };
+        if let Err(error) = self.engine.log.append_done(admission.key(), result) {
+            // The change is done. Only a retry over a restart would not be recognized.
+            tracing::warn!(%error, "a retry key could not be kept");
+        }
+        admission.applied(result);
+    }
+}
+
+/// The whole blocks of a range, and what is left of it inside single blocks. A last block that
+/// the volume ends in counts as whole when the range reaches that end.
+fn inner_and_edges(bytes: ByteRange, size_bytes: u64) -> (LblkRange, Vec<ByteRange>) {
+    let end = bytes.offset + bytes.len;
+    let first = bytes.offset.div_ceil(BLOCK_BYTES);
+    let last = if end == size_bytes { end.div_ceil(BLOCK_BYTES) } else { end / BLOCK_BYTES };
+    if first > last {
+        return (LblkRange::new(first, 0), vec![bytes]);
+    }
+    let mut edges = Vec::new();
+    let head = first * BLOCK_BYTES - bytes.offset;
+    if head > 0 {
+        edges.push(ByteRange { offset: bytes.offset, len: head.min(bytes.len) });
+    }
+    let tail = end.saturating_sub(last * BLOCK_BYTES);
+    if tail > 0 && last * BLOCK_BYTES >= bytes.offset {
+        edges.push(ByteRange { offset: last * BLOCK_BYTES, len: tail });
+    }
+    (LblkRange::new(first, last - first), edges)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(offset: u64, len: u64) -> ByteRange {
+        ByteRange { offset, len }
+    }
+
+    #[test]
+    fn aligned_ranges_have_no_edges() {
+        assert_eq!(inner_and_edges(at(4096, 8192), 1 << 20), (LblkRange::new(1, 2), vec![]));
+    }
+
+    #[test]
+    fn a_range_inside_one_block_is_all_edge() {
+        let (inner, edges) = inner_and_edges(at(100, 50), 1 << 20);
+        assert!(inner.is_empty());
+        assert_eq!(edges, [at(100, 50)]);
+    }
+
+    #[test]
+    fn both_edges_are_cut_off() {
+        let (inner, edges) = inner_and_edges(at(100, 3 * 4096), 1 << 20);
+        assert_eq!(inner, LblkRange::new(1, 2));
+        assert_eq!(edges, [at(100, 3996), at(3 * 4096, 100)]);
+    }
+
+    #[test]
+    fn two_halves_of_neighbours_are_two_edges() {
+        let (inner, edges) = inner_and_edges(at(4000, 200), 1 << 20);
+        assert!(inner.is_empty());
+        assert_eq!(edges, [at(4000, 96), at(4096, 104)]);
+    }
+
+    #[test]
+    fn the_end_of_a_volume_counts_as_whole() {
+        let (inner, edges) = inner_and_edges(at(4096, 4196), 8292);
+        assert_eq!((inner, edges), (LblkRange::new(1, 2), vec![]));
+    }
+
+    #[test]
+    fn the_end_of_a_volume_inside_one_block_is_an_edge_at_its_beginning() {
+        let (inner, edges) = inner_and_edges(at(100, 50), 150);
+        assert!(inner.is_empty());
+        assert_eq!(edges, [at(100, 50)]);
+    }
+}

@@ -1,0 +1,377 @@
+//! Reads: the dirty cache over the map, the map over the stores.
+//!
+//! The dirty cache is looked at first and the map after it: what is clean at the first look is in
+//! the map by then. The blocks that a map names stay untouched while the read is registered, so a
+//! read sees old or new and never what somebody else put there since.
+
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use endio_api::blockstore::ReadRequest;
+use endio_api::common::{Extent, ExtentState, Place, ReadGrant};
+use endio_api::conversion::{LookupRequest, LookupResponse};
+use endio_chassis::telemetry;
+use endio_types::{BLOCK_BYTES, BLOCK_SIZE, ByteRange, LblkRange, Reason};
+use futures_util::future::try_join_all;
+use tokio::time::Instant;
+use tracing::{Instrument as _, Span, info_span};
+
+use super::Engine;
+use crate::failure::Failure;
+use crate::volume::Volume;
+
+/// Most blocks that are looked up and read at once.
+pub(super) const READ_BLOCKS_MAX: u64 = 256;
+
+/// A read as it was asked for.
+#[derive(Debug, Clone)]
+pub struct ReadOp {
+    /// Which bytes.
+    pub bytes: ByteRange,
+    /// W3C traceparent of the caller; empty: none.
+    pub traceparent: String,
+}
+
+/// A piece of what was read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Piece {
+    /// Bytes.
+    Data(Bytes),
+    /// So many zero bytes: nothing was ever written there.
+    Zeroes(u64),
+}
+
+impl Piece {
+    /// How many bytes it stands for.
+    pub fn len(&self) -> u64 {
+        match self {
+            Self::Data(data) => data.len() as u64,
+            Self::Zeroes(len) => *len,
+        }
+    }
+
+    /// Whether it stands for nothing.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn slice(&self, from: u64, to: u64) -> Self {
+        match self {
+            // Bounds are those of one piece, which is in memory.
+            Self::Data(data) => Self::Data(data.slice(from as usize..to as usize)),
+            Self::Zeroes(_) => Self::Zeroes(to - from),
+        }
+    }
+}
+
+/// A run of blocks that a read found in one place.
+struct Run {
+    range: LblkRange,
+    piece: Piece,
+}
+
+impl Engine {
+    /// Reads at most 1 MiB. The pieces are in order and cover the range.
+    ///
+    /// Cancel-safe.
+    ///
+    /// # Errors
+    /// `OUT_OF_RANGE`, `CHECKSUM_MISMATCH` where no good replica is left, `PEER_AWAY` or
+    /// `TIMED_OUT` where a store or conversion is away for the I/O timeout.
+    pub async fn read(&self, volume: &Arc<Volume>, op: &ReadOp) -> Result<Vec<Piece>, Failure> {
+        let started = Instant::now();
+        let span = info_span!(
+            "read", volume = %volume.name, offset = op.bytes.offset, length = op.bytes.len
+        );
+        telemetry::set_parent(&span, &op.traceparent);
+        let blocks = volume.check(op.bytes, false)?;
+        let read = self.read_blocks(volume, blocks, self.deadline());
+        let outcome = read.instrument(span.clone()).await;
+        self.metrics.reads.inc();
+        self.metrics.read_time.record(started.elapsed());
+        match outcome {
+            Ok(runs) => Ok(cut(runs, blocks, op.bytes)),
+            Err(failure) => {
+                telemetry::fail(&span, &failure.detail);
+                Err(failure)
+            }
+        }
+    }
+
+    /// Whole blocks, as pieces in order.
+    pub(super) async fn read_whole(
+        &self,
+        volume: &Arc<Volume>,
+        range: LblkRange,
+        deadline: Instant,
+    ) -> Result<Vec<Piece>, Failure> {
+        let bytes = ByteRange { offset: range.start.0 * BLOCK_BYTES, len: range.len * BLOCK_BYTES };
+        Ok(cut(self.read_blocks(volume, range, deadline).await?, range, bytes))
+    }
+
+    async fn read_blocks(
+        &self,
+        volume: &Arc<Volume>,
+        range: LblkRange,
+        deadline: Instant,
+    ) -> Result<Vec<Run>, Failure> {
+        let mut runs = Vec::new();
+        let mut at = range.start.0;
+        while at < range.end() {
+            let len = READ_BLOCKS_MAX.min(range.end() - at);
+            runs.extend(self.read_some(volume, LblkRange::new(at, len), deadline).await?);
+            at += len;
+        }
+        Ok(runs)
+    }
+
+    async fn read_some(
+        &self,
+        volume: &Arc<Volume>,
+        range: LblkRange,
+        deadline: Instant,
+    ) -> Result<Vec<Run>, Failure> {
+        let permits = u32::try_from(range.len).unwrap_or(u32::MAX);
+        let _room = match tokio::time::timeout_at(deadline, self.reads.acquire_many(permits)).await
+        {
+            Ok(Ok(room)) => room,
+            Ok(Err(_)) => return Err(Failure::draining()),
+            Err(_) => return Err(Failure::new(Reason::Limit, "too many bytes of reads in flight")),
+        };
+        let mut pause = std::time::Duration::from_millis(self.config.retry_first_ms);
+        loop {
+            let failure = match self.try_read(volume, range, deadline).await {
+                Ok(runs) => return Ok(runs),
+                Err(failure) => failure,
+            };
+            volume.usable()?;
+            // What a fence, a restart or a moved block refuses, a new look-up mends.
+            let passes = matches!(
+                failure.reason,
+                Reason::OldEpoch
+                    | Reason::OldGeneration
+                    | Reason::PeerAway
+                    | Reason::NotReady
+                    | Reason::Draining
+                    | Reason::Limit
+                    | Reason::ForgedToken
+            );
+            if !passes || Instant::now() + pause >= deadline {
+                return Err(failure);
+            }
+            volume.state().grant = None;
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(std::time::Duration::from_millis(self.config.retry_max_ms));
+        }
+    }
+
+    async fn try_read(
+        &self,
+        volume: &Arc<Volume>,
+        range: LblkRange,
+        deadline: Instant,
+    ) -> Result<Vec<Run>, Failure> {
+        let _registered = volume.read_begins();
+        let mut runs = cached(volume, range);
+        let mapped_end = volume.state().durable_size_bytes.div_ceil(BLOCK_BYTES);
+        let mut gaps = gaps(&runs, range);
+        // What a growing volume has beyond the size that conversion knows is dirty or a hole.
+        for gap in gaps.extract_if(.., |gap| gap.start.0 >= mapped_end) {
+            runs.push(Run { range: gap, piece: Piece::Zeroes(gap.len * BLOCK_BYTES) });
+        }
+        runs.sort_by_key(|run| run.range.start);
+        let (Some(first), Some(last)) = (gaps.first(), gaps.last()) else { return Ok(runs) };
+        let hull = LblkRange::new(first.start.0, last.end() - first.start.0);
+        let map = self.look_up(volume, hull, deadline).await?;
+        let grant = map.read_grant.clone().ok_or_else(Failure::fenced)?;
+        let mut wanted = Vec::new();
+        for gap in &gaps {
+            for (part, extent) in parts(&map.extents, *gap) {
+                match extent {
+                    Some(extent) => wanted.push(self.read_extent(volume, &grant, part, extent)),
+                    None => {
+                        let piece = Piece::Zeroes(part.len * BLOCK_BYTES);
+                        runs.push(Run { range: part, piece });
+                    }
+                }
+            }
+        }
+        runs.extend(try_join_all(wanted).await?);
+        runs.sort_by_key(|run| run.range.start);
+        Ok(runs)
+    }
+
+    /// The map of a range now.
+    pub(super) async fn look_up(
+        &self,
+        volume: &Arc<Volume>,
+        range: LblkRange,
+        deadline: Instant,
+    ) -> Result<LookupResponse, Failure> {
+        let request = LookupRequest {
+            volume: volume.id,
+            generation: volume.generation,
+            lblk: range.start.0,
+            blocks: u32::try_from(range.len).unwrap_or(u32::MAX),
+        };
+        let call =
+            |mut client: crate::conversion::Client| async move { client.lookup(request).await };
+        let map = self.conversion.call(deadline, call).await?;
+        let mut state = volume.state();
+        state.saw_map(map.map_version);
+        state.durable_size_bytes = state.durable_size_bytes.max(map.size_bytes);
+        Ok(map)
+    }
+
+    /// Reads a part of a written extent, from one replica after the other.
+    async fn read_extent(
+        &self,
+        volume: &Volume,
+        grant: &ReadGrant,
+        part: LblkRange,
+        extent: &Extent,
+    ) -> Result<Run, Failure> {
+        let skip = part.start.0 - extent.lblk;
+        let end = skip + part.len;
+        let crc32c = match (usize::try_from(skip), usize::try_from(end)) {
+            (Ok(from), Ok(to)) => extent.crc32c.get(from..to).unwrap_or_default().to_vec(),
+            _ => Vec::new(),
+        };
+        let places = extent.places.len().max(1) as u64;
+        // Neighbouring regions begin with different replicas, so all stores share the reads.
+        let turn = (extent.lblk / READ_BLOCKS_MAX) % places;
+        let turn = usize::try_from(turn).unwrap_or(0);
+        let mut worst: Option<Failure> = None;
+        for place in extent.places.iter().cycle().skip(turn).take(extent.places.len()) {
+            let read = self.read_place(grant, place, skip, part, &crc32c);
+            match read.await {
+                Ok(data) if data.len() as u64 == part.len * BLOCK_BYTES => {
+                    if worst.is_some() {
+                        self.metrics.reads_repaired.inc();
+                    }
+                    return Ok(Run { range: part, piece: Piece::Data(data) });
+                }
+                Ok(_) => {
+                    let failure = Failure::new(Reason::IoError, "a store sent too few blocks");
+                    worst.get_or_insert(failure);
+                }
+                Err(failure) => {
+                    tracing::warn!(
+                        volume = %volume.name, store = place.store, lblk = part.start.0,
+                        blocks = part.len, error = %failure, "a replica could not be read"
+                    );
+                    // A store that is away may come back; a bad copy stays bad.
+                    if worst.as_ref().is_none_or(|w| w.reason == Reason::ChecksumMismatch) {
+                        worst = Some(failure);
+                    }
+                }
+            }
+        }
+        Err(worst.unwrap_or_else(|| Failure::new(Reason::IoError, "an extent without a place")))
+    }
+
+    async fn read_place(
+        &self,
+        grant: &ReadGrant,
+        place: &Place,
+        skip: u64,
+        part: LblkRange,
+        crc32c: &[u32],
+    ) -> Result<Bytes, Failure> {
+        let request = ReadRequest {
+            request: 0,
+            grant: Some(grant.clone()),
+            pblk: place.pblk + skip,
+            blocks: u32::try_from(part.len).unwrap_or(u32::MAX),
+            crc32c: crc32c.to_vec(),
+            traceparent: telemetry::traceparent(&Span::current()),
+        };
+        self.stores.read(place.store, request).await
+    }
+}
+
+/// Runs of the range that the dirty cache has.
+fn cached(volume: &Volume, range: LblkRange) -> Vec<Run> {
+    let state = volume.state();
+    let block = |(lblk, block): (endio_types::Lblk, &crate::volume::CachedBlock)| Run {
+        range: LblkRange::new(lblk.0, 1),
+        piece: Piece::Data(block.data.clone()),
+    };
+    state.dirty.read_range(range).map(block).collect()
+}
+
+/// What of the range no run covers. The runs are ascending.
+fn gaps(runs: &[Run], range: LblkRange) -> Vec<LblkRange> {
+    let mut gaps = Vec::new();
+    let mut at = range.start.0;
+    for run in runs {
+        if run.range.start.0 > at {
+            gaps.push(LblkRange::new(at, run.range.start.0 - at));
+        }
+        at = run.range.end();
+    }
+    if at < range.end() {
+        gaps.push(LblkRange::new(at, range.end() - at));
+    }
+    gaps
+}
+
+/// Cuts a range along extents: parts with the written extent that holds them, or without one where
+/// it reads as zeroes. A reversed or overlapping map leaves out what does not fit.
+pub(super) fn parts(extents: &[Extent], range: LblkRange) -> Vec<(LblkRange, Option<&Extent>)> {
+    let mut parts = Vec::new();
+    let mut at = range.start.0;
+    for extent in extents.iter().filter(|e| e.state == ExtentState::Written as i32) {
+        let whole = LblkRange::new(extent.lblk, extent.blocks.into());
+        let left = LblkRange::new(at, range.end().saturating_sub(at));
+        let Some(part) = whole.intersection(left) else { continue };
+        if part.start.0 > at {
+            parts.push((LblkRange::new(at, part.start.0 - at), None));
+        }
+        parts.push((part, Some(extent)));
+        at = part.end();
+    }
+    if at < range.end() {
+        parts.push((LblkRange::new(at, range.end() - at), None));
+    }
+    parts
+}
+
+/// The bytes asked for, out of runs of whole blocks that cover them; neighbours are joined.
+fn cut(runs: Vec<Run>, blocks: LblkRange, bytes: ByteRange) -> Vec<Piece> {
+    let mut left = bytes.offset - blocks.start.0 * BLOCK_BYTES;
+    let mut wanted = bytes.len;
+    let mut pieces: Vec<Piece> = Vec::new();
+    let mut joined: Option<BytesMut> = None;
+    for run in runs {
+        let len = run.piece.len();
+        let from = left.min(len);
+        left -= from;
+        let to = (from + wanted).min(len);
+        wanted -= to - from;
+        if from == to {
+            continue;
+        }
+        match (run.piece.slice(from, to), pieces.last_mut()) {
+            (Piece::Zeroes(more), Some(Piece::Zeroes(zeroes))) if joined.is_none() => {
+                *zeroes += more;
+            }
+            (Piece::Data(data), _) => match &mut joined {
+                Some(buffer) => buffer.extend_from_slice(&data),
+                // One run that is the whole answer is handed on without a copy.
+                None if wanted == 0 && pieces.is_empty() => pieces.push(Piece::Data(data)),
+                None => {
+                    let mut buffer = BytesMut::with_capacity(data.len() + BLOCK_SIZE);
+                    buffer.extend_from_slice(&data);
+                    joined = Some(buffer);
+                }
+            },
+            (zeroes, _) => {
+                pieces.extend(joined.take().map(|buffer| Piece::Data(buffer.freeze())));
+                pieces.push(zeroes);
+            }
+        }
+    }
+    pieces.extend(joined.map(|buffer| Piece::Data(buffer.freeze())));
+    pieces
+}

@@ -1,0 +1,136 @@
+//! What an earlier start of this writeback acknowledged and did not write out.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use endio_store::cache_log::{Replay, ReplayedWrite};
+use endio_types::{BLOCK_BYTES, BLOCK_SIZE, LblkRange, Reason};
+use tokio::time::Instant;
+
+use super::Engine;
+use crate::failure::Failure;
+use crate::volume::{CachedBlock, Volume};
+
+/// A write of the log, read back.
+type Writes = BTreeMap<u64, Vec<ReplayedWrite>>;
+
+impl Engine {
+    /// Opens the volumes that the log has data of, or that were open when a power loss took its
+    /// tail, and puts the data back into the dirty cache. Waits for conversion as long as it takes.
+    ///
+    /// # Errors
+    /// The log cannot be read. A volume that is somebody else's by now loses its data, and the log
+    /// says so.
+    pub async fn replay(self: &Arc<Self>, mut replay: Replay) -> Result<(), Failure> {
+        let power_lost = replay.power_lost();
+        self.dedupe.restore(replay.sessions().clone(), power_lost);
+        let mut writes = Writes::new();
+        while let Some(write) = replay.next_write()? {
+            writes.entry(write.write.volume.0).or_default().push(write);
+        }
+        if replay.torn_bytes() > 0 || power_lost {
+            let torn_bytes = replay.torn_bytes();
+            tracing::warn!(power_lost, torn_bytes, "the cache log did not end well");
+        }
+        for open in replay.open_volumes() {
+            let data = writes.remove(&open.volume.0).unwrap_or_default();
+            if data.is_empty() && !power_lost {
+                self.log.append_closed(open.volume.0)?;
+                continue;
+            }
+            self.replay_volume(open.volume.0, &open.name, data, power_lost).await?;
+        }
+        for (volume, data) in writes {
+            let writes = data.len();
+            tracing::error!(volume, writes, "data in the cache log of a volume that is not open");
+        }
+        Ok(())
+    }
+
+    async fn replay_volume(
+        self: &Arc<Self>,
+        id: u64,
+        name: &str,
+        data: Vec<ReplayedWrite>,
+        power_lost: bool,
+    ) -> Result<(), Failure> {
+        let opened = loop {
+            let opened = self.open_at_conversion(name, false).await;
+            match opened {
+                Err(failure) if passes(&failure) => {
+                    tracing::warn!(volume = name, error = %failure, "replay waits for conversion");
+                    tokio::select! {
+                        biased;
+                        () = self.stop.cancelled() => return Err(Failure::draining()),
+                        _ = self.session.up() => {}
+                    }
+                    let pause = self.config.retry_max_ms;
+                    tokio::time::sleep(std::time::Duration::from_millis(pause)).await;
+                }
+                opened => break opened,
+            }
+        };
+        let lost = match opened {
+            Ok(opened) if opened.volume.id == id => {
+                let volume = Arc::new(Volume::new(opened, self.credit_policy()));
+                self.put_back(&volume, &data);
+                if power_lost {
+                    let detail = "acknowledged writes may be missing since a power loss";
+                    volume.state().errors.set(Failure::new(Reason::LostWrites, detail));
+                }
+                return self.adopt(volume);
+            }
+            Ok(_) => Failure::new(Reason::UnknownVolume, "another volume has that name now"),
+            Err(failure) => failure,
+        };
+        tracing::error!(
+            volume = name, writes = data.len(), error = %lost,
+            "acknowledged writes cannot be written out: the volume is not ours any more"
+        );
+        self.log.append_closed(id)
+    }
+
+    fn put_back(&self, volume: &Volume, data: &[ReplayedWrite]) {
+        let mut state = volume.state();
+        let mut blocks = 0;
+        for write in data {
+            for range in &write.live {
+                blocks += insert(&mut state, write, *range);
+            }
+        }
+        state.credit.adopt(blocks);
+        state.dirty_since = Some(Instant::now());
+        state.flush_up_to = self.log.last();
+        drop(state);
+        self.dirtied(volume.id, blocks);
+        let bytes = blocks * BLOCK_BYTES;
+        tracing::info!(volume = %volume.name, bytes, "replayed from the cache log");
+    }
+}
+
+fn insert(state: &mut crate::volume::State, write: &ReplayedWrite, range: LblkRange) -> u64 {
+    let Some(data) = write.data(range) else { return 0 };
+    let end_bytes = write.write.end_bytes;
+    let trace: Arc<str> = "".into();
+    let cached = (0..data.len() / BLOCK_SIZE)
+        .map(|at| CachedBlock {
+            data: data.slice(at * BLOCK_SIZE..(at + 1) * BLOCK_SIZE),
+            trace: Arc::clone(&trace),
+        })
+        .collect();
+    state.size_bytes = state.size_bytes.max(end_bytes.min(range.end() * BLOCK_BYTES));
+    state.dirty.insert(range, write.lsn, end_bytes, cached).unwrap_or(0)
+}
+
+/// Whether waiting can help.
+fn passes(failure: &Failure) -> bool {
+    matches!(
+        failure.reason,
+        Reason::PeerAway
+            | Reason::NotReady
+            | Reason::Draining
+            | Reason::Limit
+            | Reason::TimedOut
+            | Reason::MetadataFull
+    )
+}

@@ -1,0 +1,138 @@
+//! fsync: what was acknowledged before the call is converted, and errors are told once.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use endio_chassis::telemetry;
+use endio_state_machine::writeback::Lsn;
+use endio_state_machine::writeback::errseq::Cursor;
+use endio_types::Reason;
+use futures_util::future::join_all;
+use tokio::time::{Duration, Instant};
+use tracing::{Span, info_span};
+
+use super::Engine;
+use crate::failure::Failure;
+use crate::volume::{State, Volume};
+
+/// Somebody who is told each error of a volume once: a Submit stream, an NBD connection.
+#[derive(Default)]
+pub struct Observer {
+    cursors: Mutex<BTreeMap<(u64, u64), Cursor>>,
+}
+
+impl Observer {
+    /// Errors of the volume from now on are told to this observer. Idempotent.
+    pub fn watch(&self, volume: &Volume) {
+        let now = volume.state().errors.sample();
+        let mut cursors = self.cursors.lock().unwrap_or_else(PoisonError::into_inner);
+        // A later generation is another volume to its observers, and the old one ends here.
+        cursors.retain(|(id, generation), _| *id != volume.id || *generation == volume.generation);
+        cursors.entry((volume.id, volume.generation)).or_insert(now);
+    }
+
+    fn check(&self, volume: &Volume, state: &mut State) -> Option<Failure> {
+        let mut cursors = self.cursors.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (volume.id, volume.generation);
+        let cursor = cursors.entry(key).or_insert_with(|| state.errors.sample());
+        state.errors.check(cursor)
+    }
+}
+
+impl Engine {
+    /// Waits until everything acknowledged before is converted. Returns how many versions of
+    /// blocks it waited for. Without an observer the callers of the unary call count as one.
+    ///
+    /// Cancel-safe: write-out goes on.
+    ///
+    /// # Errors
+    /// An error of a write-out that the observer was not told yet, once; the data stays dirty and
+    /// is tried again. `TIMED_OUT` where it does not end in time.
+    pub async fn fsync(
+        &self,
+        volume: &Arc<Volume>,
+        observer: Option<&Observer>,
+        traceparent: &str,
+    ) -> Result<u64, Failure> {
+        let started = Instant::now();
+        let span = info_span!("fsync", volume = %volume.name);
+        telemetry::set_parent(&span, traceparent);
+        let outcome = self.write_all_out(volume, observer).await;
+        self.metrics.fsync_time.record(started.elapsed());
+        if let Err(failure) = &outcome {
+            telemetry::fail(&span, &failure.detail);
+        }
+        outcome
+    }
+
+    async fn write_all_out(
+        &self,
+        volume: &Arc<Volume>,
+        observer: Option<&Observer>,
+    ) -> Result<u64, Failure> {
+        let (lsn, errors, waited_for) = self.want_all_out(volume);
+        let ended = volume.wait(|state| match &state.gone {
+            Some(gone) => Some(Err(gone.clone())),
+            None if state.error_count != errors => Some(Ok(())),
+            None if !state.dirty.pending_up_to(lsn) => Some(Ok(())),
+            None => None,
+        });
+        // Write-outs have their own timeout, after which they leave an error here.
+        let patience = Duration::from_millis(self.config.io_timeout_ms.saturating_mul(2));
+        match tokio::time::timeout(patience, ended).await {
+            Ok(ended) => ended?,
+            Err(_) => {
+                let detail = "what is dirty could not be written out in time";
+                return Err(Failure::new(Reason::TimedOut, detail));
+            }
+        }
+        let mut state = volume.state();
+        let untold = match observer {
+            Some(observer) => observer.check(volume, &mut state),
+            None => {
+                let State { errors, told, .. } = &mut *state;
+                errors.check(told)
+            }
+        };
+        match untold {
+            Some(failure) => Err(failure),
+            // Somebody else was told of the failure; the data is still not there.
+            None if state.dirty.pending_up_to(lsn) => {
+                Err(Failure::new(Reason::IoError, "a write-out failed and is tried again"))
+            }
+            None => Ok(waited_for),
+        }
+    }
+
+    /// Asks for everything that is dirty now to be written out.
+    fn want_all_out(&self, volume: &Volume) -> (Lsn, u64, u64) {
+        // What was acknowledged before this has a number up to here.
+        let lsn = self.log.last();
+        let mut state = volume.state();
+        let pending = state.dirty.pending_blocks_up_to(lsn);
+        if pending > 0 {
+            state.flush_up_to = state.flush_up_to.max(lsn);
+        }
+        let errors = state.error_count;
+        drop(state);
+        if pending > 0 {
+            volume.changed();
+        }
+        (lsn, errors, pending)
+    }
+
+    /// fsync of every volume that is open here.
+    ///
+    /// # Errors
+    /// The first volume's error; the others are written out all the same.
+    pub async fn sync_all(&self) -> Result<u64, Failure> {
+        let volumes = self.table.all();
+        let traceparent = telemetry::traceparent(&Span::current());
+        let syncs = volumes.iter().map(|volume| self.fsync(volume, None, &traceparent));
+        let mut waited_for = 0;
+        for outcome in join_all(syncs).await {
+            waited_for += outcome?;
+        }
+        Ok(waited_for)
+    }
+}

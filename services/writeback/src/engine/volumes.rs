@@ -1,0 +1,360 @@
+//! Volumes: open on first use, resize, delete, give up.
+
+use std::sync::{Arc, PoisonError};
+
+use endio_api::conversion::{
+    CloseVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest, ListVolumesRequest,
+    OpenVolumeRequest, Reserve, ResizeVolumeRequest, Volume as Described, VolumeRequest,
+};
+use endio_types::{BLOCK_BYTES, ByteRange, LblkRange, Reason};
+use tokio::time::Instant;
+
+use super::Engine;
+use crate::conversion::Client;
+use crate::failure::Failure;
+use crate::volume::{Opened, Volume};
+
+impl Engine {
+    /// The volume of that name, opened here if nobody has it open.
+    ///
+    /// # Errors
+    /// `UNKNOWN_VOLUME`; `VOLUME_BUSY` where another writeback has it; `LIMIT`.
+    pub async fn volume(self: &Arc<Self>, name: &str) -> Result<Arc<Volume>, Failure> {
+        match self.table.find(name) {
+            Some(volume) => Ok(volume),
+            None => self.open(name, false).await,
+        }
+    }
+
+    /// Opens a volume here; `force` takes it from another writeback. Idempotent.
+    ///
+    /// # Errors
+    /// As [`Engine::volume`].
+    pub async fn open(self: &Arc<Self>, name: &str, force: bool) -> Result<Arc<Volume>, Failure> {
+        check_name(name)?;
+        let engine = Arc::clone(self);
+        let name = name.to_owned();
+        // A caller that goes away does not leave a volume half open.
+        let open = async move { engine.open_in_turn(&name, force).await };
+        self.tasks.spawn(open).await.map_err(|_| Failure::task_lost())?
+    }
+
+    async fn open_in_turn(
+        self: &Arc<Self>,
+        name: &str,
+        force: bool,
+    ) -> Result<Arc<Volume>, Failure> {
+        let gate = self.gate(name);
+        let _turn = gate.lock().await;
+        let opened = match self.table.find(name) {
+            Some(volume) => Ok(volume),
+            None => self.open_now(name, force).await,
+        };
+        self.forget_gate(name);
+        opened
+    }
+
+    fn gate(&self, name: &str) -> Arc<tokio::sync::Mutex<()>> {
+        let mut opening = self.opening.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(opening.entry(name.to_owned()).or_default())
+    }
+
+    fn forget_gate(&self, name: &str) {
+        let mut opening = self.opening.lock().unwrap_or_else(PoisonError::into_inner);
+        // The table's and this request's own: nobody else waits.
+        opening.retain(|other, gate| other != name || Arc::strong_count(gate) > 2);
+    }
+
+    async fn open_now(self: &Arc<Self>, name: &str, force: bool) -> Result<Arc<Volume>, Failure> {
+        self.takes_work()?;
+        if self.table.len() >= self.config.volumes_max {
+            return Err(Failure::new(Reason::Limit, "too many volumes are open here"));
+        }
+        let opened = self.open_at_conversion(name, force).await?;
+        let volume = Arc::new(Volume::new(opened, self.credit_policy()));
+        // Data of an earlier generation that was let go must not come back at a replay.
+        if self.log.holds(volume.id, LblkRange::new(0, u64::MAX)) {
+            self.log.append_closed(volume.id)?;
+        }
+        self.adopt(Arc::clone(&volume))?;
+        Ok(volume)
+    }
+
+    /// The new generation, taken from an earlier start of this writeback if need be.
+    pub(super) async fn open_at_conversion(
+        &self,
+        name: &str,
+        force: bool,
+    ) -> Result<Opened, Failure> {
+        let deadline = self.deadline();
+        let described = self.describe(name).await?;
+        let is_ours = self.identity.is_earlier_start(&described.owner);
+        let request = OpenVolumeRequest {
+            name: name.to_owned(),
+            writeback: self.identity.writeback(),
+            force: force || is_ours,
+        };
+        let call = |mut client: Client| {
+            let request = request.clone();
+            async move { client.open_volume(request).await }
+        };
+        let opened = self.conversion.call(deadline, call).await?;
+        let volume = opened.volume.ok_or_else(|| {
+            Failure::new(Reason::Malformed, "conversion opened a volume without describing it")
+        })?;
+        Ok(Opened { volume, grant: opened.read_grant })
+    }
+
+    /// A volume that was opened is served from now on.
+    pub(super) fn adopt(self: &Arc<Self>, volume: Arc<Volume>) -> Result<(), Failure> {
+        self.log.append_open(volume.id, &volume.name, volume.generation)?;
+        self.table.insert(Arc::clone(&volume));
+        self.start_flusher(Arc::clone(&volume));
+        let (name, generation) = (&volume.name, volume.generation);
+        tracing::info!(volume = %name, generation, "volume open");
+        let ask = volume.state().credit.reset();
+        let engine = Arc::clone(self);
+        self.tasks.spawn(async move {
+            // What an earlier owner was promised and did not use is given back here.
+            let reserve = Reserve {
+                request: 0,
+                volume: volume.id,
+                generation: volume.generation,
+                reset: true,
+                add_blocks: ask.add_blocks,
+                drop_blocks: 0,
+            };
+            match engine.session.reserve(reserve).await {
+                Ok(_) => drop(volume.state().credit.granted(ask.request)),
+                // The next session sets it anew.
+                Err(failure) if failure.reason == Reason::PeerAway => {}
+                Err(failure) => {
+                    volume.state().credit.refused(ask.request);
+                    engine.heed(&volume, &failure);
+                }
+            }
+            volume.changed();
+        });
+        Ok(())
+    }
+
+    /// A volume that was let go is noted as closed, unless it is open here again by now.
+    pub(super) async fn forget_closed(self: &Arc<Self>, volume: &Volume) {
+        let gate = self.gate(&volume.name);
+        let turn = gate.lock().await;
+        if self.table.find(&volume.name).is_none()
+            && let Err(error) = self.log.append_closed(volume.id)
+        {
+            tracing::warn!(volume = %volume.name, %error, "a closed volume could not be noted");
+        }
+        drop(turn);
+        self.forget_gate(&volume.name);
+    }
+
+    /// Creates a volume. Idempotent for the same properties.
+    ///
+    /// # Errors
+    /// `ALREADY_EXISTS` with other properties, and what conversion refuses.
+    pub async fn create(&self, request: CreateVolumeRequest) -> Result<Described, Failure> {
+        self.takes_work()?;
+        let call = |mut client: Client| {
+            let request = request.clone();
+            async move { client.create_volume(request).await }
+        };
+        self.conversion.call(self.deadline(), call).await
+    }
+
+    /// A volume as conversion knows it.
+    ///
+    /// # Errors
+    /// `UNKNOWN_VOLUME`.
+    pub async fn describe(&self, name: &str) -> Result<Described, Failure> {
+        check_name(name)?;
+        let request = VolumeRequest { name: name.to_owned() };
+        let call = |mut client: Client| {
+            let request = request.clone();
+            async move { client.get_volume(request).await }
+        };
+        let mut described = self.conversion.call(self.deadline(), call).await?;
+        self.overlay(&mut described);
+        Ok(described)
+    }
+
+    /// Sizes that were acknowledged here and are not converted yet count for our clients.
+    fn overlay(&self, described: &mut Described) {
+        if let Some(open) = self.table.find(&described.name) {
+            described.size_bytes = described.size_bytes.max(open.state().size_bytes);
+        }
+    }
+
+    /// All volumes.
+    ///
+    /// # Errors
+    /// `PEER_AWAY`.
+    pub async fn list(&self) -> Result<Vec<Described>, Failure> {
+        let call =
+            |mut client: Client| async move { client.list_volumes(ListVolumesRequest {}).await };
+        let mut volumes = self.conversion.call(self.deadline(), call).await?.volumes;
+        volumes.iter_mut().for_each(|described| self.overlay(described));
+        Ok(volumes)
+    }
+
+    /// Sets a volume's size. What lies beyond a smaller one is gone.
+    ///
+    /// # Errors
+    /// As [`Engine::volume`], and what conversion refuses.
+    pub async fn resize(
+        self: &Arc<Self>,
+        name: &str,
+        size_bytes: u64,
+    ) -> Result<Described, Failure> {
+        self.takes_work()?;
+        let volume = self.volume(name).await?;
+        let engine = Arc::clone(self);
+        let resize = async move { engine.resize_open(&volume, size_bytes).await };
+        self.tasks.spawn(resize).await.map_err(|_| Failure::task_lost())?
+    }
+
+    async fn resize_open(
+        self: &Arc<Self>,
+        volume: &Arc<Volume>,
+        size_bytes: u64,
+    ) -> Result<Described, Failure> {
+        let deadline = self.deadline();
+        let first = size_bytes / BLOCK_BYTES;
+        let beyond = LblkRange::new(first, u64::MAX - first);
+        let mut held = volume.locks.acquire(beyond);
+        if tokio::time::timeout_at(deadline, held.held()).await.is_err() {
+            return Err(Failure::new(Reason::TimedOut, "requests are under way beyond that size"));
+        }
+        volume.usable()?;
+        self.forget(volume, beyond, deadline).await?;
+        let old = volume.state().size_bytes;
+        let tail = size_bytes % BLOCK_BYTES;
+        if size_bytes < old && tail > 0 {
+            // A volume that grows again must not show what was cut off.
+            let len = (BLOCK_BYTES - tail).min(old - size_bytes);
+            self.zero_tail(volume, ByteRange { offset: size_bytes, len }, deadline).await?;
+        }
+        let request = ResizeVolumeRequest {
+            name: volume.name.to_string(),
+            size_bytes,
+            generation: volume.generation,
+        };
+        let call = |mut client: Client| {
+            let request = request.clone();
+            async move { client.resize_volume(request).await }
+        };
+        let resized = self.conversion.call(deadline, call).await;
+        if let Err(failure) = &resized {
+            self.heed(volume, failure);
+        }
+        let described = resized?;
+        let mut state = volume.state();
+        state.size_bytes = described.size_bytes;
+        state.durable_size_bytes = described.size_bytes;
+        state.saw_map(described.map_version);
+        Ok(described)
+    }
+
+    async fn zero_tail(
+        self: &Arc<Self>,
+        volume: &Arc<Volume>,
+        edge: ByteRange,
+        deadline: Instant,
+    ) -> Result<(), Failure> {
+        let zeroes = bytes::BytesMut::zeroed(edge.len as usize).freeze();
+        let whole = self.merge(volume, edge, zeroes, deadline).await?;
+        self.write_through(volume, edge.blocks(), whole, 0, deadline).await?;
+        Ok(())
+    }
+
+    /// Deletes a volume and drops what is cached of it.
+    ///
+    /// # Errors
+    /// `UNKNOWN_VOLUME`; `VOLUME_BUSY` where another writeback has it.
+    pub async fn delete(self: &Arc<Self>, name: &str) -> Result<(), Failure> {
+        self.takes_work()?;
+        let volume = self.volume(name).await?;
+        let engine = Arc::clone(self);
+        let delete = async move { engine.delete_open(&volume).await };
+        self.tasks.spawn(delete).await.map_err(|_| Failure::task_lost())?
+    }
+
+    async fn delete_open(self: &Arc<Self>, volume: &Arc<Volume>) -> Result<(), Failure> {
+        let deadline = self.deadline();
+        let mut held = volume.locks.acquire(LblkRange::new(0, u64::MAX));
+        if tokio::time::timeout_at(deadline, held.held()).await.is_err() {
+            return Err(Failure::new(Reason::TimedOut, "requests for the volume are under way"));
+        }
+        volume.usable()?;
+        let request =
+            DeleteVolumeRequest { name: volume.name.to_string(), generation: volume.generation };
+        let call = |mut client: Client| {
+            let request = request.clone();
+            async move { client.delete_volume(request).await }
+        };
+        match self.conversion.call(deadline, call).await {
+            Ok(_) => {}
+            // An earlier try of this call, whose answer was lost, deleted it.
+            Err(failure) if failure.reason == Reason::UnknownVolume => {}
+            Err(failure) => {
+                self.heed(volume, &failure);
+                return Err(failure);
+            }
+        }
+        // Nothing of it is needed any more, so that its flusher has nothing to complain about.
+        let discarded = volume.state().dirty.discard(LblkRange::new(0, u64::MAX));
+        self.undirtied(volume.id, discarded.credit_freed_blocks);
+        self.table.remove(volume);
+        volume.let_go(Failure::new(Reason::UnknownVolume, "the volume was deleted"));
+        Ok(())
+    }
+
+    /// Writes everything out and gives the volume up. Not open: nothing happens.
+    ///
+    /// # Errors
+    /// What keeps it from being written out; it stays open then.
+    pub async fn close(self: &Arc<Self>, name: &str) -> Result<(), Failure> {
+        check_name(name)?;
+        let Some(volume) = self.table.find(name) else {
+            self.describe(name).await?;
+            return Ok(());
+        };
+        let engine = Arc::clone(self);
+        let close = async move { engine.close_open(&volume).await };
+        self.tasks.spawn(close).await.map_err(|_| Failure::task_lost())?
+    }
+
+    async fn close_open(self: &Arc<Self>, volume: &Arc<Volume>) -> Result<(), Failure> {
+        let deadline = self.deadline();
+        let everything = LblkRange::new(0, u64::MAX);
+        let mut held = volume.locks.acquire(everything);
+        if tokio::time::timeout_at(deadline, held.held()).await.is_err() {
+            return Err(Failure::new(Reason::TimedOut, "requests for the volume are under way"));
+        }
+        self.forget(volume, everything, deadline).await?;
+        let request =
+            CloseVolumeRequest { name: volume.name.to_string(), generation: volume.generation };
+        let call = |mut client: Client| {
+            let request = request.clone();
+            async move { client.close_volume(request).await }
+        };
+        match self.conversion.call(deadline, call).await {
+            Ok(_) => {}
+            Err(failure) if failure.reason == Reason::WrongState => {}
+            Err(failure) => return Err(failure),
+        }
+        self.table.remove(volume);
+        volume.let_go(Failure::new(Reason::WrongState, "the volume was closed here"));
+        Ok(())
+    }
+}
+
+fn check_name(name: &str) -> Result<(), Failure> {
+    const NAME_BYTES_MAX: usize = 128;
+    if name.is_empty() || name.len() > NAME_BYTES_MAX {
+        return Err(Failure::new(Reason::Malformed, "volume: a name has 1 to 128 characters"));
+    }
+    Ok(())
+}

@@ -1,0 +1,438 @@
+//! Writes: from the dirty cache, or through an io_end.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use endio_api::conversion::{Completion, Lane};
+use endio_chassis::telemetry;
+use endio_state_machine::writeback::credit::Take;
+use endio_state_machine::writeback::throttle::Verdict;
+use endio_store::cache_log::{CacheLogError, WriteRecord};
+use endio_types::{BLOCK_SIZE, ByteRange, Generation, LblkRange, Reason, VolumeId};
+use futures_util::FutureExt as _;
+use tokio::task::JoinHandle;
+use tokio::time::{Duration, Instant};
+use tracing::{Instrument as _, Span, info_span};
+
+use super::Engine;
+use crate::dedupe::{Admission, Admitted, Retry};
+use crate::failure::Failure;
+use crate::io_end::Job;
+use crate::locks::Held;
+use crate::volume::{CachedBlock, Volume};
+
+/// A write as it was asked for.
+#[derive(Debug, Clone)]
+pub struct WriteOp {
+    /// First byte.
+    pub offset_bytes: u64,
+    /// The bytes; at most 3 MiB.
+    pub data: Bytes,
+    /// Acknowledge after the conversion.
+    pub direct: bool,
+    /// Makes a retry safe.
+    pub retry: Option<Retry>,
+    /// W3C traceparent of the caller; empty: none.
+    pub traceparent: String,
+}
+
+/// A write that is acknowledged.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Acked {
+    /// 32 hexadecimal digits; empty: not sampled.
+    pub trace_id: String,
+    /// All bytes of the request.
+    pub written_bytes: u64,
+    /// It had been applied before; nothing was done now.
+    pub duplicate: bool,
+    /// From the last release to the durable commit, microseconds; 0: nothing was waited for.
+    pub convert_us: u64,
+}
+
+/// A write in its own task.
+struct Write {
+    engine: Arc<Engine>,
+    volume: Arc<Volume>,
+    op: WriteOp,
+    blocks: LblkRange,
+    deadline: Instant,
+    span: Span,
+}
+
+impl Engine {
+    /// Starts a write and takes its place in the order of its blocks before this returns. The
+    /// write goes on when the handle is dropped.
+    pub fn start_write(
+        self: &Arc<Self>,
+        volume: &Arc<Volume>,
+        op: WriteOp,
+    ) -> JoinHandle<Result<Acked, Failure>> {
+        let begun = self.place_write(volume, op);
+        self.tasks.spawn(async move {
+            let (write, admitted, held) = begun?;
+            let span = write.span.clone();
+            let outcome = write.run(admitted, held).instrument(span.clone()).await;
+            if let Err(failure) = &outcome {
+                telemetry::fail(&span, &failure.detail);
+            }
+            outcome
+        })
+    }
+
+    fn place_write(
+        self: &Arc<Self>,
+        volume: &Arc<Volume>,
+        op: WriteOp,
+    ) -> Result<(Write, Admitted, Option<Held>), Failure> {
+        self.takes_work()?;
+        let span = info_span!(
+            "write",
+            volume = %volume.name,
+            offset = op.offset_bytes,
+            length = op.data.len(),
+            mode = if op.direct { "direct" } else { "buffered" },
+            attempt = 1,
+        );
+        telemetry::set_parent(&span, &op.traceparent);
+        let bytes = ByteRange { offset: op.offset_bytes, len: op.data.len() as u64 };
+        let blocks = volume.check(bytes, true)?;
+        let admitted = self.dedupe.admit(op.retry)?;
+        let is_new = matches!(admitted, Admitted::New(_));
+        let held = is_new.then(|| volume.locks.acquire(blocks));
+        let (engine, volume) = (Arc::clone(self), Arc::clone(volume));
+        let write = Write { deadline: engine.deadline(), engine, volume, op, blocks, span };
+        Ok((write, admitted, held))
+    }
+
+    /// A write of whole blocks through an io_end. The caller holds the lock of the blocks, and the
+    /// cache and its log hold nothing of them.
+    pub(super) async fn write_through(
+        &self,
+        volume: &Arc<Volume>,
+        range: LblkRange,
+        data: Bytes,
+        end_bytes: u64,
+        deadline: Instant,
+    ) -> Result<Completion, Failure> {
+        let bytes = data.len() as u64;
+        let size_after_bytes = {
+            let mut state = volume.state();
+            state.direct_bytes += bytes;
+            if volume.growable { state.size_after(end_bytes) } else { 0 }
+        };
+        let job = Job {
+            volume: volume.id,
+            name: Arc::clone(&volume.name),
+            generation: volume.generation,
+            lane: Lane::Direct,
+            range,
+            data,
+            size_after_bytes,
+            sync: true,
+            deadline,
+            span: Span::current(),
+        };
+        let outcome = self.submitter.write(&job, std::future::ready(Ok(())).boxed()).await;
+        let mut state = volume.state();
+        state.direct_bytes -= bytes;
+        if let Ok(done) = &outcome {
+            state.saw_map(done.map_version);
+            state.durable_size_bytes = state.durable_size_bytes.max(done.size_bytes);
+            state.size_bytes = state.size_bytes.max(done.size_bytes);
+        }
+        drop(state);
+        if let Err(failure) = &outcome {
+            self.heed(volume, failure);
+        }
+        volume.changed();
+        outcome
+    }
+
+    /// A refusal that says that the volume is not ours any more ends it here.
+    pub(super) fn heed(&self, volume: &Volume, failure: &Failure) {
+        if matches!(failure.reason, Reason::OldGeneration | Reason::UnknownVolume) {
+            volume.let_go(failure.clone());
+            self.table.remove(volume);
+        }
+    }
+
+    /// Forgets what cache and log hold of blocks, before something goes around the cache: writes it
+    /// out and makes durable that it is clean. The caller holds the lock of the blocks.
+    pub(super) async fn forget(
+        self: &Arc<Self>,
+        volume: &Arc<Volume>,
+        range: LblkRange,
+        deadline: Instant,
+    ) -> Result<(), Failure> {
+        if volume.state().dirty.touches(range) {
+            self.flush_range(volume, range, deadline).await?;
+        }
+        if self.log.holds(volume.id, range) {
+            let clean = volume.state().last_clean;
+            self.log.durable(clean).await?;
+        }
+        Ok(())
+    }
+
+    /// Asks conversion for credit where a volume wants some.
+    pub(super) fn ask_credit(self: &Arc<Self>, volume: &Arc<Volume>, idle: bool) {
+        let Some(ask) = volume.state().credit.next_ask(idle) else { return };
+        let (engine, volume) = (Arc::clone(self), Arc::clone(volume));
+        self.tasks.spawn(async move {
+            let reserve = endio_api::conversion::Reserve {
+                request: 0,
+                volume: volume.id,
+                generation: volume.generation,
+                reset: ask.reset,
+                add_blocks: ask.add_blocks,
+                drop_blocks: ask.drop_blocks,
+            };
+            let pause = Duration::from_millis(engine.config.retry_max_ms);
+            let outcome = loop {
+                match engine.session.reserve(reserve).await {
+                    Err(failure) if failure.reason == Reason::Limit => {
+                        tokio::time::sleep(pause).await;
+                    }
+                    outcome => break outcome,
+                }
+            };
+            match outcome {
+                Ok(_) => drop(volume.state().credit.granted(ask.request)),
+                // The next session sets the credit anew and replaces this request.
+                Err(failure) if failure.reason == Reason::PeerAway => return,
+                Err(failure) => {
+                    volume.state().credit.refused(ask.request);
+                    engine.heed(&volume, &failure);
+                }
+            }
+            volume.changed();
+        });
+    }
+}
+
+impl Write {
+    async fn run(self, mut admitted: Admitted, held: Option<Held>) -> Result<Acked, Failure> {
+        let started = Instant::now();
+        if matches!(admitted, Admitted::Busy) {
+            let dedupe = &self.engine.dedupe;
+            admitted = dedupe.admit_in_turn(self.op.retry, self.deadline).await?;
+        }
+        let trace_id = trace_id(&self.span);
+        let written_bytes = self.op.data.len() as u64;
+        let admission = match admitted {
+            Admitted::New(admission) => admission,
+            Admitted::Duplicate(result) => {
+                self.engine.metrics.duplicates.inc();
+                let written_bytes = result.unwrap_or(written_bytes);
+                return Ok(Acked { trace_id, written_bytes, duplicate: true, convert_us: 0 });
+            }
+            Admitted::Busy => return Err(Failure::task_lost()),
+        };
+        let mut held = held.unwrap_or_else(|| self.volume.locks.acquire(self.blocks));
+        if tokio::time::timeout_at(self.deadline, held.held()).await.is_err() {
+            let detail = "earlier requests for these blocks are still under way";
+            return Err(Failure::new(Reason::TimedOut, detail));
+        }
+        self.volume.usable()?;
+        let convert_us = if self.op.data.is_empty() {
+            // Nothing to convert: it completes inline, like an io_end of size zero.
+            self.note_done(admission);
+            0
+        } else if self.op.direct {
+            let convert_us = self.direct().await?;
+            self.note_done(admission);
+            self.engine.metrics.writes_direct.inc();
+            convert_us
+        } else {
+            self.buffered(admission).await?;
+            self.engine.metrics.writes_buffered.inc();
+            0
+        };
+        self.engine.metrics.write_time.record(started.elapsed());
+        Ok(Acked { trace_id, written_bytes, duplicate: false, convert_us })
+    }
+
+    /// Remembers that the request was applied, in the log first.
+    fn note_done(&self, admission: Option<Admission>) {
+        let Some(admission) = admission else { return };
+        let result = self.op.data.len() as u64;
+        if let Err(error) = self.engine.log.append_done(admission.key(), result) {
+            // The write is done. Only a retry over a restart would not be recognized.
+            tracing::warn!(%error, "a retry key could not be kept");
+        }
+        admission.applied(result);
+    }
+
+    fn bytes(&self) -> ByteRange {
+        ByteRange { offset: self.op.offset_bytes, len: self.op.data.len() as u64 }
+    }
+
+    fn end_bytes(&self) -> u64 {
+        self.op.offset_bytes + self.op.data.len() as u64
+    }
+
+    async fn direct(&self) -> Result<u64, Failure> {
+        let Self { engine, volume, .. } = self;
+        engine.forget(volume, self.blocks, self.deadline).await?;
+        let data = self.op.data.clone();
+        let whole = engine.merge(volume, self.bytes(), data, self.deadline).await?;
+        let end = self.end_bytes();
+        let done = engine.write_through(volume, self.blocks, whole, end, self.deadline).await?;
+        Ok(done.convert_us)
+    }
+
+    async fn buffered(&self, admission: Option<Admission>) -> Result<(), Failure> {
+        let Self { engine, volume, .. } = self;
+        let data = self.op.data.clone();
+        let whole = engine.merge(volume, self.bytes(), data, self.deadline).await?;
+        self.room().await?;
+        self.credit().await?;
+        let used = match self.insert(&whole, admission.as_ref()).await {
+            Ok(used) => used,
+            Err(failure) => {
+                volume.state().credit.put_back(self.blocks.len);
+                return Err(failure);
+            }
+        };
+        engine.dirtied(volume.id, used);
+        if let Some(admission) = admission {
+            admission.applied(self.op.data.len() as u64);
+        }
+        engine.ask_credit(volume, false);
+        volume.changed();
+        Ok(())
+    }
+
+    /// Waits until the limits of dirty bytes let the write go on.
+    async fn room(&self) -> Result<(), Failure> {
+        let Self { engine, volume, .. } = self;
+        let bytes = self.blocks.len * endio_types::BLOCK_BYTES;
+        loop {
+            let room = engine.room.notified();
+            tokio::pin!(room);
+            room.as_mut().enable();
+            let verdict = engine.throttle().decide(VolumeId(volume.id), bytes);
+            match verdict {
+                Verdict::Proceed => return Ok(()),
+                Verdict::WriteOut => {
+                    volume.changed();
+                    return Ok(());
+                }
+                Verdict::Delay(ms) => {
+                    volume.changed();
+                    tokio::time::sleep(Duration::from_millis(ms)).await;
+                    return Ok(());
+                }
+                Verdict::WaitForRoom => {
+                    engine.wake_flushers();
+                    volume.usable()?;
+                    if tokio::time::timeout_at(self.deadline, room).await.is_err() {
+                        let detail = "too much is dirty and cannot be written out now";
+                        return Err(Failure::new(Reason::Limit, detail).retry_after(1_000));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes credit for as many blocks as the write may make dirty.
+    async fn credit(&self) -> Result<(), Failure> {
+        let Self { engine, volume, .. } = self;
+        let wanted = self.blocks.len;
+        let taken = volume.wait(|state| {
+            if let Some(gone) = &state.gone {
+                return Some(Err(gone.clone()));
+            }
+            match state.credit.take(wanted) {
+                Take::Taken => Some(Ok(())),
+                Take::NoSpace => {
+                    let detail = "no space is left for another buffered write";
+                    Some(Err(Failure::new(Reason::NoSpace, detail)))
+                }
+                Take::Short => None,
+            }
+        });
+        tokio::pin!(taken);
+        // The first look says what is short; only then there is something to ask for.
+        if let Some(outcome) = taken.as_mut().now_or_never() {
+            return outcome;
+        }
+        loop {
+            engine.ask_credit(volume, false);
+            let again = Duration::from_millis(engine.config.retry_max_ms);
+            let until = self.deadline.min(Instant::now() + again);
+            match tokio::time::timeout_at(until, taken.as_mut()).await {
+                Ok(outcome) => return outcome,
+                Err(_) if Instant::now() >= self.deadline => {
+                    return Err(Failure::conversion_away());
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// Log first, then the cache. Returns how many blocks of credit were needed.
+    async fn insert(&self, whole: &Bytes, admission: Option<&Admission>) -> Result<u64, Failure> {
+        loop {
+            let room = self.engine.room.notified();
+            tokio::pin!(room);
+            room.as_mut().enable();
+            match self.try_insert(whole, admission) {
+                Err(CacheLogError::Full { .. } | CacheLogError::DiskFull) => {}
+                Err(error) => return Err(error.into()),
+                Ok(inserted) => return inserted,
+            }
+            self.engine.want_everything_out();
+            let until = self.deadline.min(Instant::now() + Duration::from_millis(100));
+            let _ = tokio::time::timeout_at(until, room).await;
+            if Instant::now() >= self.deadline {
+                let detail = "the cache log is full and cannot be written out now";
+                return Err(Failure::new(Reason::Limit, detail).retry_after(1_000));
+            }
+        }
+    }
+
+    fn try_insert(
+        &self,
+        whole: &Bytes,
+        admission: Option<&Admission>,
+    ) -> Result<Result<u64, Failure>, CacheLogError> {
+        let Self { engine, volume, blocks, .. } = self;
+        let record = WriteRecord {
+            volume: VolumeId(volume.id),
+            generation: Generation(volume.generation),
+            blocks: *blocks,
+            end_bytes: self.end_bytes(),
+            request: admission.map(Admission::key),
+            result: self.op.data.len() as u64,
+        };
+        let trace: Arc<str> = telemetry::traceparent(&self.span).into();
+        let cached: Vec<CachedBlock> = (0..whole.len() / BLOCK_SIZE)
+            .map(|at| CachedBlock {
+                data: whole.slice(at * BLOCK_SIZE..(at + 1) * BLOCK_SIZE),
+                trace: Arc::clone(&trace),
+            })
+            .collect();
+        let _order = engine.log.order();
+        if let Err(gone) = volume.usable() {
+            return Ok(Err(gone));
+        }
+        let lsn = engine.log.append_write(&record, &[whole.as_ref()])?;
+        let mut state = volume.state();
+        let end = self.end_bytes();
+        let used = match state.dirty.insert(*blocks, lsn, end, cached) {
+            Ok(used) => used,
+            // Blocks and data come from the same range, so this cannot differ.
+            Err(error) => return Ok(Err(Failure::new(Reason::Malformed, error.to_string()))),
+        };
+        state.credit.put_back(blocks.len - used);
+        state.size_bytes = state.size_bytes.max(end);
+        state.dirty_since.get_or_insert_with(Instant::now);
+        Ok(Ok(used))
+    }
+}
+
+/// The trace id inside a span's traceparent; empty: not sampled.
+pub(super) fn trace_id(span: &Span) -> String {
+    telemetry::traceparent(span).split('-').nth(1).unwrap_or_default().to_owned()
+}

@@ -1,0 +1,29 @@
+//! The command line. What is not given leaves the configuration as it is.
+
+use std::path::PathBuf;
+
+use clap::Parser;
+use endio_chassis::net::ListenAddr;
+use serde::Serialize;
+
+/// The dirty cache, direct writes and reads: what clients talk to.
+#[derive(Parser, Serialize, Debug, Clone, Default)]
+#[command(name = "endio-writeback", version)]
+pub struct Flags {
+    /// Configuration file (TOML). Environment: ENDIO_WRITEBACK_<KEY>.
+    #[arg(long)]
+    #[serde(skip)]
+    pub config: Option<PathBuf>,
+    /// Address to listen on, e.g. 127.0.0.1:7400; port 0 chooses one.
+    #[arg(long)]
+    pub listen: Option<ListenAddr>,
+    /// Url of the conversion service, e.g. http://127.0.0.1:7401.
+    #[arg(long)]
+    pub conversion: Option<String>,
+    /// Directory of the cache log.
+    #[arg(long)]
+    pub cache_dir: Option<PathBuf>,
+    /// Address of the NBD export.
+    #[arg(long)]
+    pub nbd_listen: Option<ListenAddr>,
+}

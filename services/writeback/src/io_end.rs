@@ -1,0 +1,408 @@
+//! One write to the stores as an io_end, begun as often as it takes.
+//!
+//! ```text
+//!   begin ──► bios handed over ──► [log durable] ──► submitter's release ──► completion
+//!     ▲                                                                         │
+//!     └────────── pause, attempt + 1, fresh blocks ◄── aborted, retryable ──────┘
+//! ```
+//!
+//! Only two things end an attempt: its completion, or the loss of the session in which it began.
+//! Until then the write never begins again, so an older attempt cannot convert after a newer one.
+//! Nothing is ever sent twice under one token.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use endio_api::blockstore::Bio;
+use endio_api::conversion::{BeginIo, Completion, Lane, ReleaseSubmitter, Segment};
+use endio_chassis::backoff::{Backoff, Delays};
+use endio_chassis::telemetry;
+use endio_types::{BLOCK_SIZE, LblkRange, Reason};
+use futures_util::StreamExt as _;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::time::Instant;
+use tracing::{Instrument as _, Span, info_span};
+
+use crate::failure::Failure;
+use crate::metrics::Metrics;
+use crate::session::{Granted, Session};
+use crate::stores::{Sent, Stores};
+
+/// A write of whole blocks.
+pub struct Job {
+    /// Number of the volume.
+    pub volume: u64,
+    /// Its name, for spans.
+    pub name: Arc<str>,
+    /// Generation under which it is open here.
+    pub generation: u64,
+    /// Write-out or direct.
+    pub lane: Lane,
+    /// The blocks.
+    pub range: LblkRange,
+    /// Their data: exactly as many bytes.
+    pub data: Bytes,
+    /// The size that the write extends a growable volume to, bytes; 0: it does not.
+    pub size_after_bytes: u64,
+    /// A caller waits for it.
+    pub sync: bool,
+    /// When to give up; every attempt ends before the answer.
+    pub deadline: Instant,
+    /// The write's span.
+    pub span: Span,
+}
+
+/// What has to be durable before the submitter's token is released.
+pub type Gate<'a> = BoxFuture<'a, Result<(), Failure>>;
+
+/// Bounds of writes on their way to the stores.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Blocks in flight of direct writes.
+    pub direct_blocks: usize,
+    /// Blocks in flight of write-out: its own capacity.
+    pub write_out_blocks: usize,
+    /// Pauses between attempts.
+    pub backoff: (Duration, Duration),
+}
+
+/// Carries jobs out.
+pub struct Submitter {
+    session: Session,
+    stores: Arc<Stores>,
+    metrics: Arc<Metrics>,
+    limits: Limits,
+    direct: Semaphore,
+    write_out: Semaphore,
+}
+
+/// One attempt that did not convert.
+struct Missed {
+    failure: Failure,
+    store: u32,
+    is_retryable: bool,
+}
+
+impl Submitter {
+    /// A submitter over the session and the stores.
+    pub fn new(
+        session: Session,
+        stores: Arc<Stores>,
+        metrics: Arc<Metrics>,
+        limits: Limits,
+    ) -> Self {
+        let direct = Semaphore::new(limits.direct_blocks);
+        let write_out = Semaphore::new(limits.write_out_blocks);
+        Self { session, stores, metrics, limits, direct, write_out }
+    }
+
+    /// Writes until the conversion is durable.
+    ///
+    /// `gate` is awaited once, before the first release of a submitter's token. Dropping the
+    /// future leaves the io_end to its end at conversion; callers run it in a task of its own.
+    ///
+    /// # Errors
+    /// The last attempt's failure when the job's deadline has passed, or at once where trying again
+    /// cannot help. Nothing of the job is in flight then, or its session is gone.
+    pub async fn write(&self, job: &Job, gate: Gate<'_>) -> Result<Completion, Failure> {
+        let _room = self.room(job).await?;
+        let crcs: Vec<u32> = job.data.chunks(BLOCK_SIZE).map(crc32c::crc32c).collect();
+        let (first, max) = self.limits.backoff;
+        let backoff = Backoff { first, max, retries_max: None };
+        let mut pauses = backoff.delays(crate::jitter());
+        let mut avoid: Vec<u32> = Vec::new();
+        let mut gate = Some(gate);
+        for attempt in 1_u32.. {
+            let missed = match self.attempt(job, &crcs, attempt, &avoid, &mut gate).await {
+                Ok(done) => return Ok(done),
+                Err(missed) => missed,
+            };
+            self.metrics.attempts_failed.inc();
+            if !missed.is_retryable {
+                return Err(missed.failure);
+            }
+            note_store(&mut avoid, missed.store);
+            pause(&mut pauses, &missed.failure, job.deadline).await?;
+        }
+        Err(Failure::new(Reason::TimedOut, "too many attempts"))
+    }
+
+    async fn room(&self, job: &Job) -> Result<SemaphorePermit<'_>, Failure> {
+        let (lane, bound) = match job.lane {
+            Lane::WriteOut => (&self.write_out, self.limits.write_out_blocks),
+            _ => (&self.direct, self.limits.direct_blocks),
+        };
+        let blocks = usize::try_from(job.range.len).unwrap_or(usize::MAX).min(bound);
+        let blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
+        let permit = tokio::time::timeout_at(job.deadline, lane.acquire_many(blocks)).await;
+        match permit {
+            Ok(Ok(permit)) => Ok(permit),
+            Ok(Err(_)) => Err(Failure::draining()),
+            Err(_) => Err(timed_out(&Failure::new(Reason::Limit, "too many bytes in flight"))),
+        }
+    }
+
+    async fn attempt(
+        &self,
+        job: &Job,
+        crcs: &[u32],
+        attempt: u32,
+        avoid: &[u32],
+        gate: &mut Option<Gate<'_>>,
+    ) -> Result<Completion, Missed> {
+        let granted = self.begin(job, attempt, avoid).await?;
+        let mut flight = Flight {
+            submitter: self,
+            job,
+            attempt,
+            session: granted.session,
+            token: granted.begun.submitter.clone(),
+            bios: FuturesUnordered::new(),
+            missed: None,
+        };
+        flight.hand_over(&granted.begun.segments, crcs).await;
+        if flight.missed.is_none()
+            && let Some(durable) = gate.take()
+            && let Err(failure) = durable.await
+        {
+            // The log cannot be made durable: the write must not be released.
+            flight.missed = Some(Missed { failure, store: 0, is_retryable: false });
+        }
+        flight.release().await;
+        flight.completion(granted).await
+    }
+
+    async fn begin(&self, job: &Job, attempt: u32, avoid: &[u32]) -> Result<Granted, Missed> {
+        let span = info_span!(
+            parent: &job.span,
+            "begin",
+            volume = %job.name,
+            attempt,
+            lblk = job.range.start.0,
+            blocks = job.range.len,
+            io_end = tracing::field::Empty,
+        );
+        let request = BeginIo {
+            request: 0,
+            volume: job.volume,
+            generation: job.generation,
+            lane: job.lane.into(),
+            lblk: job.range.start.0,
+            blocks: u32::try_from(job.range.len).unwrap_or(u32::MAX),
+            size_after_bytes: job.size_after_bytes,
+            avoid_stores: avoid.to_vec(),
+            attempt,
+            traceparent: telemetry::traceparent(&job.span),
+            sync: job.sync,
+        };
+        let begun = async {
+            self.session.up().await;
+            self.session.begin(request).await
+        };
+        let begun = tokio::time::timeout_at(job.deadline, begun.instrument(span.clone())).await;
+        match begun {
+            Ok(Ok(granted)) => {
+                let io_end = granted.begun.submitter.as_ref().map_or(0, |token| token.io_end);
+                span.record("io_end", io_end);
+                Ok(granted)
+            }
+            Ok(Err(failure)) => {
+                telemetry::fail(&span, &failure.detail);
+                let is_retryable = begins_again(job.lane, &failure);
+                Err(Missed { failure, store: 0, is_retryable })
+            }
+            Err(_) => {
+                let failure = timed_out(&Failure::conversion_away());
+                telemetry::fail(&span, &failure.detail);
+                Err(Missed { failure, store: 0, is_retryable: false })
+            }
+        }
+    }
+}
+
+/// One attempt that has begun.
+struct Flight<'a> {
+    submitter: &'a Submitter,
+    job: &'a Job,
+    attempt: u32,
+    session: u64,
+    token: Option<endio_api::common::Token>,
+    bios: FuturesUnordered<BoxFuture<'static, (u32, Result<(), Failure>)>>,
+    /// Why the io_end is being given up.
+    missed: Option<Missed>,
+}
+
+impl Flight<'_> {
+    /// Hands every segment to its store's stream, until one cannot be.
+    async fn hand_over(&mut self, segments: &[Segment], crcs: &[u32]) {
+        for segment in segments {
+            let Some(bio) = self.bio(segment, crcs) else {
+                let failure = Failure::new(Reason::Malformed, "a segment beyond its write");
+                self.missed = Some(Missed { failure, store: 0, is_retryable: false });
+                return;
+            };
+            let (mut bio, span) = bio;
+            bio.traceparent = telemetry::traceparent(&span);
+            let store = bio.token.as_ref().map_or(0, |token| token.store);
+            match self.submitter.stores.write(bio).instrument(span.clone()).await {
+                Ok(sent) => self.bios.push(Box::pin(segment_done(store, sent, span))),
+                Err(failure) => {
+                    telemetry::fail(&span, &failure.detail);
+                    self.missed = Some(Missed { failure, store, is_retryable: true });
+                    return;
+                }
+            }
+        }
+    }
+
+    fn bio(&self, segment: &Segment, crcs: &[u32]) -> Option<(Bio, Span)> {
+        let token = segment.token.clone()?;
+        let first = usize::try_from(segment.lblk.checked_sub(self.job.range.start.0)?).ok()?;
+        let end = first.checked_add(token.blocks as usize)?;
+        let crc32c = crcs.get(first..end)?.to_vec();
+        let data = self.job.data.slice(first * BLOCK_SIZE..end * BLOCK_SIZE);
+        let span = info_span!(
+            parent: &self.job.span,
+            "segment",
+            volume = %self.job.name,
+            io_end = token.io_end,
+            segment = token.segment,
+            attempt = self.attempt,
+            store = token.store,
+            lblk = segment.lblk,
+            blocks = token.blocks,
+        );
+        let bio = Bio { token: Some(token), data, crc32c, traceparent: String::new() };
+        Some((bio, span))
+    }
+
+    /// Releases the submitter's token: for conversion, or to give the io_end up.
+    async fn release(&mut self) {
+        let release = ReleaseSubmitter {
+            token: self.token.clone(),
+            not_submitted: Vec::new(),
+            abort: self.missed.is_some(),
+            traceparent: telemetry::traceparent(&self.job.span),
+        };
+        self.submitter.session.release(self.session, release).await;
+    }
+
+    /// Waits for the io_end's end. A bio that fails or whose stream breaks gives the io_end up.
+    async fn completion(mut self, mut granted: Granted) -> Result<Completion, Missed> {
+        let span = info_span!(
+            parent: &self.job.span,
+            "completion",
+            volume = %self.job.name,
+            attempt = self.attempt,
+            io_end = self.token.as_ref().map_or(0, |token| token.io_end),
+        );
+        let mut deadline = self.missed.is_none().then_some(self.job.deadline);
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut granted.done => {
+                    let ended = self.ended(done.ok());
+                    if let Err(missed) = &ended {
+                        telemetry::fail(&span, &missed.failure.detail);
+                    }
+                    return ended;
+                }
+                Some((store, outcome)) = self.bios.next() => {
+                    if let (Err(failure), None) = (outcome, &self.missed) {
+                        self.missed = Some(Missed { failure, store, is_retryable: true });
+                        self.release().await;
+                    }
+                }
+                () = at(deadline) => {
+                    deadline = None;
+                    if self.missed.is_none() {
+                        let failure = timed_out(&Failure::new(Reason::Aborted, "given up"));
+                        self.missed = Some(Missed { failure, store: 0, is_retryable: false });
+                        self.release().await;
+                    }
+                }
+            }
+        }
+    }
+
+    /// What the end of the io_end means for the job.
+    fn ended(&mut self, done: Option<Completion>) -> Result<Completion, Missed> {
+        let Some(done) = done else {
+            // The io_end died with its session. What had failed before says more than that.
+            return Err(self.missed.take().unwrap_or(Missed {
+                failure: Failure::conversion_away(),
+                store: 0,
+                is_retryable: true,
+            }));
+        };
+        match Failure::from_wire(done.reason, &done.message) {
+            None => Ok(done),
+            Some(failure) => Err(self.missed.take().unwrap_or(Missed {
+                is_retryable: done.retryable || failure.reason.is_retryable(),
+                store: done.failed_store,
+                failure,
+            })),
+        }
+    }
+}
+
+async fn segment_done(store: u32, sent: Sent, span: Span) -> (u32, Result<(), Failure>) {
+    let outcome = sent.done().await;
+    if let Err(failure) = &outcome {
+        telemetry::fail(&span, &failure.detail);
+    }
+    (store, outcome)
+}
+
+/// Whether a refused begin is worth another try: where only time can help and will.
+fn begins_again(lane: Lane, failure: &Failure) -> bool {
+    match failure.reason {
+        // A caller is told at once that the system is full; data that was acknowledged waits.
+        Reason::NoSpace | Reason::MetadataFull => {
+            lane == Lane::WriteOut || failure.retry_after_ms > 0
+        }
+        reason => reason.is_retryable(),
+    }
+}
+
+/// Remembers the last few stores that failed: avoiding all of them would leave none.
+fn note_store(avoid: &mut Vec<u32>, store: u32) {
+    const AVOID_MAX: usize = 4;
+    if store != 0 && !avoid.contains(&store) {
+        avoid.push(store);
+    }
+    if avoid.len() > AVOID_MAX {
+        avoid.remove(0);
+    }
+}
+
+/// Waits before the next attempt.
+async fn pause<R: rand::Rng>(
+    pauses: &mut Delays<R>,
+    failure: &Failure,
+    deadline: Instant,
+) -> Result<(), Failure> {
+    let hint = Duration::from_millis(failure.retry_after_ms.into());
+    let pause = pauses.next().unwrap_or(hint).max(hint);
+    if Instant::now() + pause >= deadline {
+        return Err(timed_out(failure));
+    }
+    tokio::time::sleep(pause).await;
+    Ok(())
+}
+
+/// The failure of a job that ran out of time, with what held it up last.
+fn timed_out(last: &Failure) -> Failure {
+    let detail = format!("the I/O timeout passed; last: {} ({})", last.detail, last.reason);
+    Failure::new(Reason::TimedOut, detail)
+}
+
+async fn at(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,195 @@
+//! The cache log for tasks: appends in place, flushes on a blocking thread for all who wait.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use endio_state_machine::writeback::Lsn;
+use endio_state_machine::writeback::dirty::CleanRun;
+use endio_state_machine::writeback::sessions::RequestKey;
+use endio_store::cache_log::{CacheLog, CacheLogError, WriteRecord};
+use endio_types::{Generation, LblkRange, VolumeId};
+use tokio::sync::watch;
+
+use crate::failure::Failure;
+
+/// What the flusher of the log has reached.
+#[derive(Clone, Default)]
+struct Reached {
+    durable: Lsn,
+    failed: Option<Failure>,
+}
+
+/// Handle of the log. Clones share it.
+#[derive(Clone)]
+pub struct Log {
+    inner: Arc<CacheLog>,
+    order: Arc<Mutex<()>>,
+    wanted: watch::Sender<Lsn>,
+    reached: watch::Receiver<Reached>,
+}
+
+impl Log {
+    /// Takes the log over and starts the task that flushes it. It ends with the last handle.
+    pub fn start(inner: CacheLog) -> Self {
+        let inner = Arc::new(inner);
+        let (wanted, asks) = watch::channel(Lsn(0));
+        let (tell, reached) = watch::channel(Reached::default());
+        tokio::spawn(flush_when_wanted(Arc::clone(&inner), asks, tell));
+        Self { inner, order: Arc::default(), wanted, reached }
+    }
+
+    /// Held while a record is appended and its data put into the dirty cache, and while the log is
+    /// trimmed: a trim between the two would not know that the record is needed.
+    pub fn order(&self) -> MutexGuard<'_, ()> {
+        self.order.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Appends a buffered write: it survives the death of the process.
+    ///
+    /// # Errors
+    /// As [`CacheLog::append_write`].
+    pub fn append_write(
+        &self,
+        write: &WriteRecord,
+        payload: &[&[u8]],
+    ) -> Result<Lsn, CacheLogError> {
+        self.inner.append_write(write, payload)
+    }
+
+    /// Notes that blocks are converted.
+    ///
+    /// # Errors
+    /// As [`CacheLog::append_clean`].
+    pub fn append_clean(&self, volume: u64, runs: &[CleanRun]) -> Result<Lsn, Failure> {
+        Ok(self.inner.append_clean(VolumeId(volume), runs)?)
+    }
+
+    /// Notes that a request without data in the log was applied.
+    ///
+    /// # Errors
+    /// As [`CacheLog::append_done`].
+    pub fn append_done(&self, key: RequestKey, result: u64) -> Result<Lsn, Failure> {
+        Ok(self.inner.append_done(key, result)?)
+    }
+
+    /// Notes that a volume is open here.
+    ///
+    /// # Errors
+    /// As [`CacheLog::append_volume_open`].
+    pub fn append_open(&self, volume: u64, name: &str, generation: u64) -> Result<(), Failure> {
+        self.inner.append_volume_open(VolumeId(volume), name, Generation(generation))?;
+        Ok(())
+    }
+
+    /// Notes that a volume is not open here any more: its data in the log is of no use.
+    ///
+    /// # Errors
+    /// As [`CacheLog::append_volume_closed`].
+    pub fn append_closed(&self, volume: u64) -> Result<(), Failure> {
+        self.inner.append_volume_closed(VolumeId(volume))?;
+        Ok(())
+    }
+
+    /// Whether a replay could bring back data of this range.
+    pub fn holds(&self, volume: u64, range: LblkRange) -> bool {
+        self.inner.holds(VolumeId(volume), range)
+    }
+
+    /// The newest record.
+    pub fn last(&self) -> Lsn {
+        self.inner.last_lsn()
+    }
+
+    /// Bytes on disk, and the bound.
+    pub fn usage_bytes(&self) -> (u64, u64) {
+        self.inner.usage_bytes()
+    }
+
+    /// Waits until everything up to `lsn` survives a power loss. Cancel-safe.
+    ///
+    /// # Errors
+    /// The log's flush failed, now or before.
+    pub async fn durable(&self, lsn: Lsn) -> Result<(), Failure> {
+        if self.inner.durable_lsn() >= lsn {
+            return Ok(());
+        }
+        self.wanted.send_if_modified(|wanted| {
+            let is_more = *wanted < lsn;
+            *wanted = (*wanted).max(lsn);
+            is_more
+        });
+        let mut reached = self.reached.clone();
+        let done = |reached: &Reached| reached.durable >= lsn || reached.failed.is_some();
+        let reached = reached.wait_for(done).await.map_err(|_| Failure::draining())?;
+        match &reached.failed {
+            Some(failure) if reached.durable < lsn => Err(failure.clone()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Drops what is older than `oldest`, on a blocking thread. `oldest` is asked under the order.
+    ///
+    /// # Errors
+    /// As [`CacheLog::trim`].
+    pub async fn trim(
+        &self,
+        oldest: impl FnOnce() -> Option<Lsn> + Send + 'static,
+    ) -> Result<u64, Failure> {
+        let log = self.clone();
+        let trimmed = tokio::task::spawn_blocking(move || {
+            // A record appended after this look is newer than every segment that may go.
+            let oldest = {
+                let _order = log.order();
+                oldest()
+            };
+            let (used, bound) = log.inner.usage_bytes();
+            if used > bound / 2 {
+                // The active segment may be all that is in the way.
+                log.inner.rotate()?;
+            }
+            log.inner.trim(oldest)
+        });
+        Ok(trimmed.await.map_err(|_| Failure::task_lost())??)
+    }
+
+    /// Makes all durable and notes that the log ended well.
+    ///
+    /// # Errors
+    /// As [`CacheLog::close_clean`].
+    pub async fn close_clean(&self) -> Result<(), Failure> {
+        let inner = Arc::clone(&self.inner);
+        let closed = tokio::task::spawn_blocking(move || inner.close_clean());
+        Ok(closed.await.map_err(|_| Failure::task_lost())??)
+    }
+}
+
+impl From<CacheLogError> for Failure {
+    fn from(error: CacheLogError) -> Self {
+        Self::new(error.reason(), error.to_string())
+    }
+}
+
+async fn flush_when_wanted(
+    log: Arc<CacheLog>,
+    mut asks: watch::Receiver<Lsn>,
+    tell: watch::Sender<Reached>,
+) {
+    while asks.changed().await.is_ok() {
+        let wanted = *asks.borrow_and_update();
+        // One flush covers all that is there, so it serves later askers too.
+        let target = log.last_lsn().max(wanted);
+        let flusher = Arc::clone(&log);
+        let outcome = tokio::task::spawn_blocking(move || flusher.sync_to(target)).await;
+        let failed = match outcome {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => {
+                tracing::error!(%error, "the cache log cannot be made durable");
+                Some(Failure::from(error))
+            }
+            Err(_) => Some(Failure::task_lost()),
+        };
+        tell.send_modify(|reached| {
+            reached.durable = log.durable_lsn();
+            reached.failed = failed;
+        });
+    }
+}

@@ -1,0 +1,134 @@
+//! The volumes that are open here, and what the session with conversion says about them.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use endio_api::conversion::{ReadConfirm, Reserve, Store};
+
+use crate::failure::Failure;
+use crate::session::Events;
+use crate::stores::Stores;
+use crate::volume::Volume;
+
+/// Open volumes by name.
+pub struct Table {
+    volumes: Mutex<BTreeMap<Arc<str>, Arc<Volume>>>,
+    stores: Arc<Stores>,
+    list: Mutex<Vec<Store>>,
+}
+
+impl Table {
+    /// Nothing open.
+    pub fn new(stores: Arc<Stores>) -> Self {
+        Self { volumes: Mutex::default(), stores, list: Mutex::default() }
+    }
+
+    fn volumes(&self) -> MutexGuard<'_, BTreeMap<Arc<str>, Arc<Volume>>> {
+        self.volumes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The volume of that name, if it is open here and usable.
+    pub fn find(&self, name: &str) -> Option<Arc<Volume>> {
+        self.volumes().get(name).filter(|volume| volume.usable().is_ok()).cloned()
+    }
+
+    /// All volumes by name.
+    pub fn all(&self) -> Vec<Arc<Volume>> {
+        self.volumes().values().cloned().collect()
+    }
+
+    /// How many are open.
+    pub fn len(&self) -> usize {
+        self.volumes().len()
+    }
+
+
+    /// A volume is open from now on.
+    pub fn insert(&self, volume: Arc<Volume>) {
+        self.volumes().insert(Arc::clone(&volume.name), volume);
+    }
+
+    /// A volume is not open any more. Another generation of it stays.
+    pub fn remove(&self, volume: &Volume) {
+        let mut volumes = self.volumes();
+        let same = |open: &Arc<Volume>| open.generation == volume.generation;
+        if volumes.get(&volume.name).is_some_and(same) {
+            volumes.remove(&volume.name);
+        }
+    }
+
+    /// The stores, as conversion listed them last.
+    pub fn store_list(&self) -> Vec<Store> {
+        self.list.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Events for Table {
+    fn welcome(&self, _epoch: u64) -> Vec<Reserve> {
+        let mut resets = Vec::new();
+        for volume in self.all() {
+            let mut state = volume.state();
+            if state.gone.is_some() {
+                continue;
+            }
+            // Reads under an older epoch are refused from now on: the next look-up brings another.
+            state.grant = None;
+            let ask = state.credit.reset();
+            state.credit_reset = Some(ask.request);
+            resets.push(Reserve {
+                request: 0,
+                volume: volume.id,
+                generation: volume.generation,
+                reset: true,
+                add_blocks: ask.add_blocks,
+                drop_blocks: 0,
+            });
+        }
+        resets
+    }
+
+    fn space_reset(&self, volume: u64, outcome: Result<u64, Failure>) {
+        let Some(volume) = self.all().into_iter().find(|open| open.id == volume) else { return };
+        let mut state = volume.state();
+        let Some(request) = state.credit_reset.take() else { return };
+        match outcome {
+            Ok(_) => {
+                state.credit.granted(request);
+            }
+            Err(failure) => {
+                state.credit.refused(request);
+                let held_blocks = state.credit.held();
+                tracing::warn!(
+                    volume = %volume.name, held_blocks, error = %failure,
+                    "no promise of space for what is dirty"
+                );
+            }
+        }
+        drop(state);
+        volume.changed();
+    }
+
+    fn stores(&self, stores: &[Store]) {
+        *self.list.lock().unwrap_or_else(PoisonError::into_inner) = stores.to_vec();
+        self.stores.update(stores);
+    }
+
+    fn fenced(&self, volume: u64, generation: u64) {
+        for open in self.all() {
+            if open.id == volume && open.generation < generation {
+                tracing::warn!(volume = %open.name, generation, "fenced by another writeback");
+                open.let_go(Failure::fenced());
+                self.remove(&open);
+            }
+        }
+    }
+
+    fn confirms(&self) -> Vec<ReadConfirm> {
+        let confirm = |volume: &Arc<Volume>| ReadConfirm {
+            volume: volume.id,
+            generation: volume.generation,
+            map_version: volume.state().oldest_read(),
+        };
+        self.all().iter().map(confirm).collect()
+    }
+}
