@@ -123,6 +123,15 @@ fn an_impure_state_machine_is_found() {
 }
 
 #[test]
+fn tests_of_the_state_machine_may_read_their_seed() {
+    let text = "let seed = std::env::var(\"SEED\");";
+    let dir = "crates/state-machine";
+    let found = |path| violations(&[(&format!("{dir}/Cargo.toml"), PLAIN), (path, text)]).len();
+    assert_eq!(found("crates/state-machine/tests/a.rs"), 0);
+    assert_eq!(found("crates/state-machine/src/a.rs"), 1);
+}
+
+#[test]
 fn generated_types_outside_the_api_are_found() {
     for source in ["tonic::include_proto!(\"x\");", "#[derive(prost::Message)]"] {
         assert_eq!(sentences("cli", source).len(), 1, "{source}");
