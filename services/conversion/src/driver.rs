@@ -194,7 +194,7 @@ impl Driver {
         let began = Instant::now();
         self.metrics.turns.inc();
         let durable = self.durable()?;
-        self.machine.committed(durable);
+        self.machine.committed(durable).map_err(DriverError::Machine)?;
         self.watch_disk()?;
         if self.machine.next_deadline().is_some_and(|at| at <= self.now()) {
             self.feed((Input::Tick, String::new()))?;
