@@ -94,9 +94,17 @@ fn a_failed_sync_closes_the_journal_and_is_never_turned_into_success() {
                 poisoned += 1;
             }
             drop(service);
-            cut_power(&meta, mode, failing);
+            let what = format!("sync {failing} failed, {mode:?}");
+            // A new process sees what the disk never got, goes on, and then the power is cut.
+            meta.disk().kill();
             let mut service = Service::open(&meta).unwrap();
-            oracle.check(&mut service, &format!("sync {failing} failed, {mode:?}"));
+            oracle.check(&mut service, &what);
+            let payload = payload(random, service.seq + 1);
+            service.append(&mut oracle, payload).unwrap();
+            service.commit(&mut oracle).unwrap();
+            drop(service);
+            cut_power(&meta, mode, failing);
+            oracle.check(&mut Service::open(&meta).unwrap(), &what);
         }
     }
     assert!(poisoned > 100, "only {poisoned} journals failed");

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::api::Record;
+use super::canary::write_durably;
 use super::segment::{PAYLOAD_BYTES_MAX, SEGMENT_HEADER, Tail};
 use super::segment::{put_record, scan, segment_first, segment_header, segment_name};
 use super::shared::{JournalHandle, Shared, fault};
@@ -313,17 +314,15 @@ fn check_segment(
     }
     let marked = read_mark(vfs, database).unwrap_or(0);
     match scan.tail {
-        Tail::Clean => {
-            // What a killed process left in the page cache counts as committed from here on.
-            if is_last {
-                sync(vfs, name)?;
+        Tail::Clean if !is_last => Ok(true),
+        Tail::Clean | Tail::Torn if is_last && found.last >= marked => {
+            let len = bytes.len() as u64;
+            if scan.good_len < len {
+                tracing::info!(file = name, offset = scan.good_len, "cut off a torn tail");
             }
-            Ok(true)
+            settle(vfs, name, &bytes[..scan.good_len as usize])
         }
-        Tail::Torn if is_last && found.last >= marked => {
-            tracing::info!(file = name, offset = scan.good_len, "cut a torn tail off the journal");
-            cut(vfs, name, scan.good_len)
-        }
+        Tail::Clean => Ok(true),
         Tail::Torn => {
             let what = format!("record {} is unreadable but was durable", found.last + 1);
             Err(damaged(vfs, name, scan.good_len, what))
@@ -332,22 +331,26 @@ fn check_segment(
     }
 }
 
-/// Durably, before anything is written behind it.
-fn cut(vfs: &dyn Vfs, name: &str, len: u64) -> Result<bool, MetaError> {
-    let fail = |error| fault(vfs, "truncate", name, error);
-    if len < SEGMENT_HEADER as u64 {
+/// Makes what was found durable before anything is built upon it: from here on it counts as
+/// committed. It is written anew, because after a failed sync the kernel may show pages that it
+/// could not write and does not try to write again.
+fn settle(vfs: &dyn Vfs, name: &str, good: &[u8]) -> Result<bool, MetaError> {
+    let fail = |error| fault(vfs, "settle", name, error);
+    if good.len() < SEGMENT_HEADER {
         vfs.remove(name).map_err(fail)?;
         vfs.sync_dir().map_err(fail)?;
         return Ok(false);
     }
-    vfs.truncate(name, len).map_err(fail)?;
-    sync(vfs, name)?;
-    Ok(true)
-}
-
-fn sync(vfs: &dyn Vfs, name: &str) -> Result<(), MetaError> {
-    let synced = vfs.open(name).and_then(|mut file| file.sync_data());
-    synced.map_err(|error| fault(vfs, "sync", name, error))
+    match write_durably(vfs, names::JOURNAL_NEW, name, good) {
+        Err(MetaError::NoSpace { .. }) => {
+            // On a full disk the file as it is must do.
+            let _ = vfs.remove(names::JOURNAL_NEW);
+            vfs.truncate(name, good.len() as u64).map_err(fail)?;
+            vfs.open(name).and_then(|mut file| file.sync_data()).map_err(fail)?;
+            Ok(true)
+        }
+        other => other.map(|()| true),
+    }
 }
 
 pub(crate) fn damaged(vfs: &dyn Vfs, name: &str, offset: u64, what: String) -> MetaError {

@@ -11,4 +11,5 @@ pub(crate) const MARK: &str = "mark";
 /// Files that are renamed when they are complete.
 pub(crate) const IDENTITY_NEW: &str = "identity.new";
 pub(crate) const CANARY_NEW: &str = "canary.new";
+pub(crate) const JOURNAL_NEW: &str = "journal.new";
 pub(crate) const CHECKPOINT_NEW: &str = "checkpoint.new";

@@ -326,6 +326,12 @@ impl VfsFile for SimFile {
         match disk.syncs_before_failure {
             Some(0) => {
                 disk.syncs_before_failure = None;
+                // As Linux does: the pages count as clean, and no later sync writes them.
+                if let Some(inode) = disk.inodes.get_mut(&self.inode) {
+                    let len = inode.live.len();
+                    inode.synced.resize(len, 0);
+                    inode.rewritten = false;
+                }
                 return Err(io::Error::from_raw_os_error(5));
             }
             Some(left) => disk.syncs_before_failure = Some(left - 1),
