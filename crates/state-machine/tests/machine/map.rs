@@ -133,7 +133,7 @@ fn of_two_overlapping_io_ends_the_later_released_one_wins_in_any_lane() {
     for first_lane in Lane::ALL {
         let mut rig = Rig::new(1, 100);
         let volume = rig.volume("v", 100, 1);
-        reserve(&mut rig, &volume, 50);
+        reserve(&mut rig, &volume, 50).unwrap();
         let mut writes = vec![];
         for lane in
             [first_lane, if first_lane == Lane::Direct { Lane::WriteOut } else { Lane::Direct }]

@@ -101,10 +101,10 @@ impl World {
         let lblk = u64::from(a) % BLOCKS;
         let blocks = (u64::from(len) % 9).min(BLOCKS - lblk) as u32;
         let mut begin = begin_io(&volume, lblk, blocks);
-        if a % 5 == 0 {
+        if a.is_multiple_of(5) {
             begin.lane = Lane::WriteOut;
         }
-        if volume.growable && len % 3 == 0 {
+        if volume.growable && len.is_multiple_of(3) {
             begin.lblk = Lblk(lblk + 6);
             begin.size_after_bytes = (lblk + 6 + u64::from(blocks)) * BLOCK_BYTES;
         }
@@ -298,7 +298,7 @@ impl World {
             request: 9,
             volume: volume.id,
             generation: volume.generation,
-            reset: a % 3 == 0,
+            reset: a.is_multiple_of(3),
             add_blocks: u64::from(a) % 7,
             drop_blocks: u64::from(a) % 2,
         });

@@ -116,3 +116,36 @@ fn an_older_incarnation_is_refused() {
     };
     assert_eq!(rig.count(refused), 1);
 }
+
+/// Scenario 55: the word of a store about another epoch frees nothing.
+#[test]
+fn a_store_that_is_ready_for_an_older_epoch_gets_no_tokens() {
+    let mut rig = Rig::new(1, 8);
+    let volume = rig.volume("v", 100, 1);
+    let old = rig.machine.epoch();
+    rig.crash();
+    rig.hello(WB, "wb");
+    rig.register(1, 1, 8);
+    rig.store(1, FromStore::Ready { epoch: old });
+    let refused = rig.try_begin(begin_io(&volume, 0, 1)).unwrap_err();
+    assert_eq!(refused.reason, Reason::NotEnoughStores);
+    assert_eq!(rig.machine.stores(rig.now)[0].quarantined_blocks, 8);
+}
+
+/// A store that starts again has forgotten which generations are fenced.
+#[test]
+fn a_restarted_store_fences_old_generations_again_before_blocks_move_on() {
+    let mut rig = Rig::new(1, 4);
+    let volume = rig.volume("v", 4, 1);
+    rig.write(&volume, 0, 4);
+    let volume = rig.open("v", "wb");
+    rig.acknowledge();
+    rig.sent.clear();
+    rig.join_store(1, 2, 4);
+    rig.change(&volume, MapChange::Trim, 0, 4).unwrap();
+    rig.confirm(&volume);
+    assert_eq!(rig.machine.stores(rig.now)[0].quarantined_blocks, 4);
+    rig.acknowledge();
+    assert_eq!(rig.write(&volume, 0, 4).failed, None);
+    rig.assert_sound();
+}
