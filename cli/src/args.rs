@@ -263,7 +263,8 @@ pub(crate) struct CheckArgs {
     /// Check metadata only.
     #[arg(long)]
     pub(crate) no_data: bool,
-    /// Check the files of a stopped `endio up` instead of a running service.
+    /// Check the data of a stopped `endio up`: its services run, on private addresses, for the time
+    /// of the check. Refused while another process has the data.
     #[arg(long)]
     pub(crate) data_dir: Option<PathBuf>,
 }

@@ -4,6 +4,7 @@ use endio_api::{
     conversion::{ListIoEndsRequest, ListStoresRequest},
     writeback::{CheckRequest, CheckResponse, ExtentsRequest, StatusRequest, VolumeRequest},
 };
+use endio_chassis::{net::ListenAddr, shutdown::Shutdown};
 use serde_json::{Value, json};
 
 use crate::{
@@ -14,6 +15,7 @@ use crate::{
         Output, extent_json, extent_table, io_end_json, io_end_table, status_json, status_text,
         store_json, store_table,
     },
+    up,
 };
 
 /// `endio extents`: prints each batch as it comes, so that a large map needs no memory.
@@ -69,8 +71,32 @@ pub(crate) async fn status(client: &Client, out: Output) -> Outcome {
     out.print(&status_json(&status), || status_text(&status))
 }
 
-/// `endio check` of a running service.
+/// `endio check`
 pub(crate) async fn check(client: &Client, out: Output, args: CheckArgs) -> Outcome {
+    let Some(data_dir) = args.data_dir.clone() else {
+        return check_running(client, out, args).await;
+    };
+    if !data_dir.join("conversion").is_dir() {
+        let what = format!("check {}", data_dir.display());
+        return Err(Failure::new(Exit::NotFound, what, "no data of `endio up` is there"));
+    }
+    let listen = ListenAddr::loopback();
+    let plan = up::Plan { data_dir, listen, nbd_listen: None, stores: 0, capacity_bytes: None };
+    let stack = up::start(&plan, Shutdown::new()).await.map_err(|failure| {
+        failure.help("if another process has the data, check it there, without --data-dir")
+    })?;
+    let checked = match stack.ready().await {
+        Ok(()) => match Client::new(&stack.grpc) {
+            Ok(client) => check_running(&client, out, args).await,
+            Err(failure) => Err(failure),
+        },
+        Err(failure) => Err(failure),
+    };
+    let stopped = stack.stop().await;
+    checked.and(stopped)
+}
+
+async fn check_running(client: &Client, out: Output, args: CheckArgs) -> Outcome {
     let request = CheckRequest { read_data: args.read_data || !args.no_data };
     let answer = client.inspect().check(request).await;
     let answer = answer.map_err(|e| client.failure("check", &e))?.into_inner();

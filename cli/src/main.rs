@@ -1,7 +1,7 @@
 //! The `endio` command.
 //!
-//! Each command is a thin client of the writeback service, but for `up`, which runs all services in
-//! this process, and `check --data-dir`, which reads the files of a stopped one.
+//! Each command is a thin client of the writeback service, but for `up` and `check --data-dir`, which
+//! run all services in this process.
 
 mod args;
 mod client;
@@ -11,6 +11,7 @@ mod inspect;
 mod output;
 mod trace;
 mod transfer;
+mod up;
 
 use std::process::ExitCode;
 
@@ -46,12 +47,9 @@ fn main() -> ExitCode {
 
 async fn run(cli: Cli) -> Outcome {
     let out = Output { json: cli.json };
-    if let Command::Completions { shell } = cli.command {
-        clap_complete::generate(shell, &mut Cli::command(), "endio", &mut std::io::stdout());
-        return Ok(());
-    }
     let client = Client::new(&cli.endpoint)?;
     match cli.command {
+        Command::Up(args) => up::run(args).await,
         Command::Volume(command) => commands::volume(&client, out, command).await,
         Command::Write(args) => commands::write(&client, out, args).await,
         Command::Read(args) => commands::read(&client, &args).await,
@@ -69,6 +67,9 @@ async fn run(cli: Cli) -> Outcome {
         Command::Check(args) => inspect::check(&client, out, args).await,
         Command::Trace(args) => trace::run(&client, out, args).await,
         Command::Bench(options) => commands::bench(&client, out, options).await,
-        Command::Up(_) | Command::Completions { .. } => Ok(()),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "endio", &mut std::io::stdout());
+            Ok(())
+        }
     }
 }

@@ -45,7 +45,7 @@ pub(crate) enum Fault {
 #[derive(Default)]
 struct State {
     volumes: BTreeMap<String, (Vec<u8>, Vec<u8>)>,
-    /// One for every third request of Submit streams.
+    /// One for every second request of Submit streams.
     faults: VecDeque<Fault>,
     read_faults: VecDeque<Fault>,
     seen: u64,
@@ -208,7 +208,7 @@ impl Fake {
             let fault = {
                 let mut state = self.state();
                 state.seen += 1;
-                let hit = state.seen.is_multiple_of(3);
+                let hit = state.seen.is_multiple_of(2);
                 if hit { state.faults.pop_front() } else { None }.unwrap_or(Fault::Pass)
             };
             let cut = || Status::unavailable("the stream was cut on purpose");

@@ -1,0 +1,359 @@
+//! `endio up`: all three services in this process, each a library over its own directory.
+//!
+//! ```text
+//!   DIR/conversion   metadata          loopback, any port
+//!   DIR/store-1 …    blocks            loopback, any port
+//!   DIR/writeback    cache log         --grpc-listen
+//! ```
+//! They stop in the order in which they need each other: writeback writes out what is dirty while
+//! the others still serve, then the block-stores drain, then conversion closes its metadata.
+
+use std::{
+    error::Error,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use endio_api::{conversion::ListStoresRequest, writeback::StatusRequest};
+use endio_chassis::{
+    net::{Dialer, DialerConfig, ListenAddr, Listener},
+    recorder::Recorder,
+    report,
+    shutdown::Shutdown,
+    telemetry::{self, TelemetryConfig},
+};
+use serde_json::json;
+use tokio::task::{JoinHandle, JoinSet};
+
+use crate::{
+    args::UpArgs,
+    client::Client,
+    failure::{Exit, Failure, Outcome},
+};
+
+/// How long the services may take until all of them can work; replaying a long cache log included.
+const READY_MAX: Duration = Duration::from_secs(300);
+/// Pause between two looks at whether they can.
+const READY_LOOK: Duration = Duration::from_millis(20);
+
+/// What to start.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    /// Where everything is kept.
+    pub(crate) data_dir: PathBuf,
+    /// Where clients reach the writeback service.
+    pub(crate) listen: ListenAddr,
+    /// Where NBD clients attach.
+    pub(crate) nbd_listen: Option<ListenAddr>,
+    /// Block-stores, at least; those that have a directory are all started.
+    pub(crate) stores: u32,
+    /// Capacity in bytes of the block-stores; `None`: as they are, or the default for new ones.
+    pub(crate) capacity_bytes: Option<u64>,
+}
+
+type Ended = Result<(), Failure>;
+
+/// The services, running.
+#[derive(Debug)]
+pub(crate) struct Stack {
+    /// Url of the writeback service.
+    pub(crate) grpc: String,
+    /// Url of the conversion service.
+    pub(crate) conversion: String,
+    /// Urls of the block-stores.
+    pub(crate) stores: Vec<String>,
+    stop: Shutdown,
+    writeback: JoinHandle<Ended>,
+    stores_stop: Shutdown,
+    store_tasks: JoinSet<Ended>,
+    conversion_stop: Shutdown,
+    conversion_task: JoinHandle<Ended>,
+}
+
+/// `endio up`
+pub(crate) async fn run(args: UpArgs) -> Outcome {
+    let what = "start the services";
+    let address = |text: &str| {
+        text.parse::<ListenAddr>().map_err(|error| Failure::new(Exit::Usage, what, error))
+    };
+    let plan = Plan {
+        data_dir: args.data_dir,
+        listen: address(&args.grpc_listen)?,
+        nbd_listen: args.nbd_listen.as_deref().map(address).transpose()?,
+        stores: args.stores,
+        capacity_bytes: args.capacity.map(|size| size.bytes()),
+    };
+    let stop = Shutdown::new();
+    stop.on_signals().map_err(|error| failed(what, &error))?;
+    let stack = start(&plan, stop.clone()).await?;
+    let ready = tokio::select! {
+        ready = stack.ready() => ready,
+        () = stop.requested() => Ok(()),
+    };
+    if let Err(failure) = ready {
+        stack.stop().await?;
+        return Err(failure);
+    }
+    if !stop.is_requested() {
+        stack.report(&plan.data_dir).map_err(|error| failed("report the addresses", &error))?;
+    }
+    stack.wait().await
+}
+
+/// Starts all services. They listen when this returns; see [`Stack::ready`].
+///
+/// # Errors
+/// A directory or an address cannot be used; what was started before is stopped.
+pub(crate) async fn start(plan: &Plan, stop: Shutdown) -> Outcome<Stack> {
+    let what = || format!("start the services in {}", plan.data_dir.display());
+    std::fs::create_dir_all(&plan.data_dir).map_err(|error| failed(&what(), &error))?;
+    // The log of a laptop says what needs a look; RUST_LOG=info says everything.
+    let log_filter = if std::env::var_os("RUST_LOG").is_some() { "" } else { "warn" }.to_owned();
+    let recorder = telemetry::init(&TelemetryConfig { log_filter, ..TelemetryConfig::default() })
+        .map_err(|error| failed(&what(), &error))?;
+    // Bound first: of two `endio up`, the second fails before it touches the data.
+    let front = Listener::bind(&plan.listen).await.map_err(|error| {
+        failed(&what(), &error).help("is another `endio up` running? choose --grpc-listen")
+    })?;
+
+    let conversion_stop = Shutdown::new();
+    let conversion = start_conversion(plan, &recorder, &conversion_stop).await?;
+    let conversion_url = conversion.url().to_owned();
+    let conversion_task = tokio::spawn(async move {
+        conversion.wait().await.map_err(|error| failed("run the conversion service", &error))
+    });
+
+    let stores_stop = Shutdown::new();
+    let mut store_tasks = JoinSet::new();
+    let mut stores = Vec::new();
+    for number in 1..=store_count(plan) {
+        let store = start_store(plan, number, &conversion_url, &recorder, &stores_stop).await?;
+        stores.push(store.url());
+        store_tasks.spawn(async move {
+            let what = format!("run block-store {number}");
+            store.wait().await.map_err(|error| failed(&what, &error))
+        });
+    }
+
+    let config = endio_writeback::Config {
+        conversion: conversion_url.clone(),
+        cache_dir: plan.data_dir.join("writeback"),
+        nbd_listen: plan.nbd_listen.clone(),
+        ..endio_writeback::Config::default()
+    };
+    let deps = endio_writeback::Deps::new(front, dialer(), recorder, stop.clone());
+    let writeback = endio_writeback::start(config, deps)
+        .await
+        .map_err(|error| failed("start the writeback service", &error))?;
+    let grpc = writeback.url();
+    let writeback = tokio::spawn(async move {
+        writeback.wait().await.map_err(|error| failed("run the writeback service", &error))
+    });
+    Ok(Stack {
+        grpc,
+        conversion: conversion_url,
+        stores,
+        stop,
+        writeback,
+        stores_stop,
+        store_tasks,
+        conversion_stop,
+        conversion_task,
+    })
+}
+
+async fn start_conversion(
+    plan: &Plan,
+    recorder: &Recorder,
+    stop: &Shutdown,
+) -> Outcome<endio_conversion::Running> {
+    let what = "start the conversion service";
+    let listener = Listener::bind(&ListenAddr::loopback()).await;
+    let listener = listener.map_err(|error| failed(what, &error))?;
+    let config = endio_conversion::Config {
+        data_dir: plan.data_dir.join("conversion"),
+        ..endio_conversion::Config::default()
+    };
+    let deps = endio_conversion::Deps::new(listener, dialer(), recorder.clone(), stop.clone());
+    endio_conversion::start(config, deps).await.map_err(|error| failed(what, &error))
+}
+
+async fn start_store(
+    plan: &Plan,
+    number: u32,
+    conversion: &str,
+    recorder: &Recorder,
+    stop: &Shutdown,
+) -> Outcome<endio_block_store::Running> {
+    let what = format!("start block-store {number}");
+    let listener = Listener::bind(&ListenAddr::loopback()).await;
+    let listener = listener.map_err(|error| failed(&what, &error))?;
+    let config = endio_block_store::Config {
+        data_dir: store_dir(&plan.data_dir, number),
+        conversion: conversion.to_owned(),
+        capacity_bytes: plan.capacity_bytes,
+        ..endio_block_store::Config::default()
+    };
+    let deps = endio_block_store::Deps {
+        listener,
+        dialer: dialer(),
+        recorder: recorder.clone(),
+        shutdown: stop.clone(),
+    };
+    endio_block_store::start(config, deps).await.map_err(|error| failed(&what, &error))
+}
+
+fn dialer() -> Dialer {
+    Dialer::new(DialerConfig::default())
+}
+
+fn store_dir(data_dir: &Path, number: u32) -> PathBuf {
+    data_dir.join(format!("store-{number}"))
+}
+
+/// As many as asked for, and all that were started before: their blocks may be in use.
+fn store_count(plan: &Plan) -> u32 {
+    let mut count = plan.stores;
+    while count < 64 && store_dir(&plan.data_dir, count + 1).is_dir() {
+        count += 1;
+    }
+    count
+}
+
+impl Stack {
+    /// Waits until a write would be taken: writeback has its session and every block-store is live.
+    ///
+    /// # Errors
+    /// That takes too long.
+    pub(crate) async fn ready(&self) -> Outcome {
+        let client = Client::new(&self.grpc)?;
+        let is_ready = async {
+            loop {
+                let status = client.inspect().status(StatusRequest {}).await;
+                let stores = client.inspect().stores(ListStoresRequest {}).await;
+                let live = stores.map_or(0, |stores| {
+                    stores.into_inner().stores.iter().filter(|store| store.live).count()
+                });
+                let is_connected = status.is_ok_and(|status| status.into_inner().connected);
+                if is_connected && live >= self.stores.len() {
+                    return;
+                }
+                tokio::time::sleep(READY_LOOK).await;
+            }
+        };
+        tokio::time::timeout(READY_MAX, is_ready).await.map_err(|_| {
+            let message = "the services do not find each other; see the log above";
+            Failure::new(Exit::Unreachable, "become ready", message)
+        })
+    }
+
+    /// One line of JSON on stdout for programs, a few lines on stderr for people.
+    fn report(&self, data_dir: &Path) -> std::io::Result<()> {
+        let data_dir = data_dir.canonicalize().unwrap_or_else(|_| data_dir.to_owned());
+        report::ready(
+            "endio",
+            &self.grpc,
+            &[
+                ("conversion", json!(self.conversion)),
+                ("stores", json!(self.stores)),
+                ("data_dir", json!(data_dir)),
+            ],
+        )?;
+        let endpoint = if self.grpc == "http://127.0.0.1:7400" {
+            String::new()
+        } else {
+            format!(" --endpoint {}", self.grpc)
+        };
+        eprintln!("endio is up: {} with {} block-store(s)", self.grpc, self.stores.len());
+        eprintln!("  data        {}", data_dir.display());
+        eprintln!("  conversion  {}", self.conversion);
+        for store in &self.stores {
+            eprintln!("  block-store {store}");
+        }
+        eprintln!("next: endio volume create vol1 --size 8GiB{endpoint}");
+        eprintln!("Ctrl-C writes out what is dirty and stops");
+        Ok(())
+    }
+
+    /// Asks all services to stop and waits for them.
+    ///
+    /// # Errors
+    /// The first failure of a service.
+    pub(crate) async fn stop(self) -> Outcome {
+        self.stop.request();
+        self.wait().await
+    }
+
+    /// Waits for the stop of writeback, or the failure of any service, and stops the others.
+    ///
+    /// # Errors
+    /// The first failure of a service.
+    async fn wait(mut self) -> Outcome {
+        let mut outcome = tokio::select! {
+            ended = &mut self.writeback => flatten("writeback", ended),
+            Some(ended) = self.store_tasks.join_next() => {
+                // Without a block-store nothing can be written out; the cache log keeps it.
+                self.stop.force();
+                let _ = (&mut self.writeback).await;
+                flatten("block-store", ended).and_then(|()| Err(early("a block-store")))
+            }
+            ended = &mut self.conversion_task => {
+                self.stop.force();
+                let _ = (&mut self.writeback).await;
+                self.stores_stop.force();
+                while self.store_tasks.join_next().await.is_some() {}
+                return flatten("conversion", ended)
+                    .and_then(|()| Err(early("the conversion service")));
+            }
+        };
+        self.stores_stop.request();
+        while let Some(ended) = self.store_tasks.join_next().await {
+            outcome = outcome.and(flatten("block-store", ended));
+        }
+        self.conversion_stop.request();
+        outcome.and(flatten("conversion", (&mut self.conversion_task).await))
+    }
+}
+
+fn flatten(name: &str, ended: Result<Ended, tokio::task::JoinError>) -> Ended {
+    ended.unwrap_or_else(|error| Err(failed(&format!("run the {name} service"), &error)))
+}
+
+fn early(who: &str) -> Failure {
+    Failure::new(Exit::Failed, "go on", format!("{who} ended by itself"))
+}
+
+/// A failure with the whole chain of its causes.
+fn failed(what: &str, error: &dyn Error) -> Failure {
+    let mut message = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        message.push_str(&format!(": {error}"));
+        cause = error.source();
+    }
+    Failure::new(Exit::Failed, what, message)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stores_that_have_a_directory_are_started_although_fewer_are_asked_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let plan = |stores| Plan {
+            data_dir: directory.path().into(),
+            listen: ListenAddr::loopback(),
+            nbd_listen: None,
+            stores,
+            capacity_bytes: None,
+        };
+        assert_eq!(store_count(&plan(2)), 2);
+        for number in 1..=3 {
+            std::fs::create_dir(store_dir(directory.path(), number)).unwrap();
+        }
+        assert_eq!(store_count(&plan(1)), 3);
+        assert_eq!(store_count(&plan(4)), 4);
+    }
+}
