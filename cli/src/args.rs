@@ -272,7 +272,8 @@ pub(crate) struct CheckArgs {
 /// Trace.
 #[derive(Debug, Args)]
 pub(crate) struct TraceArgs {
-    /// A trace id (32 hexadecimal digits), or VOLUME:OFFSET for the latest write or read there.
+    /// A trace id (32 hexadecimal digits), or VOLUME:OFFSET for the latest write there
+    /// (or read, if there was no write).
     /// Without it, the latest traces are listed.
     #[arg(conflicts_with = "last")]
     pub(crate) target: Option<String>,

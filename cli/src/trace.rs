@@ -20,6 +20,8 @@ use crate::{
 const SPANS_MAX: u32 = 10_000;
 /// Traces in the list unless `--last` says otherwise.
 const LAST_DEFAULT: u32 = 10;
+/// Requests of one place that are looked at, to find a write among them.
+const FIND_MAX: u32 = 200;
 /// Deepest indentation; a cycle of parents ends there at the latest.
 const DEPTH_MAX: usize = 32;
 
@@ -71,13 +73,13 @@ async fn ask(client: &Client, request: ListSpansRequest) -> Outcome<Vec<Span>> {
     Ok(answer.map_err(|e| client.failure("ask for traces", &e))?.into_inner().spans)
 }
 
-/// The trace of the latest request that covers a byte.
+/// The trace of the latest request that covers a byte: of a write if there is one, else of a read.
 async fn find(client: &Client, volume: &str, offset: u64) -> Outcome<String> {
     let request = |volume: String| ListSpansRequest {
         roots_only: true,
         volume,
         offset_bytes: Some(offset),
-        limit: 1,
+        limit: FIND_MAX,
         ..Default::default()
     };
     let mut spans = ask(client, request(volume.into())).await?;
@@ -87,7 +89,8 @@ async fn find(client: &Client, volume: &str, offset: u64) -> Outcome<String> {
         let id = answer.map_err(|e| client.failure(format!("show volume {volume}"), &e))?;
         spans = ask(client, request(id.into_inner().id.to_string())).await?;
     }
-    spans.first().map(|span| span.trace_id.clone()).ok_or_else(|| {
+    let latest = spans.iter().find(|span| span.name != "read").or(spans.first());
+    latest.map(|span| span.trace_id.clone()).ok_or_else(|| {
         let what = format!("find a trace of byte {offset} of volume {volume}");
         Failure::new(Exit::NotFound, what, "no request of late covers it")
             .help("list the latest with `endio trace --last 20`")

@@ -96,11 +96,6 @@ impl StateFile {
         &self.0
     }
 
-    /// Whether an earlier run left one.
-    pub(crate) fn exists(&self) -> bool {
-        self.0.exists()
-    }
-
     /// Continues an earlier run in `state` if there was one. Says whether.
     ///
     /// # Errors
@@ -188,7 +183,7 @@ mod tests {
         assert_eq!(next, saved);
         file.remove().unwrap();
         file.remove().unwrap();
-        assert!(!file.exists());
+        assert!(!file.path().exists());
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 
