@@ -149,3 +149,23 @@ fn a_restarted_store_fences_old_generations_again_before_blocks_move_on() {
     assert_eq!(rig.write(&volume, 0, 4).failed, None);
     rig.assert_sound();
 }
+
+/// A power cut would bring the old map back, and it must find the old bytes.
+#[test]
+fn blocks_freed_by_a_record_that_is_not_durable_stay_though_earlier_ones_are() {
+    let mut rig = Rig::new(1, 8);
+    let volume = rig.volume("v", 8, 1);
+    rig.write(&volume, 0, 8);
+    rig.auto_commit = false;
+    for lblk in [0, 4] {
+        rig.call_later(change_call(&volume, MapChange::Trim, lblk, 4));
+        rig.drain();
+    }
+    rig.confirm(&volume);
+    let first = rig.journal.len() as u64 - 1;
+    rig.machine.committed(first).unwrap();
+    let store = rig.machine.stores(rig.now).remove(0);
+    assert_eq!((store.free_blocks, store.quarantined_blocks), (4, 4));
+    rig.commit();
+    assert_eq!(rig.machine.stores(rig.now)[0].free_blocks, 8);
+}
