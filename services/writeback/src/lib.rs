@@ -28,7 +28,7 @@ use std::io;
 use std::sync::Arc;
 
 use endio_api::DESCRIPTORS;
-use endio_chassis::net::{Dialer, Incoming, Listener, NetError};
+use endio_chassis::net::{Dialer, Listener, NetError};
 use endio_chassis::recorder::Recorder;
 use endio_chassis::server::{self, Readiness, ServeError, ServerOptions};
 use endio_chassis::shutdown::Shutdown;
@@ -55,24 +55,14 @@ pub(crate) fn jitter() -> rand::rngs::StdRng {
 
 /// What the service is given.
 pub struct Deps {
-    /// Where it is served; may be several listeners merged into one.
-    pub incoming: Incoming,
-    /// How clients reach it.
-    pub url: String,
+    /// Where it is served.
+    pub listener: Listener,
     /// How it reaches conversion and the block-stores.
     pub dialer: Dialer,
     /// Where its spans are kept.
     pub recorder: Recorder,
     /// The wish to stop.
     pub shutdown: Shutdown,
-}
-
-impl Deps {
-    /// The usual ones: one listener.
-    pub fn new(listener: Listener, dialer: Dialer, recorder: Recorder, shutdown: Shutdown) -> Self {
-        let url = listener.url().to_owned();
-        Self { incoming: Incoming::from(listener), url, dialer, recorder, shutdown }
-    }
 }
 
 /// Why the service did not start.
@@ -150,7 +140,8 @@ impl Running {
 /// # Errors
 /// See [`StartError`].
 pub async fn start(config: Config, deps: Deps) -> Result<Running, StartError> {
-    let Deps { incoming, url, dialer, recorder, shutdown } = deps;
+    let Deps { listener, dialer, recorder, shutdown } = deps;
+    let url = listener.url().to_owned();
     if config.nbd_listen.is_some() {
         return Err(StartError::NoNbd);
     }
@@ -161,7 +152,7 @@ pub async fn start(config: Config, deps: Deps) -> Result<Running, StartError> {
     let (engine, replay, session) = driver::build(config, opened, dialer, recorder)?;
     let readiness = Readiness::new(grpc::SERVICES).await;
     let routes = grpc::routes(&engine, &shutdown);
-    let server = server::serve(options, incoming, routes, readiness.clone(), shutdown.clone());
+    let server = server::serve(options, listener, routes, readiness.clone(), shutdown.clone());
     let server = tokio::spawn(server);
     tracing::info!(writeback = engine.identity.writeback(), url, "writeback starts");
     let life = Life { engine: Arc::clone(&engine), replay, readiness, shutdown, session, server };

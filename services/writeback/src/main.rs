@@ -15,7 +15,7 @@ async fn main() -> anyhow::Result<()> {
     shutdown.on_signals()?;
     let listener = Listener::bind(&config.listen).await?;
     let dialer = Dialer::new(config.dialer.clone());
-    let running = start(config, Deps::new(listener, dialer, recorder, shutdown)).await?;
+    let running = start(config, Deps { listener, dialer, recorder, shutdown }).await?;
     report::ready("writeback", &running.url(), &[])?;
     Ok(running.wait().await?)
 }

@@ -14,13 +14,12 @@ use crate::volume::Volume;
 pub struct Table {
     volumes: Mutex<BTreeMap<Arc<str>, Arc<Volume>>>,
     stores: Arc<Stores>,
-    list: Mutex<Vec<Store>>,
 }
 
 impl Table {
     /// Nothing open.
     pub fn new(stores: Arc<Stores>) -> Self {
-        Self { volumes: Mutex::default(), stores, list: Mutex::default() }
+        Self { volumes: Mutex::default(), stores }
     }
 
     fn volumes(&self) -> MutexGuard<'_, BTreeMap<Arc<str>, Arc<Volume>>> {
@@ -57,10 +56,6 @@ impl Table {
         }
     }
 
-    /// The stores, as conversion listed them last.
-    pub fn store_list(&self) -> Vec<Store> {
-        self.list.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
 }
 
 impl Events for Table {
@@ -109,7 +104,6 @@ impl Events for Table {
     }
 
     fn stores(&self, stores: &[Store]) {
-        *self.list.lock().unwrap_or_else(PoisonError::into_inner) = stores.to_vec();
         self.stores.update(stores);
     }
 
