@@ -141,7 +141,12 @@ pub(crate) async fn start(plan: &Plan, stop: Shutdown) -> Outcome<Stack> {
         nbd_listen: plan.nbd_listen.clone(),
         ..endio_writeback::Config::default()
     };
-    let deps = endio_writeback::Deps::new(front, dialer(), recorder, stop.clone());
+    let deps = endio_writeback::Deps {
+        listener: front,
+        dialer: dialer(),
+        recorder,
+        shutdown: stop.clone(),
+    };
     let writeback = endio_writeback::start(config, deps)
         .await
         .map_err(|error| failed("start the writeback service", &error))?;
