@@ -3,3 +3,4 @@
 pub mod hostile;
 pub mod raw;
 pub mod services;
+pub mod stack;

@@ -1,7 +1,8 @@
 //! Conversion and block-stores in this process.
 
+use std::io;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use endio_chassis::net::{Dialer, DialerConfig, ListenAddr, Listener};
@@ -9,7 +10,7 @@ use endio_chassis::recorder::Recorder;
 use endio_chassis::shutdown::Shutdown;
 use endio_chassis::telemetry::{self, TelemetryConfig};
 use endio_store::block::{BlockDevice, MemoryDevice, Superblock};
-use endio_types::Incarnation;
+use endio_types::{Incarnation, Pblk, PblkRange};
 
 /// Blocks of each store unless a test says otherwise: 64 MiB.
 pub const STORE_BLOCKS: u64 = 16 << 10;
@@ -96,12 +97,91 @@ impl Conversion {
     }
 }
 
+/// A device in memory behind a gate: what is asked of it waits while the gate is closed, and
+/// fails while it is broken.
+#[derive(Debug)]
+pub struct GatedDevice {
+    /// What lies behind the gate.
+    pub memory: MemoryDevice,
+    gate: Mutex<Gate>,
+    changed: Condvar,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Gate {
+    Open,
+    Closed,
+    Broken,
+}
+
+impl GatedDevice {
+    fn new(blocks: u64) -> Self {
+        let memory = MemoryDevice::new(blocks);
+        Self { memory, gate: Mutex::new(Gate::Open), changed: Condvar::new() }
+    }
+
+    fn set(&self, gate: Gate) {
+        *self.gate.lock().expect("no holder panics") = gate;
+        self.changed.notify_all();
+    }
+
+    /// From now on writes and flushes wait.
+    pub fn close(&self) {
+        self.set(Gate::Closed);
+    }
+
+    /// Everything that waits goes on.
+    pub fn open(&self) {
+        self.set(Gate::Open);
+    }
+
+    /// From now on writes and flushes fail with EIO.
+    pub fn break_down(&self) {
+        self.set(Gate::Broken);
+    }
+
+    fn pass(&self) -> io::Result<()> {
+        let gate = self.gate.lock().expect("no holder panics");
+        let is_closed = |gate: &mut Gate| *gate == Gate::Closed;
+        let gate = self.changed.wait_while(gate, is_closed).expect("no holder panics");
+        if *gate == Gate::Broken { Err(io::Error::other("broken on purpose")) } else { Ok(()) }
+    }
+}
+
+impl BlockDevice for GatedDevice {
+    fn capacity_blocks(&self) -> u64 {
+        self.memory.capacity_blocks()
+    }
+
+    fn write_at(&self, pblk: Pblk, data: &[u8]) -> io::Result<()> {
+        self.pass()?;
+        self.memory.write_at(pblk, data)
+    }
+
+    fn read_at(&self, pblk: Pblk, data: &mut [u8]) -> io::Result<()> {
+        self.memory.read_at(pblk, data)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.pass()?;
+        self.memory.flush()
+    }
+
+    fn punch(&self, range: PblkRange) -> io::Result<()> {
+        self.memory.punch(range)
+    }
+
+    fn used_blocks(&self) -> io::Result<u64> {
+        self.memory.used_blocks()
+    }
+}
+
 /// A block-store over a device in memory that fails when it is told to.
 pub struct Store {
     /// Where it answers.
     pub url: String,
     /// What it writes to.
-    pub device: Arc<MemoryDevice>,
+    pub device: Arc<GatedDevice>,
     superblock: Superblock,
     conversion: String,
     shutdown: Shutdown,
@@ -124,7 +204,7 @@ impl Store {
         };
         let mut store = Self {
             url: String::new(),
-            device: Arc::new(MemoryDevice::new(blocks)),
+            device: Arc::new(GatedDevice::new(blocks)),
             superblock,
             conversion: conversion.to_owned(),
             shutdown: Shutdown::new(),
@@ -163,7 +243,18 @@ impl Store {
         }
     }
 
-    /// Starts it again after [`Store::stop`], on the same port: a new incarnation.
+    /// Ends it without draining, as a crash would. What it has not flushed may be lost with
+    /// [`MemoryDevice::lose_power`].
+    pub async fn crash(&mut self) {
+        self.shutdown.force();
+        if let Some(running) = self.running.take() {
+            let ended = tokio::time::timeout(STOP_WAIT, running.wait()).await;
+            // A stop that does not drain says so; that is what a crash is.
+            let _ = ended.expect("a forced stop ends in time");
+        }
+    }
+
+    /// Starts it again after it ended, on the same port: a new incarnation.
     pub async fn start_again(&mut self) {
         let url = self.url.clone();
         self.launch(address(&url)).await;

@@ -1,0 +1,302 @@
+//! Devices that fail, lie, forget and fill up.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use endio_api::writeback::{WriteMode, WriteRequest};
+use endio_integration_tests::services::{Conversion, Store};
+use endio_integration_tests::stack::{Stack, Writeback};
+use endio_store::block::DeviceFault;
+use endio_testkit::client::{Client, Refused};
+use endio_testkit::seed::Rng;
+use endio_types::{Pblk, Reason};
+
+const VOLUME_BYTES: u64 = 16 << 20;
+
+async fn write(client: &Client, offset: u64, data: &[u8], mode: WriteMode) -> Result<(), Refused> {
+    let write = WriteRequest {
+        volume: "vol1".into(),
+        offset_bytes: offset,
+        data: Bytes::copy_from_slice(data),
+        mode: mode.into(),
+        ..Default::default()
+    };
+    Ok(client.io().write(write).await.map(drop)?)
+}
+
+async fn direct(client: &Client, offset: u64, data: &[u8]) {
+    write(client, offset, data, WriteMode::Direct).await.unwrap();
+}
+
+async fn stack(stores: usize, replicas: u32) -> (Stack, Client) {
+    let stack = Stack::start(stores).await;
+    let client = stack.client();
+    client.create("vol1", VOLUME_BYTES, replicas).await.unwrap();
+    (stack, client)
+}
+
+/// Scenarios 19, 20, 25. A device error in one segment is retried elsewhere; the caller sees
+/// success, and the data is what it wrote.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_that_fails_once_succeeds_on_fresh_blocks() {
+    let (stack, client) = stack(1, 1).await;
+    let faults = [
+        DeviceFault::WriteError,
+        DeviceFault::WriteNoSpace,
+        DeviceFault::ShortWrite(3),
+        DeviceFault::FlushError,
+    ];
+    for (number, fault) in (0..).zip(faults) {
+        let data = vec![number + 1; 64 << 10];
+        stack.stores[0].device.memory.inject(fault);
+        direct(&client, u64::from(number) << 20, &data).await;
+        let read = client.read("vol1", u64::from(number) << 20, 64 << 10).await.unwrap();
+        assert!(read == data, "{fault:?}");
+    }
+    client.settles().await.unwrap();
+}
+
+/// Scenarios 73, 75. A power cut of the store's device after an acknowledgement loses nothing,
+/// whatever subset of its cache the device wrote back by itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_power_cut_of_the_device_loses_nothing_that_was_acknowledged_as_durable() {
+    let (mut stack, client) = stack(1, 1).await;
+    let mut rng = Rng::new(73);
+    let mut expected = vec![0; 4 << 20];
+    for round in 1..=6_u8 {
+        for _ in 0..8 {
+            let offset = rng.below((3 << 20) / 512) * 512;
+            let length = usize::try_from(rng.between(1, 512) * 512).unwrap();
+            let data = vec![round.wrapping_mul(31).wrapping_add(offset as u8); length];
+            let is_direct = rng.chance(50);
+            let mode = if is_direct { WriteMode::Direct } else { WriteMode::Buffered };
+            write(&client, offset, &data, mode).await.unwrap();
+            let at = usize::try_from(offset).unwrap();
+            expected[at..at + length].copy_from_slice(&data);
+        }
+        client.fsync("vol1").await.unwrap();
+        stack.stores[0].crash().await;
+        let survives = rng.fork();
+        let mut survives = survives.clone();
+        stack.stores[0].device.memory.lose_power_except(|_| survives.chance(50));
+        stack.stores[0].start_again().await;
+        let read = client.read("vol1", 0, 4 << 20).await.unwrap();
+        let differs = read.iter().zip(&expected).position(|(read, wrote)| read != wrote);
+        assert_eq!(differs, None, "round {round}: first byte that differs");
+    }
+    client.settles().await.unwrap();
+}
+
+async fn place_of(client: &Client, lblk: u64) -> Vec<(u32, u64)> {
+    let request = endio_api::writeback::ExtentsRequest {
+        volume: "vol1".into(),
+        offset_bytes: lblk * 4096,
+        length_bytes: 4096,
+    };
+    let mut stream = client.inspect().extents(request).await.unwrap().into_inner();
+    let mut places = Vec::new();
+    while let Some(answer) = stream.message().await.unwrap() {
+        for extent in answer.extents {
+            let into = lblk.saturating_sub(extent.lblk);
+            places.extend(extent.places.iter().map(|place| (place.store, place.pblk + into)));
+        }
+    }
+    places
+}
+
+/// Scenario 76. A flipped bit is found on read; with another replica it is not even noticed by the
+/// reader, without one it is an error, and never data.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flipped_bit_is_never_returned() {
+    let (stack, client) = stack(1, 1).await;
+    direct(&client, 0, &[5; 4096]).await;
+    let places = place_of(&client, 0).await;
+    assert_eq!(places.len(), 1);
+    stack.stores[0].device.memory.flip_bit(Pblk(places[0].1), 1234);
+    let impatient = client.clone().with_patience(Duration::from_secs(3));
+    let refused = impatient.read("vol1", 0, 4096).await.unwrap_err();
+    assert_eq!(refused.reason, Reason::ChecksumMismatch, "{refused}");
+    let check = client.check(true).await.unwrap();
+    assert!(!check.findings.is_empty(), "a check with data finds it");
+    direct(&client, 0, &[6; 4096]).await;
+    assert_eq!(client.read("vol1", 0, 4096).await.unwrap(), vec![6; 4096]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bad_replica_is_read_around() {
+    let (stack, client) = stack(2, 2).await;
+    direct(&client, 0, &[5; 8192]).await;
+    let places = place_of(&client, 0).await;
+    assert_eq!(places.len(), 2, "two replicas");
+    for bit in [3, 4] {
+        // Whichever store has that number: the block is only written on it.
+        for store in &stack.stores {
+            store.device.memory.flip_bit(Pblk(places[0].1), bit);
+        }
+        if places[0].1 == places[1].1 {
+            // Both replicas lie at the same place: put the second store's bit back.
+            stack.stores[1].device.memory.flip_bit(Pblk(places[0].1), bit);
+        }
+        assert_eq!(client.read("vol1", 0, 8192).await.unwrap(), vec![5; 8192]);
+    }
+}
+
+/// Scenario 76. A write that the device loses or puts elsewhere is found by its checksum.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_or_misdirected_write_is_never_returned_as_data() {
+    let (stack, client) = stack(1, 1).await;
+    direct(&client, 0, &[1; 4096]).await;
+    for fault in [DeviceFault::LostWrite, DeviceFault::MisdirectedWrite(Pblk(9000))] {
+        stack.stores[0].device.memory.inject(fault);
+        direct(&client, 0, &[2; 4096]).await;
+        let impatient = client.clone().with_patience(Duration::from_secs(3));
+        match impatient.read("vol1", 0, 4096).await {
+            Ok(data) => assert_eq!(data, vec![2; 4096], "{fault:?} was returned as data"),
+            Err(refused) => assert_eq!(refused.reason, Reason::ChecksumMismatch, "{refused}"),
+        }
+    }
+}
+
+/// Scenario 74. A full store is a clear error to the write that hits it; nothing is lost, and
+/// service resumes when space returns.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_store_is_a_clear_error_and_service_resumes_after_a_trim() {
+    let directory = tempfile::tempdir().unwrap();
+    let conversion = Conversion::start(directory.path()).await;
+    let _store = Store::start_with(&conversion.url, 1024).await;
+    let config = endio_writeback::Config {
+        conversion: conversion.url.clone(),
+        cache_dir: directory.path().join("cache"),
+        io_timeout_ms: 1_500,
+        ..Default::default()
+    };
+    let writeback = Writeback::start_with(config).await;
+    let client = writeback.client();
+    client.create("vol1", VOLUME_BYTES, 1).await.unwrap();
+    let mut written = 0;
+    let refused = loop {
+        let data = vec![u8::try_from(written % 251).unwrap() + 1; 64 << 10];
+        match write(&client, written << 16, &data, WriteMode::Direct).await {
+            Ok(()) => written += 1,
+            Err(refused) => break refused,
+        }
+        assert!(written <= 64, "more was written than there is space");
+    };
+    assert_eq!(refused.reason, Reason::NoSpace, "{refused}");
+    assert!(written >= 32, "only {written} of 64 pieces fit into an empty store");
+    for piece in 0..written {
+        let data = client.read("vol1", piece << 16, 64 << 10).await.unwrap();
+        assert_eq!(data[0], u8::try_from(piece % 251).unwrap() + 1);
+    }
+    let trim = endio_api::writeback::RangeRequest {
+        volume: "vol1".into(),
+        offset_bytes: 0,
+        length_bytes: 1 << 20,
+        ..Default::default()
+    };
+    client.io().trim(trim).await.unwrap();
+    let mut last = None;
+    for _ in 0..100 {
+        last = write(&client, 0, &[9; 64 << 10], WriteMode::Direct).await.err();
+        if last.is_none() {
+            break;
+        }
+    }
+    assert!(last.is_none(), "service does not resume: {last:?}");
+    assert_eq!(client.read("vol1", 0, 64 << 10).await.unwrap(), vec![9; 64 << 10]);
+    client.settles().await.unwrap();
+}
+
+/// Promise 6, scenarios 23 and 69. A device that fails for longer than the timeout is told to the
+/// fsync that hits it; the data stays dirty, and once the fault clears, all is well without help.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_error_is_told_and_does_not_stick() {
+    let directory = tempfile::tempdir().unwrap();
+    let conversion = Conversion::start(directory.path()).await;
+    let store = Store::start(&conversion.url).await;
+    let config = endio_writeback::Config {
+        conversion: conversion.url.clone(),
+        cache_dir: directory.path().join("cache"),
+        io_timeout_ms: 1_000,
+        ..Default::default()
+    };
+    let writeback = Writeback::start_with(config).await;
+    let client = writeback.client();
+    client.create("vol1", VOLUME_BYTES, 1).await.unwrap();
+    direct(&client, 1 << 20, &[1; 4096]).await;
+    store.device.break_down();
+    write(&client, 0, &[8; 8192], WriteMode::Buffered).await.unwrap();
+    let impatient = client.clone().with_patience(Duration::from_millis(1));
+    let fsync = |client: &Client| {
+        let mut io = client.io();
+        let volume = "vol1".to_owned();
+        async move { io.fsync(endio_api::writeback::FsyncRequest { volume }).await }
+    };
+    let refused: Refused = fsync(&impatient).await.unwrap_err().into();
+    assert_ne!(refused.reason, Reason::Malformed, "{refused}");
+    let other = write(&client, 1 << 20, &[2; 4096], WriteMode::Direct).await.unwrap_err();
+    let expected = [Reason::TimedOut, Reason::IoError];
+    assert!(expected.contains(&other.reason), "{other}");
+    assert_eq!(client.read("vol1", 0, 8192).await.unwrap(), vec![8; 8192], "it stays readable");
+    store.device.open();
+    // The failure may be told once more to an observer that has not heard of it; then no more.
+    let mut failures = 0;
+    while let Err(status) = fsync(&client).await {
+        failures += 1;
+        assert!(failures <= 2, "the error sticks: {status}");
+    }
+    assert_eq!(client.read("vol1", 0, 8192).await.unwrap(), vec![8; 8192]);
+    client.settles().await.unwrap();
+}
+
+/// Scenarios 40 and 41. An fsync waits for a segment that is written but not released.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_fsync_waits_for_a_segment_in_flight() {
+    let (stack, client) = stack(1, 1).await;
+    stack.stores[0].device.close();
+    write(&client, 0, &[3; 4096], WriteMode::Buffered).await.unwrap();
+    let waiting = client.clone();
+    let fsync = tokio::spawn(async move { waiting.fsync("vol1").await });
+    tokio::time::sleep(Duration::from_millis(150)).await;
+    assert!(!fsync.is_finished(), "an fsync of data that is nowhere");
+    stack.stores[0].device.open();
+    fsync.await.unwrap().unwrap();
+    assert_eq!(client.read("vol1", 0, 4096).await.unwrap(), vec![3; 4096]);
+}
+
+/// Scenarios 31, 34. Until the conversion, readers see the old data; afterwards the new.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reader_during_an_overwrite_sees_old_or_new_and_never_zeroes() {
+    let (stack, client) = stack(1, 1).await;
+    direct(&client, 0, &[1; 8192]).await;
+    stack.stores[0].device.close();
+    let writer = client.clone();
+    let overwrite = tokio::spawn(async move { direct(&writer, 0, &[2; 8192]).await });
+    let reader = client.clone();
+    let read = tokio::spawn(async move { reader.read("vol1", 0, 8192).await.unwrap() });
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(!overwrite.is_finished(), "a direct write ended before its data was durable");
+    stack.stores[0].device.open();
+    overwrite.await.unwrap();
+    let read = read.await.unwrap();
+    assert!(read == vec![1; 8192] || read == vec![2; 8192], "neither old nor new: {}", read[0]);
+    assert_eq!(client.read("vol1", 0, 8192).await.unwrap(), vec![2; 8192]);
+}
+
+/// Scenario 53. With a store away, writes with two replicas go to the others.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn work_goes_on_elsewhere_while_a_store_is_away() {
+    let (mut stack, client) = stack(3, 2).await;
+    direct(&client, 0, &[1; 1 << 20]).await;
+    stack.stores[1].crash().await;
+    direct(&client, 1 << 20, &[2; 1 << 20]).await;
+    write(&client, 2 << 20, &[3; 1 << 20], WriteMode::Buffered).await.unwrap();
+    client.fsync("vol1").await.unwrap();
+    let read = client.read("vol1", 0, 3 << 20).await.unwrap();
+    for (piece, value) in read.chunks(1 << 20).zip(1..) {
+        assert!(piece.iter().all(|byte| *byte == value), "piece {value}");
+    }
+    stack.stores[1].start_again().await;
+    stack.wait_for_stores(3).await;
+    client.settles().await.unwrap();
+}

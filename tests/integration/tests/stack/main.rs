@@ -1,0 +1,11 @@
+//! The real stack in one process says what the contract says.
+#![allow(clippy::unwrap_used)]
+
+mod faults;
+mod history;
+mod hostile_block_store;
+mod hostile_conversion;
+mod hostile_writeback;
+mod protocol;
+mod scenarios;
+mod surface;
