@@ -63,7 +63,7 @@ pub fn status_retry(reason: Reason, message: impl Into<String>, retry_after_ms: 
 
 /// The caller sent something that no retry can mend. `field` names the offending field.
 pub fn malformed(field: &str, message: impl Into<String>) -> Status {
-    let message = message.into();
+    let message = bounded(message.into());
     let mut details = ErrorDetails::new();
     details.set_error_info(Reason::Malformed.name(), DOMAIN, [("field".into(), field.into())]);
     details.add_bad_request_violation(field, &message);
@@ -71,7 +71,20 @@ pub fn malformed(field: &str, message: impl Into<String>) -> Status {
     Status::with_error_details(Code::InvalidArgument, text, details)
 }
 
+/// Longest message in a status, in bytes. A status travels in headers: a message that repeats what
+/// a caller sent could otherwise grow beyond what the caller's own side takes.
+const MESSAGE_BYTES_MAX: usize = 512;
+
+fn bounded(mut message: String) -> String {
+    if message.len() > MESSAGE_BYTES_MAX {
+        message.truncate(message.floor_char_boundary(MESSAGE_BYTES_MAX));
+        message.push('…');
+    }
+    message
+}
+
 fn build(reason: Reason, message: String, retry_after: Option<Duration>) -> Status {
+    let message = bounded(message);
     let mut details = ErrorDetails::new();
     details.set_error_info(reason.name(), DOMAIN, std::collections::HashMap::new());
     if retry_after.is_some() {
@@ -130,6 +143,15 @@ mod tests {
         let hinted = status_retry(Reason::Limit, "full", 250);
         assert_eq!(retry_after(&hinted), Some(Duration::from_millis(250)));
         assert_eq!(retry_after(&status_retry(Reason::Limit, "full", 0)), None);
+    }
+
+    #[test]
+    fn a_message_that_repeats_a_long_input_is_cut() {
+        let long = "é".repeat(100_000);
+        for made in [status(Reason::UnknownVolume, long.clone()), malformed("name", long)] {
+            assert!(made.message().len() < 600, "{} bytes", made.message().len());
+            assert!(made.details().len() < 2_000, "{} bytes", made.details().len());
+        }
     }
 
     #[test]

@@ -371,8 +371,18 @@ fn read_session<B, M, S, I>(
                 () = ended.cancelled() => break,
                 batch = inbound.message() => batch,
             };
-            // A broken stream and a closed one are the same here: the peer is gone.
-            let Ok(Some(batch)) = batch else { break };
+            let batch = match batch {
+                Ok(Some(batch)) => batch,
+                Ok(None) => break,
+                Err(status) => {
+                    // A peer whose connection broke does not hear it; one that sent garbage does.
+                    if let Some(fail) = fail.upgrade() {
+                        let told = status::malformed("stream", status.message());
+                        drop(fail.try_send(Outgoing::Fail(told)));
+                    }
+                    break;
+                }
+            };
             match decode(batch).collect::<Result<Vec<_>, _>>() {
                 Ok(inputs) => {
                     if !handle.inputs(inputs).await {
