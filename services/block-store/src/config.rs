@@ -22,11 +22,9 @@ pub struct Config {
     /// Url of the conversion service.
     pub conversion: String,
     /// Url at which writebacks reach this store. Absent: the listener's own.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub advertise: Option<String>,
     /// Capacity in bytes, a multiple of 4096; may grow from start to start. Absent: as it is, or
     /// 16 GiB for a new store.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub capacity_bytes: Option<u64>,
     /// Threads that write to the device. Too small: a slow write holds others up. Too large: they
     /// take turns on the processors.
@@ -164,6 +162,28 @@ impl Validate for Config {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_flag_is_a_key_of_the_configuration() {
+        let flags = Flags {
+            config: None,
+            data_dir: Some("d".into()),
+            listen: Some(ListenAddr::loopback()),
+            conversion: Some("http://c:1".to_owned()),
+            advertise: Some("http://a:1".to_owned()),
+            capacity_bytes: Some(ByteSize(8192)),
+        };
+        let loaded = endio_chassis::config::load(None, "ENDIO_BLOCK_STORE_TEST_", &flags);
+        let expected = Config {
+            data_dir: "d".into(),
+            listen: ListenAddr::loopback(),
+            conversion: "http://c:1".to_owned(),
+            advertise: Some("http://a:1".to_owned()),
+            capacity_bytes: Some(8192),
+            ..Config::default()
+        };
+        assert_eq!(loaded.ok(), Some(expected));
+    }
 
     #[test]
     fn the_default_has_no_fault_and_all_faults_are_told_at_once() {
