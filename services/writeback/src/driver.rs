@@ -39,6 +39,11 @@ use crate::{RunError, StartError, identity};
 /// Pause between two looks at what a stop still waits for.
 const DRAIN_LOOK: Duration = Duration::from_millis(20);
 
+/// Longest wait for tasks that still have the engine after everything was written out.
+const UNLOCK_PATIENCE: Duration = Duration::from_secs(2);
+/// Pause between two looks at them.
+const UNLOCK_LOOK: Duration = Duration::from_millis(2);
+
 /// What was opened before anything is served.
 pub(crate) struct Opened {
     log: CacheLog,
@@ -205,12 +210,25 @@ impl Life {
         engine.stop.cancel();
         session.await.map_err(RunError::Panicked)?;
         served.map_err(RunError::Panicked)??;
+        unlock(engine).await;
         if held.is_empty() {
             tracing::info!("writeback stopped");
             return Ok(());
         }
         tracing::error!(held = held.join(", "), "the stop overran its deadline");
         Err(RunError::Overrun(held))
+    }
+}
+
+/// Waits, bounded, until no task has the engine any more: its drop unlocks the cache directory, so
+/// that the next start in this process finds it free.
+async fn unlock(engine: Arc<Engine>) {
+    let until = Instant::now() + UNLOCK_PATIENCE;
+    while Arc::strong_count(&engine) > 1 && Instant::now() < until {
+        tokio::time::sleep(UNLOCK_LOOK).await;
+    }
+    if Arc::strong_count(&engine) > 1 {
+        tracing::warn!("the cache directory stays locked: a task has not ended");
     }
 }
 

@@ -400,7 +400,8 @@ fn timed_out(last: &Failure) -> Failure {
     Failure::new(Reason::TimedOut, detail)
 }
 
-async fn at(deadline: Option<Instant>) {
+/// Waits for a point in time; `None`: for ever.
+pub(crate) async fn at(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => tokio::time::sleep_until(deadline).await,
         None => std::future::pending().await,

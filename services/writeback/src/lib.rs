@@ -130,7 +130,10 @@ impl Running {
     /// # Errors
     /// A fatal failure, or what was still held when the stop overran its deadline.
     pub async fn wait(self) -> Result<(), RunError> {
-        self.task.await.map_err(RunError::Panicked)?
+        let Self { task, engine, .. } = self;
+        // The directory is unlocked when nobody has the engine any more.
+        drop(engine);
+        task.await.map_err(RunError::Panicked)?
     }
 }
 

@@ -1,6 +1,6 @@
 //! The cache log for tasks: appends in place, flushes on a blocking thread for all who wait.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::dirty::CleanRun;
@@ -33,7 +33,7 @@ impl Log {
         let inner = Arc::new(inner);
         let (wanted, asks) = watch::channel(Lsn(0));
         let (tell, reached) = watch::channel(Reached::default());
-        tokio::spawn(flush_when_wanted(Arc::clone(&inner), asks, tell));
+        tokio::spawn(flush_when_wanted(Arc::downgrade(&inner), asks, tell));
         Self { inner, order: Arc::default(), wanted, reached }
     }
 
@@ -168,13 +168,15 @@ impl From<CacheLogError> for Failure {
     }
 }
 
+/// Holds the log only while it flushes: the last handle's drop unlocks the directory.
 async fn flush_when_wanted(
-    log: Arc<CacheLog>,
+    log: Weak<CacheLog>,
     mut asks: watch::Receiver<Lsn>,
     tell: watch::Sender<Reached>,
 ) {
     while asks.changed().await.is_ok() {
         let wanted = *asks.borrow_and_update();
+        let Some(log) = log.upgrade() else { return };
         // One flush covers all that is there, so it serves later askers too.
         let target = log.last_lsn().max(wanted);
         let flusher = Arc::clone(&log);

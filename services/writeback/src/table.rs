@@ -41,7 +41,6 @@ impl Table {
         self.volumes().len()
     }
 
-
     /// A volume is open from now on.
     pub fn insert(&self, volume: Arc<Volume>) {
         self.volumes().insert(Arc::clone(&volume.name), volume);
@@ -55,7 +54,6 @@ impl Table {
             volumes.remove(&volume.name);
         }
     }
-
 }
 
 impl Events for Table {

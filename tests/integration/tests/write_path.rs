@@ -6,8 +6,8 @@ use endio_api::common::ExtentState;
 use endio_api::conversion::{CreateVolumeRequest, Volume};
 use endio_api::status;
 use endio_api::writeback::{
-    CheckRequest, ExtentsRequest, FsyncRequest, RangeRequest, ReadRequest, RetryKey,
-    StatusRequest, SyncAllRequest, VolumeRequest, WriteMode, WriteRequest, WriteResponse,
+    CheckRequest, ExtentsRequest, FsyncRequest, RangeRequest, ReadRequest, RetryKey, StatusRequest,
+    SyncAllRequest, VolumeRequest, WriteMode, WriteRequest, WriteResponse,
 };
 use endio_integration_tests::stack::Stack;
 use endio_types::Reason;
@@ -120,7 +120,8 @@ async fn what_is_written_in_each_mode_is_read_back() {
     assert_eq!(client.read(0, MIB).await.unwrap(), pattern(1, MIB));
     client.write(WriteMode::Buffered, 2 * MIB, pattern(2, MIB)).await;
     assert_eq!(client.read(2 * MIB, MIB).await.unwrap(), pattern(2, MIB));
-    let dsync = WriteRequest { dsync: true, ..write(WriteMode::Buffered, 4 * MIB, pattern(3, 8192)) };
+    let dsync =
+        WriteRequest { dsync: true, ..write(WriteMode::Buffered, 4 * MIB, pattern(3, 8192)) };
     client.put(dsync).await.unwrap();
     assert_eq!(client.read(4 * MIB, 8192).await.unwrap(), pattern(3, 8192));
     client.write(WriteMode::Direct, 5 * MIB, Vec::new()).await;
@@ -258,9 +259,8 @@ async fn a_retry_of_an_applied_write_is_answered_and_not_applied() {
     client.fixed(MIB).await;
     for mode in [WriteMode::Direct, WriteMode::Buffered] {
         let session = Bytes::from(vec![mode as u8; 16]);
-        let key = |sequence, is_retry| {
-            Some(RetryKey { session: session.clone(), sequence, is_retry })
-        };
+        let key =
+            |sequence, is_retry| Some(RetryKey { session: session.clone(), sequence, is_retry });
         let first = WriteRequest { retry: key(1, false), ..write(mode, 0, pattern(1, BLOCK)) };
         assert!(!client.put(first).await.unwrap().duplicate);
         let newer = WriteRequest { retry: key(2, false), ..write(mode, 0, pattern(2, BLOCK)) };

@@ -57,13 +57,21 @@ impl<T: ChunkTable> Machine<T> {
     ) -> Answer<T::Error> {
         let result = self.record_submitter(name, token, not_submitted);
         self.count_release(&result);
-        if result == Ok(Released::First) {
-            match abort {
-                true => self.abort(token.io_end, Reason::NotSubmitted, None, out)?,
-                false => self.finish_if_last(token.io_end, out)?,
+        match &result {
+            Ok(Released::First) if !abort => self.finish_if_last(token.io_end, out)?,
+            Ok(Released::First) => self.abort(token.io_end, Reason::NotSubmitted, None, out)?,
+            // A segment was lost on its way to its store after the submitter's release: nobody
+            // else can end the io_end before its life is over.
+            Ok(Released::Again) if abort && self.waits_for_segments(token.io_end) => {
+                self.abort(token.io_end, Reason::NotSubmitted, None, out)?;
             }
+            _ => {}
         }
         Ok(result)
+    }
+
+    fn waits_for_segments(&self, id: IoEndId) -> bool {
+        self.ledger.get(id).is_some_and(|io_end| !io_end.live.is_empty())
     }
 
     fn record_submitter(

@@ -62,6 +62,21 @@ fn a_refused_begin_holds_nothing() {
 
 /// Scenarios 26, 27 and 36.
 #[test]
+fn an_abort_after_the_submitters_release_ends_what_a_lost_segment_holds_up() {
+    let mut rig = Rig::new(3, 100);
+    let volume = rig.volume("v", 100, 3);
+    let begun = rig.begin(&volume, 0, 4);
+    assert_eq!(rig.submit_with(&begun.submitter, vec![], false), None);
+    rig.durable_release(&begun.segments[0].token);
+    assert_eq!(rig.submit_with(&begun.submitter, vec![], true), None);
+    let done = rig.completion(&begun).unwrap();
+    assert_eq!((done.failed, done.retryable), (Some(Reason::NotSubmitted), true));
+    let late = rig.durable_release(&begun.segments[1].token);
+    assert_eq!(late, Some(Reason::NotSubmitted));
+    rig.assert_sound();
+}
+
+#[test]
 fn an_abort_by_the_submitter_ends_the_io_end_once_and_late_releases_are_refused() {
     let mut rig = Rig::new(3, 100);
     let volume = rig.volume("v", 100, 3);

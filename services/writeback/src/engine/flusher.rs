@@ -33,7 +33,7 @@ enum Next {
 }
 
 impl Engine {
-    /// Starts the flusher of a volume. It ends when the volume is let go.
+    /// Starts the flusher of a volume. It ends when the volume is let go or the service stops.
     pub(super) fn start_flusher(self: &Arc<Self>, volume: Arc<Volume>) {
         let engine = Arc::clone(self);
         tokio::spawn(async move { engine.flush_for_ever(volume).await });
@@ -84,10 +84,11 @@ impl Engine {
                     self.tasks.spawn(write_out);
                 }
                 Next::Wait(until) => {
-                    let woken = volume.flusher_woken();
-                    match until {
-                        Some(until) => drop(tokio::time::timeout_at(until, woken).await),
-                        None => woken.await,
+                    tokio::select! {
+                        biased;
+                        () = self.stop.cancelled() => return,
+                        () = volume.flusher_woken() => {}
+                        () = crate::io_end::at(until) => {}
                     }
                 }
                 Next::Gone => {
