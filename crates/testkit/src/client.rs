@@ -103,15 +103,17 @@ impl Client {
         F: Future<Output = Result<T, Status>>,
     {
         let deadline = Instant::now() + self.patience;
+        let mut last: Refused = Status::new(Code::DeadlineExceeded, "no answer in time").into();
         loop {
             let refused: Refused = match timeout_at(deadline, call()).await {
                 Ok(Ok(answer)) => return Ok(answer),
                 Ok(Err(refusal)) => refusal.into(),
-                Err(_) => Status::new(Code::DeadlineExceeded, "no answer in time").into(),
+                Err(_) => return Err(last),
             };
             if !is_worth_a_retry(refused.reason) || Instant::now() + PAUSE >= deadline {
                 return Err(refused);
             }
+            last = refused;
             sleep(PAUSE).await;
         }
     }

@@ -63,6 +63,16 @@ impl Write {
     }
 }
 
+/// A value that a read has returned.
+#[derive(Clone, Copy, Debug)]
+struct Shown {
+    sequence: u64,
+    /// The read was sent: what ended before and is not this value, is not there.
+    began: At,
+    /// The read had returned: reads sent later may not go back behind it.
+    ended: At,
+}
+
 /// A promise that was broken.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum Violation {
@@ -152,8 +162,8 @@ pub struct Oracle {
     writes: BTreeMap<u64, Write>,
     /// Writes that still matter to a cell, by number. Absent: only [`NEVER`].
     history: BTreeMap<u64, BTreeSet<u64>>,
-    /// What a read after the last crash has shown.
-    shown: BTreeMap<u64, (u64, At)>,
+    /// What the latest read has shown of each cell.
+    shown: BTreeMap<u64, Shown>,
 }
 
 impl Oracle {
@@ -310,10 +320,9 @@ impl Oracle {
         let is_allowed = |sequence: &u64| {
             let Some(ended) = self.writes[sequence].ended() else { return true };
             let replaced = newest_required.is_some_and(|required| ended < required);
-            let decided = self
-                .shown
-                .get(&cell)
-                .is_some_and(|(shown, at)| *at < began && shown != sequence && ended < *at);
+            let decided = self.shown.get(&cell).is_some_and(|shown| {
+                shown.ended < began && shown.sequence != *sequence && ended < shown.began
+            });
             !replaced && !decided
         };
         known.iter().copied().filter(is_allowed).collect()
@@ -341,9 +350,12 @@ impl Oracle {
             }
         };
         let Some(sequence) = sequence else { return Err(self.replaced(cell, found, allowed)) };
-        let at = self.tick();
-        // A write under way may still land: only an ended history is decided by a look at it.
-        self.shown.insert(cell, (sequence, at));
+        let ended = self.tick();
+        let shown = Shown { sequence, began, ended };
+        let latest = self.shown.entry(cell).or_insert(shown);
+        if latest.began <= began {
+            *latest = shown;
+        }
         Ok(sequence)
     }
 

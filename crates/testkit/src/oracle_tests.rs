@@ -202,3 +202,14 @@ fn memory_of_what_a_flush_covered_is_given_back() {
     oracle.ack_flush(flush);
     assert!(oracle.writes.len() <= 2, "{} writes kept", oracle.writes.len());
 }
+
+#[test]
+fn an_old_value_that_a_slow_read_returned_late_decides_nothing() {
+    let mut oracle = oracle();
+    let old = write(&mut oracle, 0, 1);
+    let slow = oracle.invoke_read();
+    let new = write(&mut oracle, 0, 1);
+    assert!(oracle.check_read(slow, 0, &bytes(0, old)).is_ok());
+    assert!(read(&mut oracle, 0, old).is_err());
+    assert!(read(&mut oracle, 0, new).is_ok());
+}

@@ -1,6 +1,10 @@
 //! The skin: decode, hand over, await, encode. No rule of the domain lives here.
 
-use std::{pin::Pin, sync::Arc};
+use std::{
+    future::ready,
+    pin::Pin,
+    sync::{Arc, OnceLock},
+};
 
 use endio_api::{
     blockstore::{
@@ -9,6 +13,7 @@ use endio_api::{
     },
     common::{ListSpansRequest, ListSpansResponse, Span, traces_server::Traces},
     convert::reason_to_wire,
+    status,
 };
 use endio_chassis::{
     recorder::{RecordedSpan, Recorder, SpanQuery},
@@ -16,7 +21,7 @@ use endio_chassis::{
 };
 use endio_state_machine::gate::FlightId;
 use endio_types::{BLOCK_BYTES, IO_END_BLOCKS_MAX};
-use futures_util::{Stream, StreamExt as _};
+use futures_util::{Stream, StreamExt as _, stream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -43,7 +48,12 @@ struct Budget<T> {
     to: mpsc::Sender<Answer<T>>,
     count: Arc<Semaphore>,
     bytes: Arc<Semaphore>,
+    broken: Broken,
 }
+
+/// Why a stream could not be read to its end, told after its last answer: nobody hears it if the
+/// connection broke, but a peer that sent garbage does.
+type Broken = Arc<OnceLock<Status>>;
 
 impl<T> Budget<T> {
     /// A budget and the stream of its answers.
@@ -52,9 +62,12 @@ impl<T> Budget<T> {
         T: Send + 'static,
     {
         let (to, answers) = mpsc::channel(max);
-        let budget = Self { to, count: Arc::new(Semaphore::new(max)), bytes: Arc::clone(bytes) };
+        let (count, broken) = (Arc::new(Semaphore::new(max)), Broken::default());
+        let budget = Self { to, count, bytes: Arc::clone(bytes), broken: Arc::clone(&broken) };
         // Taking an answer out returns its shares.
         let answers = ReceiverStream::new(answers).map(|answer: Answer<T>| Ok(answer.message));
+        let end = stream::once(async move { broken.get().cloned() });
+        let answers = answers.chain(end.filter_map(|broken| ready(broken.map(Err))));
         (budget, Box::pin(answers))
     }
 
@@ -81,7 +94,7 @@ impl BlockStore for BlockStoreService {
         let (budget, answers) = Budget::new(driver.in_flight_per_stream_max, &driver.bio_bytes);
         let mut bios = request.into_inner();
         tokio::spawn(async move {
-            while let Some(bio) = next(&driver, &mut bios).await {
+            while let Some(bio) = next(&driver, &mut bios, &budget.broken).await {
                 let Some(reply) = budget.reply(bio.data.len() as u64).await else { return };
                 driver.submit(bio, reply);
             }
@@ -97,7 +110,7 @@ impl BlockStore for BlockStoreService {
         let (budget, answers) = Budget::new(driver.in_flight_per_stream_max, &driver.read_bytes);
         let mut requests = request.into_inner();
         tokio::spawn(async move {
-            while let Some(request) = next(&driver, &mut requests).await {
+            while let Some(request) = next(&driver, &mut requests, &budget.broken).await {
                 let bytes = u64::from(request.blocks) * BLOCK_BYTES;
                 let Some(reply) = budget.reply(bytes).await else { return };
                 start_read(&driver, request, reply).await;
@@ -115,12 +128,13 @@ impl BlockStore for BlockStoreService {
 }
 
 /// The next message; `None` when the peer ended, broke off, or everything has drained.
-async fn next<T>(driver: &Driver, from: &mut Streaming<T>) -> Option<T> {
+async fn next<T>(driver: &Driver, from: &mut Streaming<T>, broken: &Broken) -> Option<T> {
     tokio::select! {
         biased;
         () = driver.closed.cancelled() => None,
         message = from.message() => message.unwrap_or_else(|status| {
             tracing::debug!(%status, "a stream broke off");
+            let _ = broken.set(status::malformed("stream", status.message()));
             None
         }),
     }

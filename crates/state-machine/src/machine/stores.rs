@@ -1,6 +1,8 @@
 //! Sessions of block-stores.
 
-use endio_types::{ClusterEpoch, Incarnation, Reason, SegmentIndex, StoreId};
+use endio_types::{
+    BLOCK_BYTES, ClusterEpoch, Incarnation, Reason, SegmentIndex, StoreId, VOLUME_BYTES_MAX,
+};
 
 use super::io::{EffectKind, FromStore, Output, Refusal, StoreSession, ToStore, ToWriteback};
 use super::quarantine::{after, fence_message};
@@ -70,6 +72,10 @@ impl<T: ChunkTable> Machine<T> {
         }
         if new.incarnation == Incarnation(0) || new.capacity_blocks == 0 {
             return Some(self.refusal(Reason::Malformed, "incarnation and capacity start at 1"));
+        }
+        // Sums of the capacities of many stores stay far from overflow.
+        if new.capacity_blocks > VOLUME_BYTES_MAX / BLOCK_BYTES {
+            return Some(self.refusal(Reason::Malformed, "the capacity is at most 2^48 blocks"));
         }
         let old = self.durable.stores.get(&new.id)?;
         if new.incarnation < old.incarnation {

@@ -66,7 +66,7 @@ impl Engine {
     }
 
     async fn open_now(self: &Arc<Self>, name: &str, force: bool) -> Result<Arc<Volume>, Failure> {
-        self.takes_work()?;
+        self.takes_work_soon().await?;
         if self.table.len() >= self.config.volumes_max {
             return Err(Failure::new(Reason::Limit, "too many volumes are open here"));
         }
@@ -156,7 +156,7 @@ impl Engine {
     /// # Errors
     /// `ALREADY_EXISTS` with other properties, and what conversion refuses.
     pub async fn create(&self, request: CreateVolumeRequest) -> Result<Described, Failure> {
-        self.takes_work()?;
+        self.takes_work_soon().await?;
         let call = |mut client: Client| {
             let request = request.clone();
             async move { client.create_volume(request).await }
@@ -180,10 +180,11 @@ impl Engine {
         Ok(described)
     }
 
-    /// Sizes that were acknowledged here and are not converted yet count for our clients.
+    /// The size of a volume that is open here is the one by which its reads are judged: it may
+    /// be ahead of the converted one, and for a moment behind it.
     fn overlay(&self, described: &mut Described) {
         if let Some(open) = self.table.find(&described.name) {
-            described.size_bytes = described.size_bytes.max(open.state().size_bytes);
+            described.size_bytes = open.state().size_bytes;
         }
     }
 
@@ -208,7 +209,7 @@ impl Engine {
         name: &str,
         size_bytes: u64,
     ) -> Result<Described, Failure> {
-        self.takes_work()?;
+        self.takes_work_soon().await?;
         let volume = self.volume(name).await?;
         let engine = Arc::clone(self);
         let resize = async move { engine.resize_open(&volume, size_bytes).await };
@@ -274,7 +275,7 @@ impl Engine {
     /// # Errors
     /// `UNKNOWN_VOLUME`; `VOLUME_BUSY` where another writeback has it.
     pub async fn delete(self: &Arc<Self>, name: &str) -> Result<(), Failure> {
-        self.takes_work()?;
+        self.takes_work_soon().await?;
         let volume = self.volume(name).await?;
         let engine = Arc::clone(self);
         let delete = async move { engine.delete_open(&volume).await };

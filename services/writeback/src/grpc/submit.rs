@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use endio_api::writeback::io_request::Op;
+use endio_api::status;
 use endio_api::writeback::{IoCompletion, IoRequest};
 use endio_chassis::shutdown::Shutdown;
 use endio_types::{ByteRange, Reason};
@@ -72,8 +73,14 @@ impl Submit {
             };
             match next {
                 Ok(Some(request)) => self.accept(request).await,
-                // The client sends no more, or has gone; what is under way goes on.
-                Ok(None) | Err(_) => return,
+                // The client sends no more; what is under way goes on.
+                Ok(None) => return,
+                // It has gone, or has sent garbage and is told so.
+                Err(status) => {
+                    let told = status::malformed("stream", status.message());
+                    let _ = self.completions.send(Err(told)).await;
+                    return;
+                }
             }
         }
     }

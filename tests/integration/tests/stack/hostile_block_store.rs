@@ -231,13 +231,8 @@ async fn reads_without_a_grant_or_beyond_the_store_are_refused() {
         change(&mut forged);
         Some(forged)
     };
-    let read = |grant, pblk, blocks| ReadRequest {
-        request: 1,
-        grant,
-        pblk,
-        blocks,
-        ..Default::default()
-    };
+    let read =
+        |grant, pblk, blocks| ReadRequest { request: 1, grant, pblk, blocks, ..Default::default() };
     let mut reads = vec![
         read(None, pblk, 1),
         read(Some(ReadGrant::default()), pblk, 1),

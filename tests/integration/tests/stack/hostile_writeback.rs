@@ -199,12 +199,8 @@ async fn malformed_writes_are_refused() {
     for retry in keys {
         let what = format!("{:.80}", format!("{retry:?}"));
         refused(&what, io.write(WriteRequest { retry: retry.clone(), ..good.clone() }).await);
-        let range = RangeRequest {
-            volume: "vol1".into(),
-            length_bytes: 4096,
-            retry,
-            ..Default::default()
-        };
+        let range =
+            RangeRequest { volume: "vol1".into(), length_bytes: 4096, retry, ..Default::default() };
         refused(&what, io.trim(range).await);
     }
     unchanged(&client, &bytes).await;
@@ -230,7 +226,11 @@ async fn every_bad_request_of_a_stream_has_its_own_completion_and_the_stream_goe
     let mut bad = vec![
         None,
         Some(Op::Write(WriteRequest::default())),
-        Some(Op::Write(WriteRequest { volume: "absent".into(), data: data.clone(), ..Default::default() })),
+        Some(Op::Write(WriteRequest {
+            volume: "absent".into(),
+            data: data.clone(),
+            ..Default::default()
+        })),
         Some(Op::Write(WriteRequest {
             volume: volume(),
             offset_bytes: SIZE - 5,

@@ -100,9 +100,11 @@ impl Rig {
             let begin = self.begin_of(lblk, blocks);
             match self.writeback.try_begin(begin).await {
                 Ok(begun) => return begun,
-                // A store that has just said that it is ready may not count yet.
+                // After a restart free blocks are punched first: the stores have to say so.
                 Err(refused) if refused.retry_after_ms > 0 => {
-                    tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+                    for store in &mut self.stores {
+                        store.obey().await;
+                    }
                 }
                 Err(refused) => panic!("refused: {refused:?}"),
             }

@@ -106,9 +106,8 @@ async fn a_late_retry_never_overwrites_newer_data() {
     let (mut stack, client) = stack().await;
     for mode in [WriteMode::Buffered, WriteMode::Direct] {
         let session = Bytes::from(vec![mode as u8 + 1; 16]);
-        let key = |sequence, is_retry| {
-            Some(RetryKey { session: session.clone(), sequence, is_retry })
-        };
+        let key =
+            |sequence, is_retry| Some(RetryKey { session: session.clone(), sequence, is_retry });
         let first = WriteRequest { retry: key(1, false), ..write_of(0, &[1; 4096], mode) };
         let second = WriteRequest { retry: key(2, false), ..write_of(0, &[2; 4096], mode) };
         assert!(!client.io().write(first.clone()).await.unwrap().into_inner().duplicate);
