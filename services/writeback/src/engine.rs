@@ -49,6 +49,10 @@ const SERVING: u8 = 1;
 const DRAINING: u8 = 2;
 /// Hint for clients that come before the service is ready.
 const STARTING_RETRY_MS: u32 = 200;
+/// Longest wait of a request that comes before the service is ready.
+const STARTING_PATIENCE: Duration = Duration::from_secs(10);
+/// Pause between two looks at whether it is.
+const STARTING_LOOK: Duration = Duration::from_millis(5);
 
 /// Who this writeback is: the same over restarts of a cache directory, but for the start's number.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -154,6 +158,18 @@ impl Engine {
             SERVING => Ok(()),
             _ => Err(Failure::draining()),
         }
+    }
+
+    /// Waits, bounded, until everything is loaded.
+    ///
+    /// # Errors
+    /// As [`Engine::takes_work`].
+    pub(crate) async fn takes_work_soon(&self) -> Result<(), Failure> {
+        let until = self.deadline().min(Instant::now() + STARTING_PATIENCE);
+        while self.stage.load(Ordering::SeqCst) == STARTING && Instant::now() < until {
+            tokio::time::sleep(STARTING_LOOK).await;
+        }
+        self.takes_work()
     }
 }
 

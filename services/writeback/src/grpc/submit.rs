@@ -5,8 +5,8 @@ use std::future::Future;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use endio_api::writeback::io_request::Op;
 use endio_api::status;
+use endio_api::writeback::io_request::Op;
 use endio_api::writeback::{IoCompletion, IoRequest};
 use endio_chassis::shutdown::Shutdown;
 use endio_types::{ByteRange, Reason};
