@@ -1,0 +1,559 @@
+//! One connection, from the greeting to its end, over any stream.
+//!
+//! ```text
+//!             ┌──────── permits: requests and bytes ◄───────────────┐
+//!             ▼                                                     │ when written
+//!  stream ─► reader ─► one task per request ─► bounded queue ─► writer ─► stream
+//! ```
+//!
+//! The reader stops reading when the permits are used up, so a client cannot make the server hold
+//! more than [`Limits`] says. A permit returns when the reply was written, so a client that does not
+//! read its replies stops itself, and is dropped after [`Limits::stall_ms`].
+//!
+//! # Invariants
+//! * `left-is-left`: once a client has hung up, no change that it asked for begins. Its requests may
+//!   still lie in the socket or wait for permits; the client may have connected again and have written
+//!   newer data. Requests that began before are ordered by the export.
+//! * `slot-until-done`: a connection counts as one until its last request has ended.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use bytes::{Buf, BytesMut};
+use tokio::io::{
+    AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufWriter, ReadHalf, WriteHalf,
+};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::codec::{CodecError, Frames, Request};
+use crate::consts::cmd;
+use crate::errno::Errno;
+use crate::export::{Client, Export, ExportInfo, Exports, OpenError};
+use crate::handshake::{Action, CloseReason, Handshake, HandshakeError, Negotiated, TlsPolicy};
+use crate::tls::Tls;
+use crate::transmission::{Job, Transmission, payload_buffer};
+
+/// Bounds on what one connection may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Milliseconds from the connection to the transmission phase. Too small drops slow clients, too
+    /// large lets idle ones hold a slot.
+    pub handshake_ms: u64,
+    /// Milliseconds without a byte taken by a client that has replies to read; then it is dropped.
+    pub stall_ms: u64,
+    /// Requests of one connection that are read and not yet answered, at least 1.
+    pub requests_max: u32,
+    /// Bytes of payload of one connection, requests and replies together. A single request of the
+    /// export's maximum size is always admitted, alone if need be.
+    pub bytes_max: u32,
+    /// Connections of the server at once.
+    pub connections_max: u32,
+    /// Milliseconds that clients have to leave once the server stops.
+    pub stop_grace_ms: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            handshake_ms: 10_000,
+            stall_ms: 30_000,
+            requests_max: 128,
+            bytes_max: 64 << 20,
+            connections_max: 256,
+            stop_grace_ms: 1_000,
+        }
+    }
+}
+
+/// Longest payload that is skipped so that the client can be told `EINVAL`, in bytes; a longer one
+/// ends the connection.
+const SKIP_MAX: u64 = 256 << 20;
+/// Bytes read ahead, and written in one step.
+const STEP: usize = 64 << 10;
+
+/// Why a connection ended.
+#[derive(Debug, thiserror::Error)]
+pub enum EndReason {
+    /// The client said goodbye with `NBD_CMD_DISC`.
+    #[error("the client disconnected")]
+    Disconnected,
+    /// The client closed the stream.
+    #[error("the client closed the connection")]
+    Closed,
+    /// The client ended the handshake, or could not be refused in another way.
+    #[error("{0}")]
+    Refused(CloseReason),
+    /// No transmission phase in time.
+    #[error("the handshake took too long")]
+    HandshakeTimeout,
+    /// A violation in the handshake.
+    #[error("violation of the protocol: {0}")]
+    Handshake(HandshakeError),
+    /// A violation in the transmission phase.
+    #[error("violation of the protocol: {0}")]
+    Garbage(CodecError),
+    /// A payload so long that it is not worth skipping.
+    #[error("a request announces {0} bytes of payload")]
+    PayloadTooLong(u64),
+    /// Replies were not taken in time.
+    #[error("the client does not read its replies")]
+    Stalled,
+    /// TLS could not be established.
+    #[error("TLS failed: {0}")]
+    Tls(std::io::Error),
+    /// The stream failed.
+    #[error("the stream failed: {0}")]
+    Io(std::io::Error),
+    /// The server stopped.
+    #[error("the server stopped")]
+    Stopped,
+    /// All slots are taken.
+    #[error("there are too many connections")]
+    TooMany,
+}
+
+impl EndReason {
+    /// Whether an operator may want to know: the client misbehaved.
+    pub fn is_fault(&self) -> bool {
+        !matches!(
+            self,
+            EndReason::Disconnected
+                | EndReason::Closed
+                | EndReason::Refused(_)
+                | EndReason::Stopped
+                | EndReason::Io(_)
+        )
+    }
+}
+
+/// A stream to a client.
+pub trait Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
+impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> Stream for S {}
+
+/// Tells whether the client has hung up, even if bytes that it sent before are still unread.
+pub trait HangUp: Send + Sync + 'static {
+    /// True from the moment on that the other side closed its end.
+    fn is_hung_up(&self) -> bool;
+}
+
+/// For streams that cannot tell.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct CannotTell;
+
+impl HangUp for CannotTell {
+    fn is_hung_up(&self) -> bool {
+        false
+    }
+}
+
+/// A server: exports, TLS and limits, shared by all connections. Cheap to clone.
+#[derive(Clone)]
+pub struct Server {
+    exports: Arc<dyn Exports>,
+    tls: Option<Tls>,
+    limits: Limits,
+    slots: Arc<Semaphore>,
+    stop: CancellationToken,
+    sessions: TaskTracker,
+}
+
+impl Server {
+    /// A server without TLS.
+    pub fn new(exports: Arc<dyn Exports>, limits: Limits) -> Self {
+        Self {
+            exports,
+            tls: None,
+            limits,
+            slots: Arc::new(Semaphore::new(limits.connections_max as usize)),
+            stop: CancellationToken::new(),
+            sessions: TaskTracker::new(),
+        }
+    }
+
+    /// The same server with STARTTLS.
+    pub fn with_tls(mut self, tls: Tls) -> Self {
+        self.tls = Some(tls);
+        self
+    }
+
+    /// Asks every session to end: requests that run are finished, new ones are refused with
+    /// `ESHUTDOWN`. Idempotent.
+    pub fn stop(&self) {
+        self.stop.cancel();
+    }
+
+    /// Whether [`Server::stop`] was called.
+    pub fn is_stopping(&self) -> bool {
+        self.stop.is_cancelled()
+    }
+
+    /// Waits for [`Server::stop`].
+    pub async fn stopping(&self) {
+        self.stop.cancelled().await;
+    }
+
+    /// Waits until every session that was spawned has ended; call [`Server::stop`] first.
+    pub async fn drained(&self) {
+        self.sessions.close();
+        self.sessions.wait().await;
+    }
+
+    /// Serves a connection in a task of its own and logs why it ended.
+    pub fn spawn(&self, stream: impl Stream, client: Client, hang_up: Arc<dyn HangUp>) {
+        let server = self.clone();
+        self.sessions.spawn(async move {
+            let address = client.address.clone();
+            let reason = server.serve(stream, client, hang_up).await;
+            if reason.is_fault() {
+                tracing::warn!(client = address, %reason, "nbd client dropped");
+            } else {
+                tracing::info!(client = address, %reason, "nbd client left");
+            }
+        });
+    }
+
+    /// Serves one connection to its end and says why it ended. Not cancel-safe: if it is dropped,
+    /// requests that run go on unobserved.
+    pub async fn serve(
+        &self,
+        stream: impl Stream,
+        client: Client,
+        hang_up: Arc<dyn HangUp>,
+    ) -> EndReason {
+        let Ok(_slot) = self.slots.try_acquire() else {
+            return EndReason::TooMany;
+        };
+        let begun = Instant::now();
+        let limit = Duration::from_millis(self.limits.handshake_ms);
+        let shaken = timeout(limit, self.shake_hands(Box::new(stream), client)).await;
+        let agreed = match shaken {
+            Ok(Ok(agreed)) => agreed,
+            Ok(Err(reason)) => return reason,
+            Err(_) => return EndReason::HandshakeTimeout,
+        };
+        tracing::info!(
+            export = agreed.negotiated.info.name,
+            mode = ?agreed.negotiated.mode,
+            handshake_ms = begun.elapsed().as_millis() as u64,
+            "nbd client attached"
+        );
+        self.transmit(agreed, hang_up).await
+    }
+
+    async fn shake_hands(
+        &self,
+        mut stream: Box<dyn Stream>,
+        mut client: Client,
+    ) -> Result<Agreed, EndReason> {
+        let policy = self.tls.as_ref().map_or(TlsPolicy::Off, Tls::policy);
+        let mut handshake = Handshake::new(policy);
+        let mut bytes = BytesMut::new();
+        let mut export: Option<Arc<dyn Export>> = None;
+        send(&mut stream, &Handshake::greeting()).await?;
+        loop {
+            if self.is_stopping() {
+                handshake.stop();
+            }
+            let mut action = handshake.advance(&mut bytes).map_err(EndReason::Handshake)?;
+            if action == Action::List {
+                let list = self.exports.list(&client).await;
+                action = handshake.listed(list).map_err(EndReason::Handshake)?;
+            } else if let Action::Open(name) = &action {
+                let opened = self.open(name, &client).await;
+                let info = opened.map(|(opened, info)| {
+                    export = Some(opened);
+                    info
+                });
+                action = handshake.opened(info).map_err(EndReason::Handshake)?;
+            }
+            match action {
+                Action::More => {
+                    if stream.read_buf(&mut bytes).await.map_err(EndReason::Io)? == 0 {
+                        return Err(EndReason::Closed);
+                    }
+                }
+                Action::Send(reply) => send(&mut stream, &reply).await?,
+                Action::StartTls(reply) => {
+                    send(&mut stream, &reply).await?;
+                    let tls = self.tls.as_ref().ok_or(HandshakeError::OutOfStep);
+                    let tls = tls.map_err(EndReason::Handshake)?;
+                    let (encrypted, certificate) =
+                        tls.accept(stream).await.map_err(EndReason::Tls)?;
+                    stream = Box::new(encrypted);
+                    client.is_tls = true;
+                    client.certificate = certificate;
+                    handshake.tls_started();
+                }
+                Action::Begin(reply, negotiated) => {
+                    send(&mut stream, &reply).await?;
+                    let export = export.ok_or(HandshakeError::OutOfStep);
+                    let export = export.map_err(EndReason::Handshake)?;
+                    return Ok(Agreed { stream, bytes, export, negotiated: *negotiated });
+                }
+                Action::Close(reply, reason) => {
+                    send(&mut stream, &reply).await?;
+                    // Closing is a courtesy: the client may be gone already.
+                    let _ = stream.shutdown().await;
+                    return Err(EndReason::Refused(reason));
+                }
+                Action::List | Action::Open(_) => {
+                    return Err(EndReason::Handshake(HandshakeError::OutOfStep));
+                }
+            }
+        }
+    }
+
+    async fn open(
+        &self,
+        name: &str,
+        client: &Client,
+    ) -> Result<(Arc<dyn Export>, ExportInfo), OpenError> {
+        let export = self.exports.open(name, client).await?;
+        let info = export.info();
+        Ok((export, info))
+    }
+
+    async fn transmit(&self, agreed: Agreed, hang_up: Arc<dyn HangUp>) -> EndReason {
+        let (read, write) = tokio::io::split(agreed.stream);
+        let (replies, queue) = mpsc::channel(self.limits.requests_max.max(1) as usize);
+        let gone = CancellationToken::new();
+        let stall = Duration::from_millis(self.limits.stall_ms);
+        let writer = tokio::spawn(write_replies(write, queue, stall, gone.clone()));
+        let has_left = Arc::new(AtomicBool::new(false));
+        let jobs = TaskTracker::new();
+        let mut reader = Reader {
+            input: Input { stream: read, bytes: agreed.bytes },
+            transmission: Arc::new(Transmission::new(agreed.export, agreed.negotiated)),
+            requests: Arc::new(Semaphore::new(self.limits.requests_max.max(1) as usize)),
+            memory: Arc::new(Semaphore::new(self.limits.bytes_max.max(1) as usize)),
+            bytes_max: self.limits.bytes_max.max(1),
+            replies,
+            jobs: jobs.clone(),
+            hang_up,
+            has_left: has_left.clone(),
+            stop: self.stop.clone(),
+        };
+        let ended = tokio::select! {
+            reason = reader.run() => reason,
+            () = gone.cancelled() => EndReason::Stalled,
+            reason = self.stopped_after_grace() => reason,
+        };
+        // A client that said goodbye gets its replies; nothing new begins for one that is lost.
+        if !matches!(ended, EndReason::Disconnected | EndReason::Stopped) {
+            has_left.store(true, Ordering::SeqCst);
+        }
+        drop(reader);
+        jobs.close();
+        jobs.wait().await;
+        match writer.await {
+            Ok(Err(reason)) if matches!(ended, EndReason::Stalled | EndReason::Closed) => reason,
+            _ => ended,
+        }
+    }
+
+    async fn stopped_after_grace(&self) -> EndReason {
+        self.stop.cancelled().await;
+        tokio::time::sleep(Duration::from_millis(self.limits.stop_grace_ms)).await;
+        EndReason::Stopped
+    }
+}
+
+/// What a handshake leaves behind.
+struct Agreed {
+    stream: Box<dyn Stream>,
+    /// Bytes behind the last option: a client may send requests at once.
+    bytes: BytesMut,
+    export: Arc<dyn Export>,
+    negotiated: Negotiated,
+}
+
+/// What a request holds until its reply was written.
+struct Permits {
+    _request: OwnedSemaphorePermit,
+    _memory: OwnedSemaphorePermit,
+}
+
+struct Reader {
+    input: Input,
+    transmission: Arc<Transmission>,
+    requests: Arc<Semaphore>,
+    memory: Arc<Semaphore>,
+    bytes_max: u32,
+    replies: mpsc::Sender<(Frames, Permits)>,
+    jobs: TaskTracker,
+    hang_up: Arc<dyn HangUp>,
+    has_left: Arc<AtomicBool>,
+    stop: CancellationToken,
+}
+
+impl Reader {
+    /// Reads requests until the client leaves. Dropped only where the connection ends, because a
+    /// payload may be half read.
+    async fn run(&mut self) -> EndReason {
+        loop {
+            match self.next().await {
+                Ok(()) => {}
+                Err(reason) => return reason,
+            }
+        }
+    }
+
+    async fn next(&mut self) -> Result<(), EndReason> {
+        let mode = self.transmission.mode();
+        self.input.fill(mode.request_len()).await?;
+        let request = Request::decode(mode, &self.input.bytes).map_err(EndReason::Garbage)?;
+        if request.command == cmd::DISC {
+            return Err(EndReason::Disconnected);
+        }
+        let permits = self.permits(&request).await;
+        let length = request.payload_len(mode);
+        if length > SKIP_MAX {
+            return Err(EndReason::PayloadTooLong(length));
+        }
+        let payload = match self.transmission.wants_payload(&request) {
+            true => Some(self.input.take(mode.request_len(), length).await?),
+            false => {
+                self.input.skip(mode.request_len() as u64 + length).await?;
+                None
+            }
+        };
+        let payload = payload.filter(|_| length > 0);
+        let to = self.transmission.reply_to(&request);
+        let checked = match self.stop.is_cancelled() {
+            true => Err(Errno::Shutdown.into()),
+            false => self.transmission.check(&request, payload),
+        };
+        match checked {
+            Err(fault) => {
+                let reply = (to.failed(&fault), permits);
+                self.replies.send(reply).await.map_err(|_| EndReason::Stalled)
+            }
+            Ok(job) => self.start(to, job, permits),
+        }
+    }
+
+    fn permits(&self, request: &Request) -> impl Future<Output = Permits> + Send + use<> {
+        let cost = self.transmission.cost(request).min(u64::from(self.bytes_max)) as u32;
+        let (requests, memory) = (self.requests.clone(), self.memory.clone());
+        async move {
+            let never = "the semaphores of a session are never closed";
+            Permits {
+                _request: requests.acquire_owned().await.expect(never),
+                _memory: memory.acquire_many_owned(cost).await.expect(never),
+            }
+        }
+    }
+
+    fn start(
+        &self,
+        to: crate::codec::ReplyTo,
+        job: Job,
+        permits: Permits,
+    ) -> Result<(), EndReason> {
+        if job.is_mutation() && self.hang_up.is_hung_up() {
+            return Err(EndReason::Closed);
+        }
+        let (transmission, replies) = (self.transmission.clone(), self.replies.clone());
+        let (hang_up, has_left) = (self.hang_up.clone(), self.has_left.clone());
+        self.jobs.spawn(async move {
+            if has_left.load(Ordering::SeqCst) || (job.is_mutation() && hang_up.is_hung_up()) {
+                return;
+            }
+            let frames = transmission.run(to, job).await;
+            // If the writer is gone, nobody waits for the reply.
+            let _ = replies.send((frames, permits)).await;
+        });
+        Ok(())
+    }
+}
+
+/// The readable half and what was read ahead.
+struct Input {
+    stream: ReadHalf<Box<dyn Stream>>,
+    bytes: BytesMut,
+}
+
+impl Input {
+    /// Reads until `length` bytes are buffered. Cancel-safe.
+    async fn fill(&mut self, length: usize) -> Result<(), EndReason> {
+        while self.bytes.len() < length {
+            self.bytes.reserve(STEP);
+            let read = self.stream.read_buf(&mut self.bytes).await.map_err(EndReason::Io)?;
+            if read == 0 {
+                return Err(EndReason::Closed);
+            }
+        }
+        Ok(())
+    }
+
+    /// Drops `head` bytes, then takes `length` bytes into a buffer of their own, so that a small
+    /// payload that is kept for long does not keep a large buffer.
+    async fn take(&mut self, head: usize, length: u64) -> Result<bytes::Bytes, EndReason> {
+        self.bytes.advance(head);
+        let mut payload = payload_buffer(length);
+        let ahead = self.bytes.len().min(length as usize);
+        payload.extend_from_slice(&self.bytes.split_to(ahead));
+        while (payload.len() as u64) < length {
+            let left = length - payload.len() as u64;
+            let mut rest = (&mut self.stream).take(left);
+            if rest.read_buf(&mut payload).await.map_err(EndReason::Io)? == 0 {
+                return Err(EndReason::Closed);
+            }
+        }
+        Ok(payload.freeze())
+    }
+
+    /// Throws `length` bytes away.
+    async fn skip(&mut self, mut length: u64) -> Result<(), EndReason> {
+        while length > 0 {
+            self.fill(1).await?;
+            let step = (self.bytes.len() as u64).min(length);
+            self.bytes.advance(step as usize);
+            length -= step;
+        }
+        Ok(())
+    }
+}
+
+async fn send(stream: &mut Box<dyn Stream>, bytes: &[u8]) -> Result<(), EndReason> {
+    stream.write_all(bytes).await.map_err(EndReason::Io)?;
+    stream.flush().await.map_err(EndReason::Io)
+}
+
+/// Writes replies until the last sender is gone, or the client stops to take them.
+async fn write_replies(
+    stream: WriteHalf<Box<dyn Stream>>,
+    mut queue: mpsc::Receiver<(Frames, Permits)>,
+    stall: Duration,
+    gone: CancellationToken,
+) -> Result<(), EndReason> {
+    let _gone = gone.drop_guard();
+    let mut stream = BufWriter::with_capacity(STEP, stream);
+    while let Some((frames, permits)) = queue.recv().await {
+        for frame in &frames {
+            for step in frame.chunks(STEP) {
+                within(stall, stream.write_all(step)).await?;
+            }
+        }
+        if queue.is_empty() {
+            within(stall, stream.flush()).await?;
+        }
+        drop(permits);
+    }
+    within(stall, stream.flush()).await?;
+    within(stall, stream.shutdown()).await
+}
+
+async fn within(
+    limit: Duration,
+    step: impl Future<Output = std::io::Result<()>>,
+) -> Result<(), EndReason> {
+    match timeout(limit, step).await {
+        Ok(done) => done.map_err(EndReason::Io),
+        Err(_) => Err(EndReason::Stalled),
+    }
+}
