@@ -139,12 +139,17 @@ impl Log {
             // A record appended after this look is newer than every segment that may go.
             let oldest = {
                 let _order = log.order();
-                oldest()
+                let last = log.inner.last_lsn();
+                oldest().unwrap_or_else(|| last.next())
             };
             let (used, bound) = log.inner.usage_bytes();
             if used > bound / 2 {
-                // The active segment may be all that is in the way.
-                log.inner.rotate()?;
+                // The active segment may be all that is in the way. A full disk has no room for
+                // another one, but older ones can go, and then it has.
+                match log.inner.rotate() {
+                    Ok(()) | Err(CacheLogError::DiskFull) => {}
+                    Err(error) => return Err(error),
+                }
             }
             log.inner.trim(oldest)
         });

@@ -7,12 +7,16 @@
 //!
 //! At start a record that is not whole is a *torn tail* only if it can be one: after a kill, when
 //! the last file ends inside it; after a power loss, when nothing in the log says that it was
-//! durable (each record carries what was known to be durable when it was written). Anything else
-//! is damage and refused with file and offset: acknowledged data is never dropped in silence.
+//! durable (each record carries what was known to be durable when it was written). The same holds
+//! for a segment that outlives the end of the one before it: nothing after a gap is used. The name
+//! of a segment is durable before the next one is created, so no power loss takes a whole segment
+//! from the middle or the front. Anything else is damage and refused with file and offset: acknowledged data is never dropped in silence.
 
 mod api;
 mod disk;
 mod live;
+#[cfg(test)]
+mod order_tests;
 mod record;
 mod replay;
 mod scan;
@@ -265,12 +269,12 @@ impl CacheLog {
 
     /// Flushes all there is now; returns its newest record.
     fn flush(&self) -> Result<Lsn, CacheLogError> {
-        let (target, files, new_names) = self.writer().take_unsynced();
+        let target = self.writer().take_unsynced()?;
         let flush = || {
-            for (name, file) in &files {
+            for (name, file) in &target.files {
                 file.sync().map_err(|source| (name.as_str(), source))?;
             }
-            if new_names { self.disk.sync_dir().map_err(|source| ("", source)) } else { Ok(()) }
+            if target.new_name { self.disk.sync_dir().map_err(|source| ("", source)) } else { Ok(()) }
         };
         let outcome = flush().map_err(|(name, source)| CacheLogError::Io {
             path: self.disk.path(name),
@@ -281,10 +285,9 @@ impl CacheLog {
             writer.poison(format!("a flush failed: {error}"));
             return Err(error);
         }
-        // What a `Clean` record covers is forgotten before anybody can see it as durable.
-        writer.live.durable(target);
-        self.durable.fetch_max(target.0, Ordering::SeqCst);
-        Ok(target)
+        writer.flushed(&target);
+        self.durable.fetch_max(target.last.0, Ordering::SeqCst);
+        Ok(target.last)
     }
 
     /// Everything up to here survives a power loss.
@@ -309,19 +312,23 @@ impl CacheLog {
         self.writer().live.holds(volume, range)
     }
 
-    /// Removes whole segments whose records are all older than `oldest_live` (`None`: nothing is
-    /// live), never the active one. Flushes first, so that what took their place is durable.
-    /// Returns the bytes freed. Idempotent.
+    /// Removes whole segments whose records are all older than `before`, never the active one.
+    /// Flushes first, so that what took their place is durable. Returns the bytes freed.
+    /// Idempotent.
+    ///
+    /// `before` is the oldest record that is needed or, when none is, the one after
+    /// [`last_lsn`](Self::last_lsn) as it was *before* the caller looked: records that were
+    /// appended since the look stay, even if their segment has been sealed meanwhile.
     ///
     /// # Errors
     /// [`CacheLogError::Io`]: the segment stays, call again. [`CacheLogError::Poisoned`].
-    pub fn trim(&self, oldest_live: Option<Lsn>) -> Result<u64, CacheLogError> {
+    pub fn trim(&self, before: Lsn) -> Result<u64, CacheLogError> {
         let _one_at_a_time = lock(&self.trimming);
         let mut freed = 0;
         loop {
             let (segment, last) = {
                 let writer = self.writer();
-                (writer.trimmable(oldest_live), writer.last())
+                (writer.trimmable(before), writer.last())
             };
             let Some((name, bytes)) = segment else { return Ok(freed) };
             self.sync_to(last)?;
@@ -332,7 +339,11 @@ impl CacheLog {
                 other => other.map_err(io)?,
             }
             // One by one: a crash must not leave a hole between segments.
-            self.disk.sync_dir().map_err(io)?;
+            if let Err(source) = self.disk.sync_dir() {
+                // The next flush of the directory would succeed without having done it.
+                self.writer().poison(format!("a flush of the directory failed: {source}"));
+                return Err(io(source));
+            }
             self.writer().trimmed();
             freed += bytes;
         }

@@ -217,7 +217,15 @@ impl Scan {
             };
             let starts_log = index == 0 && first.is_none();
             if !starts_log && header.lsn != self.last.next() {
-                return Err(damaged("a record is missing before this one"));
+                let what = "a record is missing before this one";
+                if first.is_some() {
+                    // No flush makes part of a file durable and leaves whole records out of it.
+                    return Err(damaged(what));
+                }
+                // The segment before it ends with a whole record, but too early: its end never
+                // reached the disk, or it was damaged.
+                broken = Some(Broken { index, offset: 0, what, cut_short: false });
+                break;
             }
             if (first.is_none()) != (header.kind == Kind::Snapshot) {
                 return Err(damaged("a segment does not begin with a snapshot"));
@@ -303,7 +311,7 @@ impl Scan {
         let torn = if state.clean {
             false
         } else if power_lost {
-            self.newest_claim(state.tag, files, broken)? <= self.last
+            self.newest_claim(disk, state.tag, files, broken)? <= self.last
         } else {
             // Without a power loss the page cache kept all that was written: only the very last
             // write can have been cut short.
@@ -336,17 +344,19 @@ impl Scan {
     /// The newest record that anything, before or behind what is broken, calls durable.
     fn newest_claim(
         &self,
+        disk: &dyn Disk,
         tag: u32,
         files: &[(u64, Arc<dyn LogFile>, u64)],
         broken: &Broken,
     ) -> Result<Lsn, CacheLogError> {
         let mut newest = self.claimed;
-        for (index, (_, file, len)) in files.iter().enumerate().skip(broken.index) {
+        for (index, (number, file, len)) in files.iter().enumerate().skip(broken.index) {
             let from = if index == broken.index { broken.offset } else { 0 };
             let mut bytes = vec![0; usize::try_from(len - from).unwrap_or(0)];
-            if file.read_at(from, &mut bytes).is_err() {
-                continue;
-            }
+            file.read_at(from, &mut bytes).map_err(|source| CacheLogError::Io {
+                path: disk.path(&segment_name(*number)),
+                source,
+            })?;
             for window in bytes.windows(HEADER_LEN) {
                 // Cheap first: almost no position begins with the magic number.
                 if !Header::begins(window) {

@@ -79,8 +79,8 @@ impl SimDisk {
         act(&mut self.0.lock().unwrap())
     }
 
-    /// Drops what was not flushed, except the sectors for which `keep` says yes. Name changes
-    /// that were not flushed survive as a prefix.
+    /// Drops what was not flushed, except the sectors and changes of names for which `keep` says
+    /// yes.
     pub(super) fn cut_power(&self, mut keep: impl FnMut() -> bool) {
         self.world(|world| {
             for inode in &mut world.inodes {
@@ -104,10 +104,9 @@ impl SimDisk {
                 inode.data = inode.durable.clone();
             }
             for change in std::mem::take(&mut world.pending_names) {
-                if !keep() {
-                    break;
+                if keep() {
+                    rename(&mut world.durable_names, &change);
                 }
-                rename(&mut world.durable_names, &change);
             }
             world.names = world.durable_names.clone();
             world.boot += 1;
@@ -205,6 +204,9 @@ impl Disk for SimDisk {
 
     fn sync_dir(&self) -> io::Result<()> {
         self.world(|world| {
+            if world.sync_fails {
+                return Err(io::Error::other("the device does not flush"));
+            }
             world.pending_names.clear();
             world.durable_names = world.names.clone();
             Ok(())

@@ -25,6 +25,18 @@ pub(super) struct Body<'a> {
 /// A file that a flush must cover, by name.
 pub(super) type Unsynced = (String, Arc<dyn LogFile>);
 
+/// What one flush covers.
+pub(super) struct Target {
+    /// The newest record.
+    pub(super) last: Lsn,
+    /// Files to flush.
+    pub(super) files: Vec<Unsynced>,
+    /// The newest segment, whose name counts as durable afterwards.
+    number: u64,
+    /// Whether the directory must be flushed too.
+    pub(super) new_name: bool,
+}
+
 struct Sealed {
     number: u64,
     last: Lsn,
@@ -46,7 +58,8 @@ pub(super) struct Writer {
     bytes: u64,
     /// Sealed files that no flush has covered.
     unsynced: Vec<Unsynced>,
-    new_names: bool,
+    /// The names of all segments up to this one are durable.
+    named: u64,
     /// What the log itself says about sessions: exactly what a snapshot may stand for.
     sessions: SessionTable,
     volumes: BTreeMap<VolumeId, (String, Generation)>,
@@ -82,7 +95,7 @@ impl Writer {
             last: scan.last.next(),
             bytes,
             unsynced: Vec::new(),
-            new_names: true,
+            named: number - 1,
             sessions: scan.sessions,
             volumes: scan.volumes,
             live: scan.live,
@@ -120,8 +133,10 @@ impl Writer {
         let head = Header { lsn, durable, ..header }.encode(self.tag);
         if let Err(source) = self.active.file.write_at(self.active.len, &head, body.parts) {
             let name = segment_name(self.active.number);
-            // A partial record in the middle would read as damage.
-            if let Err(error) = self.active.file.truncate(self.active.len) {
+            // A partial record in the middle would read as damage. The flush keeps the two
+            // records that have the same number and place from being mixed by a power loss.
+            let file = &self.active.file;
+            if let Err(error) = file.truncate(self.active.len).and_then(|()| file.sync()) {
                 self.poison(format!("{name}: a failed write could not be taken back: {error}"));
             }
             return Err(write_error(disk, &name, source));
@@ -136,9 +151,18 @@ impl Writer {
         Ok(lsn)
     }
 
-    /// Begins a new segment.
+    /// Begins a new segment. The end of the old one need not be durable: a reader drops all that
+    /// follows a gap which nothing calls durable. Its name must be, or a power loss could take
+    /// the whole segment and leave a log that seems to begin later.
     pub(super) fn rotate(&mut self, disk: &dyn Disk, durable: Lsn) -> Result<(), CacheLogError> {
         self.usable()?;
+        if self.named < self.active.number {
+            if let Err(source) = disk.sync_dir() {
+                self.poison(format!("a flush of the directory failed: {source}"));
+                return Err(CacheLogError::Io { path: disk.path(""), source });
+            }
+            self.named = self.active.number;
+        }
         let snapshot =
             SnapshotPayload { sessions: self.sessions.snapshot(), volumes: self.volumes.clone() };
         let number = self.active.number + 1;
@@ -151,18 +175,28 @@ impl Writer {
         let old = std::mem::replace(&mut self.active, next);
         self.sealed.push_back(Sealed { number: old.number, last: self.last, bytes: old.len });
         self.unsynced.push((segment_name(old.number), old.file));
-        self.new_names = true;
         self.last = self.last.next();
         self.bytes += self.active.len;
         Ok(())
     }
 
-    /// What a flush must cover to make everything up to the returned number durable.
-    pub(super) fn take_unsynced(&mut self) -> (Lsn, Vec<Unsynced>, bool) {
+    /// What a flush must cover to make everything up to the target durable.
+    pub(super) fn take_unsynced(&mut self) -> Result<Target, CacheLogError> {
+        if let Some(what) = &self.poisoned {
+            return Err(CacheLogError::Poisoned(what.clone()));
+        }
         // A flush that fails poisons the log, so nothing has to be put back.
         let mut files = std::mem::take(&mut self.unsynced);
         files.push((segment_name(self.active.number), self.active.file.clone()));
-        (self.last, files, std::mem::take(&mut self.new_names))
+        let (number, last) = (self.active.number, self.last);
+        Ok(Target { last, files, number, new_name: self.named < number })
+    }
+
+    /// A flush of that target has succeeded.
+    pub(super) fn flushed(&mut self, target: &Target) {
+        self.named = self.named.max(target.number);
+        // What a `Clean` record covers is forgotten before anybody can see it as durable.
+        self.live.durable(target.last);
     }
 
     pub(super) fn volume_mark(
@@ -179,11 +213,10 @@ impl Writer {
         }
     }
 
-    /// The first segment, if nothing in it is live: its name and size.
-    pub(super) fn trimmable(&self, oldest_live: Option<Lsn>) -> Option<(String, u64)> {
-        let first = self.sealed.front()?;
-        let dead = oldest_live.is_none_or(|oldest| first.last < oldest);
-        dead.then(|| (segment_name(first.number), first.bytes))
+    /// The first segment, if all of it is older: its name and size.
+    pub(super) fn trimmable(&self, before: Lsn) -> Option<(String, u64)> {
+        let first = self.sealed.front().filter(|first| first.last < before)?;
+        Some((segment_name(first.number), first.bytes))
     }
 
     /// The first segment is gone.

@@ -1,0 +1,306 @@
+//! What may be used after a gap, and in which order things become durable.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+
+use endio_types::BLOCK_BYTES;
+use proptest::prelude::*;
+
+use super::sim::SimDisk;
+use super::tests::{VOLUME, blocks, clean, open, options, write};
+use super::*;
+
+fn refused(disk: &SimDisk) -> bool {
+    let opened = CacheLog::open_on(Box::new(disk.clone()), options()).map(|_| ());
+    matches!(opened, Err(CacheLogError::Damaged { .. }))
+}
+
+/// Two segments; what the first one says after `synced` is not durable. Returns the length of the
+/// first segment up to there.
+fn two_segments(disk: &SimDisk) -> (CacheLog, Lsn, usize) {
+    let (log, _) = open(disk);
+    let synced = write(&log, 0, 1, 1).unwrap();
+    log.sync_to(synced).unwrap();
+    let len = disk.segments()[0].1;
+    write(&log, 1, 1, 2).unwrap();
+    log.rotate().unwrap();
+    write(&log, 2, 1, 3).unwrap();
+    (log, synced, len)
+}
+
+#[test]
+fn nothing_after_a_gap_is_used_and_its_bytes_are_counted_after_a_power_cut() {
+    let disk = SimDisk::default();
+    let (log, synced, len) = two_segments(&disk);
+    drop(log);
+    disk.cut_power(|| true);
+    let segments = disk.segments();
+    disk.edit(&segments[0].0, |data| data.truncate(len));
+    let (log, mut replay) = open(&disk);
+    assert!(replay.power_lost());
+    assert_eq!(replay.torn_bytes(), segments[1].1 as u64);
+    assert_eq!((replay.last_lsn(), blocks(&mut replay)), (synced, BTreeMap::from([(0, synced)])));
+    // The numbers are given again; the dropped segment must not come back under them.
+    let again = write(&log, 5, 1, 2).unwrap();
+    log.sync_to(again).unwrap();
+    disk.cut_power(|| false);
+    let (_, mut replay) = open(&disk);
+    assert_eq!(blocks(&mut replay), BTreeMap::from([(0, synced), (5, again)]));
+}
+
+#[test]
+fn a_gap_without_a_power_cut_is_damage() {
+    let disk = SimDisk::default();
+    let (log, _, len) = two_segments(&disk);
+    drop(log);
+    disk.edit(&disk.segments()[0].0, |data| data.truncate(len));
+    assert!(refused(&disk));
+}
+
+#[test]
+fn a_gap_in_what_a_later_segment_calls_durable_is_damage_even_after_a_power_cut() {
+    let disk = SimDisk::default();
+    let (log, _, len) = two_segments(&disk);
+    log.sync_to(log.last_lsn()).unwrap();
+    let witness = write(&log, 3, 1, 4).unwrap();
+    log.sync_to(witness).unwrap();
+    drop(log);
+    disk.cut_power(|| false);
+    let whole = disk.fork();
+    let (_, mut replay) = open(&whole);
+    assert_eq!(blocks(&mut replay).len(), 4);
+    let before = disk.segments();
+    disk.edit(&before[0].0, |data| data.truncate(len));
+    assert!(refused(&disk));
+    assert_eq!(disk.segments().len(), before.len(), "nothing was changed");
+}
+
+#[test]
+fn a_missing_segment_is_damage_even_after_a_power_cut() {
+    let disk = SimDisk::default();
+    let (log, _, _) = two_segments(&disk);
+    log.rotate().unwrap();
+    drop(log);
+    disk.cut_power(|| true);
+    disk.remove(&disk.segments()[1].0).unwrap();
+    assert!(refused(&disk));
+}
+
+#[test]
+fn a_refused_record_is_never_mixed_with_the_one_that_took_its_place() {
+    let disk = SimDisk::default();
+    let (log, _) = open(&disk);
+    log.sync_to(log.last_lsn()).unwrap();
+    // Both have the same data and number; all but the end of the first reaches the disk.
+    let space = usize::try_from(BLOCK_BYTES).unwrap() + 60;
+    disk.set_space(Some(space));
+    assert!(matches!(write(&log, 0, 1, 2), Err(CacheLogError::DiskFull)));
+    disk.set_space(None);
+    let taken = write(&log, 1, 1, 1).unwrap();
+    let mut changes = 0;
+    // Nine sectors of the first, its removal, nine sectors of the second.
+    disk.cut_power(|| {
+        changes += 1;
+        changes <= 9 || changes == 19
+    });
+    let (_, mut replay) = open(&disk);
+    let found = blocks(&mut replay);
+    assert!(found.is_empty() || found == BTreeMap::from([(1, taken)]), "{found:?}");
+}
+
+#[test]
+fn a_full_disk_in_a_rotation_changes_nothing_and_the_log_goes_on() {
+    for space in [0, 1, 104, 110] {
+        let disk = SimDisk::default();
+        let (log, _) = open(&disk);
+        log.append_volume_open(VOLUME, "vol", Generation(3)).unwrap();
+        let first = write(&log, 0, 1, 1).unwrap();
+        let (segments, usage) = (disk.segments(), log.usage_bytes());
+        disk.set_space(Some(space));
+        assert!(matches!(log.rotate(), Err(CacheLogError::DiskFull)));
+        assert_eq!((disk.segments(), log.usage_bytes()), (segments, usage));
+        assert_eq!(log.last_lsn(), first);
+        log.sync_to(first).unwrap();
+        disk.set_space(None);
+        log.rotate().unwrap();
+        let second = write(&log, 1, 1, 2).unwrap();
+        log.sync_to(second).unwrap();
+        disk.cut_power(|| false);
+        let (_, mut replay) = open(&disk);
+        assert_eq!(replay.open_volumes().len(), 1);
+        assert_eq!(blocks(&mut replay), BTreeMap::from([(0, first), (1, second)]));
+    }
+}
+
+#[test]
+fn a_flush_that_fails_in_a_rotation_or_a_trim_is_never_followed_by_a_success() {
+    for trims in [false, true] {
+        let disk = SimDisk::default();
+        let (log, _) = open(&disk);
+        let first = write(&log, 0, 1, 1).unwrap();
+        if trims {
+            log.rotate().unwrap();
+            log.sync_to(log.last_lsn()).unwrap();
+        }
+        disk.set_sync_fails(true);
+        let failed = if trims { log.trim(first.next()).is_err() } else { log.rotate().is_err() };
+        assert!(failed);
+        disk.set_sync_fails(false);
+        let promised = log.durable_lsn();
+        assert!(matches!(write(&log, 1, 1, 2), Err(CacheLogError::Poisoned(_))));
+        assert!(matches!(log.sync_to(promised.next()), Err(CacheLogError::Poisoned(_))));
+        assert_eq!(log.durable_lsn(), promised);
+    }
+}
+
+#[test]
+fn a_trim_keeps_what_was_appended_after_the_look_even_if_it_was_sealed_since() {
+    let disk = SimDisk::default();
+    let (log, _) = open(&disk);
+    let before = log.last_lsn().next();
+    let kept = write(&log, 0, 1, 1).unwrap();
+    log.rotate().unwrap();
+    assert_eq!(log.trim(before).unwrap(), 0);
+    drop(log);
+    let (_, mut replay) = open(&disk);
+    assert_eq!(blocks(&mut replay), BTreeMap::from([(0, kept)]));
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Write(u64, u64),
+    WriteOut(u64),
+    /// A write that goes around the cache.
+    Direct(u64),
+    Sync,
+    Trim,
+    Rotate,
+    DiskFull(usize),
+    Kill,
+    Cut(u64),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        12 => (0u64..8, 1u64..4).prop_map(|(start, len)| Step::Write(start, len)),
+        6 => (0u64..10).prop_map(Step::WriteOut),
+        3 => (0u64..10).prop_map(Step::Direct),
+        1 => Just(Step::Sync),
+        2 => Just(Step::Trim),
+        2 => Just(Step::Rotate),
+        1 => (0usize..9000).prop_map(Step::DiskFull),
+        1 => Just(Step::Kill),
+        2 => any::<u64>().prop_map(Step::Cut),
+    ]
+}
+
+/// A writeback that keeps the rules, in front of a device that keeps everything.
+struct Writeback {
+    disk: SimDisk,
+    log: CacheLog,
+    /// Newest record of each dirty block.
+    dirty: BTreeMap<u64, Lsn>,
+    /// When the data of each record was written, by the clock of all writes.
+    ages: BTreeMap<Lsn, u64>,
+    /// Age of what the device holds durably.
+    device: BTreeMap<u64, u64>,
+    clock: u64,
+}
+
+impl Writeback {
+    fn write(&mut self, start: u64, len: u64) {
+        match write(&self.log, start, len, 0) {
+            Ok(lsn) => {
+                self.clock += 1;
+                self.ages.insert(lsn, self.clock);
+                self.dirty.extend((start..start + len).map(|lblk| (lblk, lsn)));
+            }
+            Err(CacheLogError::Full { .. } | CacheLogError::DiskFull) => {}
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// Returns the `Clean` record, if there is one.
+    fn write_out(&mut self, lblk: u64) -> Option<Lsn> {
+        let covered = self.dirty.remove(&lblk)?;
+        // Log first.
+        self.log.sync_to(covered).unwrap();
+        self.device.insert(lblk, self.ages[&covered]);
+        Some(clean(&self.log, lblk, 1, covered))
+    }
+
+    fn direct(&mut self, lblk: u64) {
+        if let Some(cleaned) = self.write_out(lblk) {
+            self.log.sync_to(cleaned).unwrap();
+        }
+        if self.log.holds(VOLUME, LblkRange::new(lblk, 1)) {
+            // Forget before going around: its `Clean` record is not durable yet.
+            self.log.sync_to(self.log.last_lsn()).unwrap();
+        }
+        assert!(!self.log.holds(VOLUME, LblkRange::new(lblk, 1)));
+        self.clock += 1;
+        self.device.insert(lblk, self.clock);
+    }
+
+    fn step(&mut self, step: &Step) {
+        match *step {
+            Step::Write(start, len) => self.write(start, len),
+            Step::WriteOut(lblk) => {
+                self.write_out(lblk);
+            }
+            Step::Direct(lblk) => self.direct(lblk),
+            Step::Sync => self.log.sync_to(self.log.last_lsn()).unwrap(),
+            Step::Trim => {
+                let none = self.log.last_lsn().next();
+                let oldest = self.dirty.values().min().copied().unwrap_or(none);
+                self.log.trim(oldest).unwrap();
+            }
+            Step::Rotate => self.log.rotate().unwrap(),
+            Step::DiskFull(space) => {
+                self.disk.set_space(Some(space));
+                self.write(0, 2);
+                self.disk.set_space(None);
+            }
+            Step::Kill => self.restart(),
+            Step::Cut(mut seed) => {
+                self.disk.cut_power(|| {
+                    seed ^= seed << 13;
+                    seed ^= seed >> 7;
+                    seed ^= seed << 17;
+                    seed % 4 > 1
+                });
+                self.restart();
+            }
+        }
+    }
+
+    fn restart(&mut self) {
+        let (log, mut replay) = open(&self.disk);
+        self.ages.split_off(&replay.last_lsn().next());
+        self.dirty = blocks(&mut replay);
+        self.log = log;
+        for (lblk, lsn) in &self.dirty {
+            let (found, durable) = (self.ages[lsn], self.device.get(lblk).copied().unwrap_or(0));
+            assert!(found >= durable, "block {lblk}: {found} was replayed over {durable}");
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(super::tests::config(96))]
+    #[test]
+    fn a_replay_never_puts_older_data_over_what_was_converted(
+        steps in prop::collection::vec(step(), 1..80),
+    ) {
+        let disk = SimDisk::default();
+        let (log, _) = open(&disk);
+        let (dirty, ages, device) = Default::default();
+        let mut writeback = Writeback { disk, log, dirty, ages, device, clock: 0 };
+        for step in &steps {
+            writeback.step(step);
+        }
+        writeback.disk.cut_power(|| false);
+        writeback.restart();
+    }
+}
