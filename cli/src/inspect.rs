@@ -1,6 +1,7 @@
 //! Commands that only ask: extents, io-ends, stores, status, check.
 
 use endio_api::{
+    common::Extent,
     conversion::{ListIoEndsRequest, ListStoresRequest},
     writeback::{CheckRequest, CheckResponse, ExtentsRequest, StatusRequest, VolumeRequest},
 };
@@ -28,11 +29,50 @@ pub(crate) async fn extents(client: &Client, out: Output, args: ExtentsArgs) -> 
     };
     let answer = client.inspect().extents(request).await;
     let mut batches = answer.map_err(|e| client.failure(&what, &e))?.into_inner();
+    let print = |rows: &[Extent]| {
+        let value = json!({ "extents": rows.iter().map(extent_json).collect::<Vec<_>>() });
+        out.print(&value, || extent_table(rows))
+    };
+    let mut rows: Vec<Extent> = Vec::new();
     while let Some(batch) = batches.message().await.map_err(|e| client.failure(&what, &e))? {
-        let value = json!({ "extents": batch.extents.iter().map(extent_json).collect::<Vec<_>>() });
-        out.print(&value, || extent_table(&batch.extents))?;
+        for extent in batch.extents {
+            join(&mut rows, extent);
+        }
+        if rows.len() > EXTENT_ROWS_MAX {
+            // The last row may go on in the next batch.
+            let last = rows.split_off(rows.len() - 1);
+            print(&rows)?;
+            rows = last;
+        }
     }
-    Ok(())
+    print(&rows)
+}
+
+/// Rows printed at once: bounds the memory for a large map.
+const EXTENT_ROWS_MAX: usize = 4_096;
+
+/// Appends an extent, as a part of the last row if it continues that one: the map is cut at chunks
+/// and at batches, which is nobody's concern here.
+fn join(rows: &mut Vec<Extent>, next: Extent) {
+    if let Some(last) = rows.last_mut()
+        && continues(last, &next)
+        && let Some(blocks) = last.blocks.checked_add(next.blocks)
+    {
+        last.blocks = blocks;
+        last.crc32c.extend(next.crc32c);
+        return;
+    }
+    rows.push(next);
+}
+
+fn continues(last: &Extent, next: &Extent) -> bool {
+    let blocks = u64::from(last.blocks);
+    last.state == next.state
+        && last.lblk + blocks == next.lblk
+        && last.places.len() == next.places.len()
+        && last.places.iter().zip(&next.places).all(|(last, next)| {
+            last.store == next.store && last.pblk.checked_add(blocks) == Some(next.pblk)
+        })
 }
 
 /// `endio io-ends`
@@ -177,5 +217,39 @@ mod tests {
         assert_eq!(check_json(&answer)["clean"], false);
         assert_eq!(verdict(findings(&answer).count()).unwrap_err().exit, Exit::CheckFound);
         assert!(check_text(&CheckResponse::default()).ends_with("clean\n"));
+    }
+}
+
+#[cfg(test)]
+mod joining {
+    use super::*;
+    use endio_api::common::{ExtentState, Place};
+
+    fn hole(lblk: u64, blocks: u32) -> Extent {
+        Extent { lblk, blocks, state: ExtentState::Hole.into(), ..Extent::default() }
+    }
+
+    fn written(lblk: u64, blocks: u32, pblk: u64) -> Extent {
+        let places = vec![Place { store: 1, pblk }];
+        let crc32c = vec![7; blocks as usize];
+        Extent { lblk, blocks, state: ExtentState::Written.into(), places, crc32c }
+    }
+
+    #[test]
+    fn holes_and_pieces_that_go_on_elsewhere_are_one_row() {
+        let mut rows = Vec::new();
+        for extent in [hole(0, 10), hole(10, 5), written(15, 2, 100), written(17, 3, 102)] {
+            join(&mut rows, extent);
+        }
+        assert_eq!(rows, [hole(0, 15), written(15, 5, 100)]);
+    }
+
+    #[test]
+    fn pieces_that_lie_apart_stay_two_rows() {
+        let mut rows = Vec::new();
+        for extent in [written(0, 2, 100), written(2, 2, 103), hole(4, 1), hole(6, 1)] {
+            join(&mut rows, extent);
+        }
+        assert_eq!(rows.len(), 4);
     }
 }
