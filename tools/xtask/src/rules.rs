@@ -13,10 +13,11 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("crates/api", &["types", "state-machine", "chassis"]),
     ("crates/store", &["types", "state-machine"]),
     ("crates/chassis", &[]),
+    ("crates/nbd", &[]),
     ("crates/testkit", &["types", "state-machine", "api", "store", "chassis"]),
     ("services/conversion", SERVICE),
     ("services/block-store", SERVICE),
-    ("services/writeback", SERVICE),
+    ("services/writeback", &["types", "state-machine", "api", "store", "chassis", "nbd"]),
     ("bench", &["types", "api", "chassis"]),
     (
         "cli",
