@@ -44,7 +44,7 @@ pub struct WriteRecord {
     pub result: u64,
 }
 
-/// A write that is not known to be converted, from [`Replay`].
+/// A write that is not known to be converted, from [`super::Replay`].
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ReplayedWrite {
     /// Its number.
