@@ -20,7 +20,6 @@ pub struct Config {
     /// acknowledged and not yet written out.
     pub cache_dir: PathBuf,
     /// Where the NBD export listens; absent: no export.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub nbd_listen: Option<ListenAddr>,
     /// How long a request waits for what is away or full before its caller gets an error, in ms.
     /// Too small: a restart of a peer becomes an I/O error. Too large: a caller hangs. 100 to

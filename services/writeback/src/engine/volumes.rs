@@ -67,6 +67,10 @@ impl Engine {
 
     async fn open_now(self: &Arc<Self>, name: &str, force: bool) -> Result<Arc<Volume>, Failure> {
         self.takes_work_soon().await?;
+        // The replay may have opened it meanwhile: opened again, its dirty data would be fenced.
+        if let Some(volume) = self.table.find(name) {
+            return Ok(volume);
+        }
         if self.table.len() >= self.config.volumes_max {
             return Err(Failure::new(Reason::Limit, "too many volumes are open here"));
         }
