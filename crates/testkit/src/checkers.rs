@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use endio_api::conversion::{self, ListIoEndsResponse, Store};
 
-use crate::oracle::{Oracle, Violation};
+use crate::oracle::Oracle;
 
 /// A broken promise and the checker that noticed it.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -18,12 +18,6 @@ pub struct Broken {
     pub checker: &'static str,
     /// What was found, in words.
     pub finding: String,
-}
-
-impl From<Violation> for Broken {
-    fn from(violation: Violation) -> Self {
-        Self { checker: violation.checker(), finding: violation.to_string() }
-    }
 }
 
 fn broken(checker: &'static str, finding: impl Into<String>) -> Broken {
@@ -41,11 +35,30 @@ pub fn contents_are_possible(
     first: u64,
     bytes: &[u8],
 ) -> Result<(), Broken> {
-    let seen = oracle.check_range(began, first, bytes)?;
-    if oracle.pending().is_empty() {
-        oracle.check_whole_writes(&seen)?;
-    }
-    Ok(())
+    let judge = |oracle: &mut Oracle| {
+        let seen = oracle.check_range(began, first, bytes)?;
+        if oracle.pending().is_empty() { oracle.check_whole_writes(&seen) } else { Ok(()) }
+    };
+    judge(oracle).map_err(|violation| {
+        let history = oracle.explain(violation.cell());
+        broken(violation.checker(), format!("{violation}\n{history}"))
+    })
+}
+
+/// The same for a read among writes: nothing is said about whole writes.
+///
+/// # Errors
+/// The first broken promise.
+pub fn contents_are_possible_now(
+    oracle: &mut Oracle,
+    began: crate::oracle::At,
+    first: u64,
+    bytes: &[u8],
+) -> Result<(), Broken> {
+    oracle.check_range(began, first, bytes).map(drop).map_err(|violation| {
+        let history = oracle.explain(violation.cell());
+        broken(violation.checker(), format!("{violation}\n{history}"))
+    })
 }
 
 /// Counts what was asked and what was answered.

@@ -131,6 +131,17 @@ pub enum Violation {
 }
 
 impl Violation {
+    /// Where it was noticed.
+    pub fn cell(&self) -> u64 {
+        match self {
+            Self::Garbage { cell, .. }
+            | Self::Foreign { cell, .. }
+            | Self::Stale { cell, .. }
+            | Self::LostFlushed { cell, .. } => *cell,
+            Self::TornWrite { missing_in, .. } => *missing_in,
+        }
+    }
+
     /// Name of the checker whose promise is broken.
     pub fn checker(&self) -> &'static str {
         match self {
@@ -365,6 +376,23 @@ impl Oracle {
             Some(lost) => Violation::LostFlushed { cell, found, lost, allowed },
             None => Violation::Stale { cell, found, allowed },
         }
+    }
+
+    /// What is known about a cell, for a person who looks into a violation.
+    pub fn explain(&self, cell: u64) -> String {
+        let known = self.history.get(&cell).into_iter().flatten();
+        let mut lines = vec![format!("cell {cell}, last shown {:?}:", self.shown.get(&cell))];
+        for sequence in known {
+            let write = &self.writes[sequence];
+            let what = if write.zeroes { "zeroes" } else { "write" };
+            let (first, last) = (write.first, write.first.saturating_add(write.cells - 1));
+            let (invoked, state, durable) = (write.invoked, write.state, write.durable);
+            lines.push(format!(
+                "  {what} {sequence}: cells {first} to {last}, sent {invoked:?}, {state:?}, \
+                 durable {durable}"
+            ));
+        }
+        lines.join("\n")
     }
 
     /// Checks a whole read; returns the write found in each cell.

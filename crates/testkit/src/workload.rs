@@ -200,7 +200,12 @@ impl Workload {
                 if length != cells * CELL {
                     bail!("a read of {} bytes returned {length}", cells * CELL);
                 }
-                self.oracle.check_range(began, first, &completion.data)?;
+                checkers::contents_are_possible_now(
+                    &mut self.oracle,
+                    began,
+                    first,
+                    &completion.data,
+                )?;
             }
         }
         Ok(())

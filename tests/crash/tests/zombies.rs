@@ -136,7 +136,8 @@ async fn a_write_whose_store_dies_shows_two_attempts_in_one_trace() {
 
 async fn wait_for_an_io_end(client: &Client) {
     for _ in 0..500 {
-        let listed = client.inspect().io_ends(ListIoEndsRequest::default()).await.unwrap().into_inner();
+        let listed =
+            client.inspect().io_ends(ListIoEndsRequest::default()).await.unwrap().into_inner();
         if listed.total > 0 {
             let held = &listed.io_ends[0].held;
             assert!(!held.is_empty(), "an io_end in flight names its holders");
@@ -182,7 +183,8 @@ async fn a_graceful_stop_with_work_in_flight_drains_and_loses_nothing() {
 async fn endio_up_survives_a_kill() {
     let directory = tempfile::tempdir().unwrap();
     let data_dir = directory.path().join("data").to_str().unwrap().to_owned();
-    let args = ["up", "--data-dir", &data_dir, "--grpc-listen", LISTEN, "--capacity", "256MiB"];
+    let args =
+        ["--json", "up", "--data-dir", &data_dir, "--grpc-listen", LISTEN, "--capacity", "256MiB"];
     let spec = Spec {
         name: "up".to_owned(),
         binary: "endio",
