@@ -12,7 +12,7 @@ use serde::Serialize;
 #[derive(Parser, Serialize)]
 #[command(version)]
 struct Flags {
-    /// Configuration file (TOML). Environment: ENDIO_CONVERSION_<KEY>.
+    /// Configuration file (TOML). Environment: `ENDIO_CONVERSION_KEY`.
     #[arg(long)]
     #[serde(skip)]
     config: Option<PathBuf>,

@@ -10,7 +10,7 @@ use serde::Serialize;
 #[derive(Parser, Serialize, Debug, Clone, Default)]
 #[command(name = "endio-writeback", version)]
 pub struct Flags {
-    /// Configuration file (TOML). Environment: ENDIO_WRITEBACK_<KEY>.
+    /// Configuration file (TOML). Environment: `ENDIO_WRITEBACK_KEY`.
     #[arg(long)]
     #[serde(skip)]
     pub config: Option<PathBuf>,
