@@ -2,7 +2,7 @@
 //! stand in docs/SAFETY.md and docs/TESTING.md.
 //!
 //! `no_lost_flushed_write`, `no_foreign_or_stale_byte` and `no_torn_write` are judged by the
-//! [`Oracle`](crate::oracle::Oracle): a [`Violation`] carries the name of its checker.
+//! [`Oracle`]: a [`crate::oracle::Violation`] carries the name of its checker.
 
 use std::collections::BTreeMap;
 
