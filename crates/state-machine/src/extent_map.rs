@@ -14,7 +14,7 @@ use crate::chunk::{CHUNK_BLOCKS, Change, Chunk, ChunkId, ExtentState, OpSeq, Pla
 /// Where chunks are kept: memory, sled, or something that forgets.
 pub trait ChunkTable {
     /// What can go wrong. After an error of `update` the table must not be used any more.
-    type Error;
+    type Error: std::fmt::Display;
 
     /// Calls `f` once with the chunk, or with `None` if nothing of it is mapped.
     fn read(&mut self, id: ChunkId, f: &mut dyn FnMut(Option<&Chunk>)) -> Result<(), Self::Error>;

@@ -91,6 +91,51 @@ mod tests {
         assert!(queue.push(VolumeId(1), IoEndId(10_001)));
     }
 
+    /// Scenario 63, checked on every history of up to seven steps. The converter sleeps only after
+    /// it has found nothing; a push wakes it only if it says so. Then work never lies beside a
+    /// sleeping converter, and each volume's io_ends come out once and in order.
+    #[test]
+    fn no_history_of_seven_steps_leaves_work_beside_a_sleeping_converter() {
+        const STEPS: u32 = 7;
+        const KINDS: u32 = 5;
+        for history in 0..KINDS.pow(STEPS) {
+            let (mut queue, mut is_awake, mut next) = (LaneQueue::default(), false, 1);
+            let mut model: Vec<(VolumeId, IoEndId)> = Vec::new();
+            for step in 0..STEPS {
+                match history / KINDS.pow(step) % KINDS {
+                    kind @ (0 | 1) => {
+                        let new = (VolumeId(u64::from(kind)), IoEndId(next));
+                        next += 1;
+                        let wakes = queue.push(new.0, new.1);
+                        assert_eq!(wakes, model.is_empty(), "a wake-up per edge, and only there");
+                        is_awake |= wakes;
+                        model.push(new);
+                    }
+                    // An abort takes one out of the middle or the end.
+                    kind @ (2 | 3) => {
+                        let at = if kind == 2 { 0 } else { model.len().saturating_sub(1) };
+                        if let Some((volume, id)) = model.get(at).copied() {
+                            assert!(queue.remove(volume, id));
+                            model.remove(at);
+                        }
+                    }
+                    _ if is_awake => match queue.pop() {
+                        None => is_awake = false,
+                        Some(taken) => {
+                            let oldest = model.iter().position(|(volume, _)| *volume == taken.0);
+                            assert_eq!(oldest.map(|at| model.remove(at)), Some(taken));
+                        }
+                    },
+                    _ => {}
+                }
+                assert_eq!(queue.len(), model.len());
+                assert!(is_awake || queue.is_empty(), "stranded in history {history}");
+            }
+            let left = std::iter::from_fn(|| queue.pop()).count();
+            assert_eq!(left, model.len());
+        }
+    }
+
     #[test]
     fn volumes_take_turns_and_keep_their_order() {
         let mut queue = LaneQueue::default();

@@ -27,9 +27,9 @@ impl<T: ChunkTable> Machine<T> {
         let mut batch = ConvertedBatch { seq: 0, traceparents: vec![], io_ends: vec![], blocks: 0 };
         for (volume, id) in taken {
             let Some(io_end) = self.ledger.get(id).cloned() else { continue };
-            if !self.chunks_are_readable(&io_end) {
-                let range = io_end.range;
-                let kind = EffectKind::ConversionFailed { io_end: id, volume, range };
+            if let Err(error) = self.read_chunks(&io_end) {
+                let (range, why) = (io_end.range, error.to_string());
+                let kind = EffectKind::ConversionFailed { io_end: id, volume, range, why };
                 self.push(self.when_committed(), kind, out);
                 self.abort(id, Reason::MetadataFull, None, out)?;
                 continue;
@@ -93,12 +93,14 @@ impl<T: ChunkTable> Machine<T> {
         older[..count].iter().map(|other| other.id).collect()
     }
 
-    fn chunks_are_readable(&mut self, io_end: &IoEnd) -> bool {
+    /// Reads every chunk that the conversion will change, so that what cannot be read is found
+    /// before there is a record of it.
+    fn read_chunks(&mut self, io_end: &IoEnd) -> Result<(), T::Error> {
         let first = io_end.range.start.0 / CHUNK_BLOCKS;
         let last = io_end.range.end().saturating_sub(1) / CHUNK_BLOCKS;
-        (first..=last).all(|index| {
+        (first..=last).try_for_each(|index| {
             let id = ChunkId { volume: io_end.volume, index };
-            self.table.read(id, &mut |_| {}).is_ok()
+            self.table.read(id, &mut |_| {})
         })
     }
 

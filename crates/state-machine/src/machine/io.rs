@@ -46,7 +46,7 @@ impl Lane {
     pub const ALL: [Self; 2] = [Self::WriteOut, Self::Direct];
 }
 
-/// A call that gets exactly one [`Reply`].
+/// A call that gets exactly one reply, see [`ReplyBody`].
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Call {
     /// Creates a volume. Idempotent.
@@ -485,6 +485,8 @@ pub enum EffectKind {
         volume: VolumeId,
         /// The blocks.
         range: LblkRange,
+        /// What went wrong, for people.
+        why: String,
     },
 }
 

@@ -60,7 +60,7 @@ fn a_refused_begin_holds_nothing() {
     rig.assert_sound();
 }
 
-/// Scenarios 26, 27 and 36.
+/// Scenario 27, when the stream to a store breaks after the submitter's release.
 #[test]
 fn an_abort_after_the_submitters_release_ends_what_a_lost_segment_holds_up() {
     let mut rig = Rig::new(3, 100);
@@ -76,6 +76,7 @@ fn an_abort_after_the_submitters_release_ends_what_a_lost_segment_holds_up() {
     rig.assert_sound();
 }
 
+/// Scenario 27: one segment is out, so only what the submitter still owns is released by it.
 #[test]
 fn an_abort_by_the_submitter_ends_the_io_end_once_and_late_releases_are_refused() {
     let mut rig = Rig::new(3, 100);
@@ -88,6 +89,61 @@ fn an_abort_by_the_submitter_ends_the_io_end_once_and_late_releases_are_refused(
     let late = rig.durable_release(&begun.segments[1].token);
     assert_eq!(late, Some(Reason::NotSubmitted));
     assert_eq!(rig.submit_with(&begun.submitter, vec![], true), None);
+    rig.assert_sound();
+}
+
+/// Scenario 26: nothing was sent, and one message gives every reference back. Repeating it gives
+/// nothing back twice, and a map change that waited gets its turn.
+#[test]
+fn a_write_given_up_before_anything_was_sent_releases_each_reference_once() {
+    let mut rig = Rig::new(2, 100);
+    let volume = rig.volume("v", 100, 2);
+    let begun = rig.begin(&volume, 0, 4);
+    let waiting = rig.call_later(change_call(&volume, MapChange::Trim, 0, 4));
+    rig.drain();
+    assert!(!rig.replies.contains_key(&waiting));
+    assert_eq!(rig.submit_with(&begun.submitter, vec![], true), None);
+    rig.drain();
+    assert!(rig.replies[&waiting].is_ok(), "the range is open again");
+    assert!(rig.machine.is_idle());
+    assert_eq!(rig.submit_with(&begun.submitter, vec![], true), None);
+    assert_eq!((rig.completions.len(), rig.machine.counters().aborted), (1, 1));
+    rig.acknowledge();
+    rig.drain();
+    rig.acknowledge();
+    assert!(rig.machine.stores(rig.now).iter().all(|store| store.free_blocks == 100));
+    rig.assert_sound();
+}
+
+/// Scenarios 25 and 29: of five segments two go out; just those convert, and the rest is written
+/// by a second attempt.
+#[test]
+fn what_was_sent_of_a_write_completes_and_a_second_attempt_writes_the_rest() {
+    let mut rig = Rig::new(1, 1000);
+    rig.create("v", 100 * BLOCK_BYTES, 1, true, false);
+    let volume = rig.open("v", "wb");
+    for lblk in [3, 5] {
+        rig.write(&volume, lblk, 1);
+    }
+    rig.change(&volume, MapChange::Zero, 0, 8).unwrap();
+    let begun = rig.begin(&volume, 0, 8);
+    assert_eq!(begun.segments.len(), 5);
+    let sent = |lblk: Lblk| lblk == Lblk(0) || lblk == Lblk(6);
+    let (out, kept): (Vec<_>, Vec<_>) = begun.segments.iter().partition(|s| sent(s.lblk));
+    for segment in &out {
+        assert_eq!(rig.durable_release(&segment.token), None);
+    }
+    let kept = kept.iter().map(|segment| segment.token.segment).collect();
+    assert_eq!(rig.submit_with(&begun.submitter, kept, false), None);
+    rig.drain();
+    let done = rig.completion(&begun).unwrap();
+    assert_eq!(done.converted, [LblkRange::new(0, 3), LblkRange::new(6, 2)]);
+    assert_eq!(rig.written(&volume), [0, 1, 2, 6, 7], "5 of 8 blocks");
+    rig.acknowledge();
+    let retry = BeginIo { attempt: 2, ..begin_io(&volume, 3, 3) };
+    let again = rig.try_begin(retry).unwrap();
+    assert_eq!(rig.finish(&again).failed, None);
+    assert_eq!(rig.written(&volume), (0..8).collect::<Vec<_>>());
     rig.assert_sound();
 }
 

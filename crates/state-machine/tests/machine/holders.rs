@@ -165,6 +165,47 @@ fn a_clock_that_goes_back_expires_nothing_early_and_completes_nothing_twice() {
     assert_eq!(rig.finish(&begun).failed, None);
 }
 
+/// Scenario 58: an hour back changes nothing. An hour ahead cannot be told from a pause of an hour:
+/// the holders are gone, the write ends once with a retryable error, and what is granted after
+/// either jump lives its whole lease.
+#[test]
+fn a_clock_that_jumps_an_hour_either_way_ends_each_write_once_and_none_early() {
+    const HOUR: u64 = 3_600_000;
+    for ahead_first in [true, false] {
+        let mut rig = Rig::new(1, 100);
+        let volume = rig.volume("v", 100, 1);
+        rig.advance(HOUR + 100);
+        let start = rig.now;
+        rig.join_store(1, 1, 100);
+        rig.hello(WB, "wb");
+        let begun = rig.begin(&volume, 0, 1);
+        if ahead_first {
+            rig.now = start.plus(HOUR);
+            rig.input(Input::Tick);
+            let done = rig.completion(&begun).unwrap();
+            assert_eq!((done.failed, done.retryable), (Some(Reason::LeaseExpired), true));
+        }
+        rig.now = Millis(start.0 - HOUR);
+        rig.input(Input::Tick);
+        assert_eq!(rig.completion(&begun).is_some(), ahead_first);
+        let late = rig.durable_release(&begun.segments[0].token);
+        assert_eq!(late, ahead_first.then_some(Reason::LeaseExpired));
+        rig.register(1, 1, 100);
+        rig.ready(1);
+        rig.hello(WB, "wb");
+        let next = rig.begin(&volume, 4, 1);
+        for _ in 0..20 {
+            rig.advance(10_000);
+            rig.keep_alive(1);
+        }
+        assert!(rig.completion(&next).is_none(), "the clock stands still, so no lease ends");
+        assert_eq!(rig.finish(&next).failed, None);
+        let ends = rig.completions.iter().filter(|done| done.io_end == begun.submitter.io_end);
+        assert_eq!(ends.count(), usize::from(ahead_first));
+        rig.assert_sound();
+    }
+}
+
 /// Scenario 59.
 #[test]
 fn a_late_release_of_the_first_attempt_changes_nothing_after_the_second() {

@@ -1,6 +1,7 @@
 //! The scenarios of the completion protocol on the pure machine.
 #![allow(clippy::unwrap_used, missing_docs, unreachable_pub)]
 
+mod conversion;
 mod errors;
 mod holders;
 mod map;
@@ -8,3 +9,4 @@ mod random;
 mod references;
 mod rig;
 mod space;
+mod table;

@@ -113,6 +113,30 @@ fn a_release_on_an_io_end_that_is_forgotten_is_unknown() {
     assert_eq!(rig.machine.volume("v").unwrap().map_version, version);
 }
 
+/// Scenarios 8 and 9: all references are granted with the io_end. There is no message that adds
+/// one, and a token beyond them is refused even with the right MAC, before and after the end.
+#[test]
+fn no_reference_is_added_to_an_io_end_after_it_has_begun() {
+    let mut rig = Rig::new(1, 1000);
+    let volume = rig.volume("v", 1024, 1);
+    let begun = rig.begin(&volume, 0, 4);
+    let key = endio_state_machine::token::TokenKey::new([1; 32]);
+    let granted = begun.segments[0].token;
+    assert!(granted.verify(&key), "the key of the rig's first epoch");
+    let added = Token { segment: SegmentIndex(2), ..granted }.signed(&key);
+    let held = |rig: &Rig| rig.machine.io_ends(rig.now, None, 10).0[0].held.len();
+    assert_eq!(rig.durable_release(&added), Some(Reason::UnknownToken));
+    assert_eq!(held(&rig), 2);
+    assert_eq!(rig.submit(&begun.submitter), None);
+    assert_eq!(rig.durable_release(&added), Some(Reason::UnknownToken));
+    assert_eq!(held(&rig), 1);
+    assert_eq!(rig.durable_release(&granted), None);
+    rig.drain();
+    assert_eq!(rig.durable_release(&added), Some(Reason::UnknownToken));
+    assert_eq!((rig.conversions(), rig.completions.len()), (1, 1));
+    rig.assert_sound();
+}
+
 /// Scenario 10.
 #[test]
 fn a_token_of_another_io_end_or_with_a_bit_changed_is_forged() {

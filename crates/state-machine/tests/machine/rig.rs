@@ -2,17 +2,18 @@
 
 use std::collections::BTreeMap;
 
-use endio_state_machine::extent_map::MemoryTable;
 use endio_state_machine::limits::Limits;
 use endio_state_machine::machine::*;
 use endio_state_machine::record::{Record, Seq, Snapshot};
 use endio_state_machine::token::{Token, TokenKey};
 use endio_types::*;
 
+use crate::table::FaultyTable;
+
 pub const WB: WritebackSession = WritebackSession(1);
 
 pub struct Rig {
-    pub machine: Machine<MemoryTable>,
+    pub machine: Machine<FaultyTable>,
     pub now: Millis,
     pub journal: Vec<(Seq, Record)>,
     /// Records up to here are durable.
@@ -49,7 +50,7 @@ impl Rig {
     pub fn with_limits(stores: u64, capacity: u64, limits: Limits) -> Self {
         let snapshot = Snapshot::new([1; 16]);
         let mut rig = Self {
-            machine: Machine::recover(limits.clone(), MemoryTable::new(), snapshot),
+            machine: Machine::recover(limits.clone(), FaultyTable::new(), snapshot),
             now: Millis(1),
             journal: Vec::new(),
             durable: 0,
@@ -85,7 +86,7 @@ impl Rig {
         self.waiting.clear();
         self.epoch_no = self.epoch_no.wrapping_add(1);
         let snapshot = Snapshot::new([1; 16]);
-        self.machine = Machine::recover(self.limits.clone(), MemoryTable::new(), snapshot);
+        self.machine = Machine::recover(self.limits.clone(), FaultyTable::new(), snapshot);
         for (seq, record) in &self.journal {
             self.machine.apply(*seq, record).unwrap();
         }

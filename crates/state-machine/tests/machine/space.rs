@@ -107,7 +107,7 @@ fn an_older_incarnation_is_refused() {
             uuid: [1; 16],
             incarnation: Incarnation(4),
             capacity_blocks: 10,
-            url: String::new(),
+            url: "memory:store-1".into(),
         },
     });
     let refused = |kind: &EffectKind| {

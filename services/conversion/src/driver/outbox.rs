@@ -162,12 +162,13 @@ impl Outbox {
             }
             EffectKind::EndWriteback(session) => self.forget_writeback(session),
             EffectKind::EndStore(session) => self.forget_store(session),
-            EffectKind::ConversionFailed { io_end, volume, range } => {
+            EffectKind::ConversionFailed { io_end, volume, range, why } => {
                 tracing::error!(
                     io_end = io_end.0,
                     volume = volume.0,
                     lblk = range.start.0,
                     blocks = range.len,
+                    error = why,
                     "an accepted write could not be converted; its data stays dirty and is retried"
                 );
             }
