@@ -5,12 +5,12 @@ mod chunk_codec;
 pub mod extent_map;
 pub mod gate;
 
-pub mod writeback;
-pub mod limits;
-pub mod machine;
-pub mod record;
-pub mod token;
 pub mod free_space;
 pub mod lease;
 pub mod ledger;
+pub mod limits;
+pub mod machine;
 pub mod queue;
+pub mod record;
+pub mod token;
+pub mod writeback;
