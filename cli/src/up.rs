@@ -62,6 +62,8 @@ pub(crate) struct Stack {
     pub(crate) conversion: String,
     /// Urls of the block-stores.
     pub(crate) stores: Vec<String>,
+    /// Where NBD clients attach.
+    pub(crate) nbd: Option<String>,
     stop: Shutdown,
     writeback: JoinHandle<Ended>,
     stores_stop: Shutdown,
@@ -151,6 +153,7 @@ pub(crate) async fn start(plan: &Plan, stop: Shutdown) -> Outcome<Stack> {
         .await
         .map_err(|error| failed("start the writeback service", &error))?;
     let grpc = writeback.url();
+    let nbd = writeback.nbd_address();
     let writeback = tokio::spawn(async move {
         writeback.wait().await.map_err(|error| failed("run the writeback service", &error))
     });
@@ -158,6 +161,7 @@ pub(crate) async fn start(plan: &Plan, stop: Shutdown) -> Outcome<Stack> {
         grpc,
         conversion: conversion_url,
         stores,
+        nbd,
         stop,
         writeback,
         stores_stop,
@@ -261,6 +265,7 @@ impl Stack {
             &[
                 ("conversion", json!(self.conversion)),
                 ("stores", json!(self.stores)),
+                ("nbd", json!(self.nbd)),
                 ("data_dir", json!(data_dir)),
             ],
         )?;
@@ -274,6 +279,9 @@ impl Stack {
         eprintln!("  conversion  {}", self.conversion);
         for store in &self.stores {
             eprintln!("  block-store {store}");
+        }
+        if let Some(nbd) = &self.nbd {
+            eprintln!("  nbd         {nbd}");
         }
         eprintln!("next: endio volume create vol1 --size 8GiB{endpoint}");
         eprintln!("Ctrl-C writes out what is dirty and stops");

@@ -207,13 +207,25 @@ pub enum OpenError {
     Unavailable(String),
 }
 
+/// What an export is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// To tell the client about it; nothing is read or written.
+    Describe,
+    /// To be served on this connection.
+    Attach,
+}
+
 /// The exports of a server.
 #[async_trait]
 pub trait Exports: Send + Sync + 'static {
     /// The export of this name; the empty name asks for the default export, if there is one.
-    /// Called for each `NBD_OPT_INFO`, `NBD_OPT_GO`, `NBD_OPT_EXPORT_NAME` and for metadata
-    /// contexts, so opening must be cheap or cached.
-    async fn open(&self, name: &str, client: &Client) -> Result<Arc<dyn Export>, OpenError>;
+    async fn open(
+        &self,
+        name: &str,
+        client: &Client,
+        purpose: Purpose,
+    ) -> Result<Arc<dyn Export>, OpenError>;
 
     /// What this client may open.
     async fn list(&self, client: &Client) -> Result<Vec<Listed>, OpenError>;

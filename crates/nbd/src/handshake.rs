@@ -24,7 +24,7 @@ use crate::consts::{
     INIT_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC, STRING_MAX, allocation, client_flag,
     handshake_flag, info, opt, rep, transmission_flag,
 };
-use crate::export::{ExportInfo, Listed, OpenError};
+use crate::export::{ExportInfo, Listed, OpenError, Purpose};
 
 /// Longest data of an option that is looked at, in bytes; longer ones are refused as too big.
 pub const OPTION_DATA_MAX: usize = 64 << 10;
@@ -70,7 +70,7 @@ pub enum Action {
     /// List the exports and answer with [`Handshake::listed`].
     List,
     /// Open the export of this name and answer with [`Handshake::opened`].
-    Open(String),
+    Open(String, Purpose),
     /// Send this; the export that was opened last is now served.
     Begin(Bytes, Box<Negotiated>),
     /// Send this and close: the client asked for it, or gave no other choice.
@@ -326,9 +326,13 @@ impl Handshake {
     fn ask(&mut self, question: Question) -> Action {
         let action = match &question {
             Question::List => Action::List,
-            Question::ExportName { name }
-            | Question::Info { name, .. }
-            | Question::Contexts { name, .. } => Action::Open(name.clone()),
+            Question::ExportName { name } => Action::Open(name.clone(), Purpose::Attach),
+            Question::Info { option: opt::GO, name, .. } => {
+                Action::Open(name.clone(), Purpose::Attach)
+            }
+            Question::Info { name, .. } | Question::Contexts { name, .. } => {
+                Action::Open(name.clone(), Purpose::Describe)
+            }
         };
         self.state = State::Asked(question);
         action

@@ -22,7 +22,7 @@ mod transmission;
 pub use errno::{Errno, Fault};
 pub use export::{
     BlockSizes, Certificate, Client, Export, ExportInfo, Exports, Extent, Listed, OpenError, Piece,
-    ZeroOptions,
+    Purpose, ZeroOptions,
 };
 pub use handshake::TlsPolicy;
 pub use listener::{ListenError, NbdAddr, NbdListener};

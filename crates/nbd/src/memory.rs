@@ -9,7 +9,7 @@ use bytes::{Bytes, BytesMut};
 use crate::consts::allocation;
 use crate::errno::{Errno, Fault};
 use crate::export::{
-    Client, Export, ExportInfo, Exports, Extent, Listed, OpenError, Piece, ZeroOptions,
+    Client, Export, ExportInfo, Exports, Extent, Listed, OpenError, Piece, Purpose, ZeroOptions,
 };
 
 /// Bytes of a page.
@@ -231,7 +231,12 @@ impl FixedExports {
 
 #[async_trait]
 impl Exports for FixedExports {
-    async fn open(&self, name: &str, _client: &Client) -> Result<Arc<dyn Export>, OpenError> {
+    async fn open(
+        &self,
+        name: &str,
+        _client: &Client,
+        _purpose: Purpose,
+    ) -> Result<Arc<dyn Export>, OpenError> {
         let export = match name {
             "" => self.exports.values().next(),
             name => self.exports.get(name),

@@ -32,7 +32,7 @@ use tokio_util::task::TaskTracker;
 use crate::codec::{CodecError, Frames, Request};
 use crate::consts::cmd;
 use crate::errno::Errno;
-use crate::export::{Client, Export, ExportInfo, Exports, OpenError};
+use crate::export::{Client, Export, ExportInfo, Exports, OpenError, Purpose};
 use crate::handshake::{Action, CloseReason, Handshake, HandshakeError, Negotiated, TlsPolicy};
 use crate::tls::Tls;
 use crate::transmission::{Job, Transmission, payload_buffer};
@@ -262,8 +262,8 @@ impl Server {
             if action == Action::List {
                 let list = self.exports.list(&client).await;
                 action = handshake.listed(list).map_err(EndReason::Handshake)?;
-            } else if let Action::Open(name) = &action {
-                let opened = self.open(name, &client).await;
+            } else if let Action::Open(name, purpose) = &action {
+                let opened = self.open(name, &client, *purpose).await;
                 let info = opened.map(|(opened, info)| {
                     export = Some(opened);
                     info
@@ -300,7 +300,7 @@ impl Server {
                     let _ = stream.shutdown().await;
                     return Err(EndReason::Refused(reason));
                 }
-                Action::List | Action::Open(_) => {
+                Action::List | Action::Open(..) => {
                     return Err(EndReason::Handshake(HandshakeError::OutOfStep));
                 }
             }
@@ -311,8 +311,9 @@ impl Server {
         &self,
         name: &str,
         client: &Client,
+        purpose: Purpose,
     ) -> Result<(Arc<dyn Export>, ExportInfo), OpenError> {
-        let export = self.exports.open(name, client).await?;
+        let export = self.exports.open(name, client, purpose).await?;
         let info = export.info();
         Ok((export, info))
     }

@@ -8,6 +8,8 @@ use endio_chassis::server::ServerConfig;
 use endio_chassis::telemetry::TelemetryConfig;
 use serde::{Deserialize, Serialize};
 
+use crate::nbd::NbdTls;
+
 /// Configuration of the writeback service.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -21,6 +23,9 @@ pub struct Config {
     pub cache_dir: PathBuf,
     /// Where the NBD export listens; absent: no export.
     pub nbd_listen: Option<ListenAddr>,
+    /// STARTTLS for NBD clients; absent: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nbd_tls: Option<NbdTls>,
     /// How long a request waits for what is away or full before its caller gets an error, in ms.
     /// Too small: a restart of a peer becomes an I/O error. Too large: a caller hangs. 100 to
     /// 3,600,000.
@@ -107,6 +112,7 @@ impl Default for Config {
             conversion: "http://127.0.0.1:7401".to_owned(),
             cache_dir: PathBuf::from("endio-data/cache"),
             nbd_listen: None,
+            nbd_tls: None,
             io_timeout_ms,
             dirty_bytes_soft: 64 << 20,
             dirty_bytes_max: 256 << 20,

@@ -31,6 +31,7 @@ use crate::failure::Failure;
 use crate::io_end::{Limits as IoLimits, Submitter};
 use crate::log::Log;
 use crate::metrics::Metrics;
+use crate::nbd::Serving;
 use crate::session::{Limits as SessionStreamLimits, Session};
 use crate::stores::{Limits as StoreLimits, Stores};
 use crate::table::Table;
@@ -161,13 +162,13 @@ pub(crate) struct Life {
     pub(crate) shutdown: Shutdown,
     pub(crate) session: JoinHandle<()>,
     pub(crate) server: JoinHandle<Result<(), ServeError>>,
+    pub(crate) nbd: Option<Serving>,
 }
 
 impl Life {
     /// Recovers, serves, and stops when asked to.
     pub(crate) async fn run(self) -> Result<(), RunError> {
-        let Self { engine, replay, readiness, shutdown, session, mut server } = self;
-        engine.start_log_keeper();
+        let Self { engine, replay, readiness, shutdown, session, mut server, nbd } = self;
         let recovery = recover(Arc::clone(&engine), replay, readiness.clone());
         let mut recovery = tokio::spawn(recovery);
         let mut recovered = None;
@@ -196,6 +197,8 @@ impl Life {
             Some(served) => served,
             None => server.await,
         };
+        // What NBD clients were told is done is in the cache before it is written out.
+        stop_nbd(nbd, &engine, &shutdown).await;
         let held = match recovered {
             Some(()) => write_everything_out(&engine, &shutdown).await,
             // What was not replayed is in the log, where the next start finds it.
@@ -220,6 +223,20 @@ impl Life {
     }
 }
 
+/// Ends the NBD server; one that overruns its deadline is left, and the process ends without it.
+async fn stop_nbd(nbd: Option<Serving>, engine: &Engine, shutdown: &Shutdown) {
+    let Some(nbd) = nbd else { return };
+    let deadline = Duration::from_millis(engine.config.drain_deadline_ms);
+    tokio::select! {
+        stopped = tokio::time::timeout(deadline, nbd.stop()) => {
+            if stopped.is_err() {
+                tracing::warn!("requests of nbd clients are still under way");
+            }
+        }
+        () = shutdown.forced() => {}
+    }
+}
+
 /// Waits, bounded, until no task has the engine any more: its drop unlocks the cache directory, so
 /// that the next start in this process finds it free.
 async fn unlock(engine: Arc<Engine>) {
@@ -235,6 +252,8 @@ async fn unlock(engine: Arc<Engine>) {
 async fn recover(engine: Arc<Engine>, replay: Replay, readiness: Readiness) -> Result<(), Failure> {
     engine.session.up().await;
     engine.replay(replay).await?;
+    // Not before: until then the log holds data that no volume knows of.
+    engine.start_log_keeper();
     engine.serve();
     readiness.set_ready().await;
     tracing::info!(writeback = engine.identity.writeback(), "ready");

@@ -19,6 +19,7 @@ mod io_end;
 mod locks;
 mod log;
 mod metrics;
+pub mod nbd;
 mod session;
 mod stores;
 mod table;
@@ -78,9 +79,9 @@ pub enum StartError {
     /// The url of conversion is none.
     #[error("the conversion service cannot be dialed")]
     Url(#[source] NetError),
-    /// An NBD export was asked for.
-    #[error("nbd_listen is set, but this build has no NBD server: remove --nbd-listen")]
-    NoNbd,
+    /// The NBD server cannot be started.
+    #[error("NBD clients cannot be served")]
+    Nbd(#[source] nbd::NbdError),
     /// Opening was cut short by the end of the runtime.
     #[error("opening the cache directory was interrupted")]
     Interrupted(#[source] JoinError),
@@ -110,6 +111,7 @@ pub enum RunError {
 /// A running writeback.
 pub struct Running {
     url: String,
+    nbd_address: Option<String>,
     engine: Arc<Engine>,
     task: JoinHandle<Result<(), RunError>>,
 }
@@ -118,6 +120,11 @@ impl Running {
     /// Where it is served.
     pub fn url(&self) -> String {
         self.url.clone()
+    }
+
+    /// Where NBD clients attach: `IP:PORT` or `unix:PATH`.
+    pub fn nbd_address(&self) -> Option<String> {
+        self.nbd_address.clone()
     }
 
     /// The service without its transport, for other front ends in the same process.
@@ -145,9 +152,7 @@ impl Running {
 pub async fn start(config: Config, deps: Deps) -> Result<Running, StartError> {
     let Deps { listener, dialer, recorder, shutdown } = deps;
     let url = listener.url().to_owned();
-    if config.nbd_listen.is_some() {
-        return Err(StartError::NoNbd);
-    }
+    let nbd = nbd::bind(&config).await.map_err(StartError::Nbd)?;
     let opening = config.clone();
     let opened = tokio::task::spawn_blocking(move || driver::open(&opening));
     let opened = opened.await.map_err(StartError::Interrupted)??;
@@ -157,7 +162,10 @@ pub async fn start(config: Config, deps: Deps) -> Result<Running, StartError> {
     let routes = grpc::routes(&engine, &shutdown);
     let server = server::serve(options, listener, routes, readiness.clone(), shutdown.clone());
     let server = tokio::spawn(server);
-    tracing::info!(writeback = engine.identity.writeback(), url, "writeback starts");
-    let life = Life { engine: Arc::clone(&engine), replay, readiness, shutdown, session, server };
-    Ok(Running { url, engine, task: tokio::spawn(life.run()) })
+    let nbd_address = nbd.as_ref().map(|nbd| nbd.address().to_string());
+    let nbd = nbd.map(|nbd| nbd.serve(&engine));
+    tracing::info!(writeback = engine.identity.writeback(), url, nbd_address, "writeback starts");
+    let life =
+        Life { engine: Arc::clone(&engine), replay, readiness, shutdown, session, server, nbd };
+    Ok(Running { url, nbd_address, engine, task: tokio::spawn(life.run()) })
 }

@@ -16,6 +16,7 @@ async fn main() -> anyhow::Result<()> {
     let listener = Listener::bind(&config.listen).await?;
     let dialer = Dialer::new(config.dialer.clone());
     let running = start(config, Deps { listener, dialer, recorder, shutdown }).await?;
-    report::ready("writeback", &running.url(), &[])?;
+    let nbd = running.nbd_address().map(|address| ("nbd", address.into()));
+    report::ready("writeback", &running.url(), nbd.as_slice())?;
     Ok(running.wait().await?)
 }
