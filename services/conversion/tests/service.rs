@@ -5,6 +5,8 @@ mod peers;
 
 use endio_api::conversion as proto;
 use endio_api::status;
+use endio_conversion::{DriverError, StartError};
+use endio_store::meta::{MemoryMeta, MetaOptions, Vfs};
 use endio_types::Reason;
 use peers::{ScriptedStore, ScriptedWriteback, Service};
 
@@ -148,4 +150,61 @@ async fn a_graceful_stop_refuses_new_work_and_finishes_what_is_in_flight() {
     assert_eq!(writeback.completion().await.reason, 0);
     drop((store, writeback));
     service.stopped().await;
+}
+
+/// Scenario 70: the disk fails at one sync after the other, from before the epoch's record to
+/// after it. Whoever is answered, is answered from a durable epoch; otherwise the service ends.
+#[tokio::test]
+async fn a_converter_whose_epoch_does_not_become_durable_grants_nothing_and_ends() {
+    let (mut refused, mut ended, mut served) = (0, 0, 0);
+    for syncs in 0..64 {
+        let metadata = MemoryMeta::new();
+        metadata.disk().fail_sync_after(syncs);
+        let Ok(service) = Service::start_over(&metadata).await else {
+            refused += 1;
+            continue;
+        };
+        let request = proto::CreateVolumeRequest {
+            name: "vol".to_owned(),
+            size_bytes: 64 << 20,
+            ..Default::default()
+        };
+        if service.client().create_volume(request).await.is_ok() {
+            served += 1;
+            break;
+        }
+        let fault = service.fault().await;
+        assert!(matches!(fault, StartError::Driver(DriverError::Commit(_))), "{fault:?}");
+        ended += 1;
+    }
+    assert!(refused > 0 && ended > 0 && served == 1, "{refused} {ended} {served}");
+}
+
+/// Scenario 66: on a full disk the accepted write converts out of the reserve, new ones are
+/// refused, and service resumes by itself.
+#[tokio::test]
+async fn on_a_full_metadata_disk_an_accepted_write_converts_and_service_resumes_with_room() {
+    let options = MetaOptions { ballast_bytes: 1 << 20, ..MetaOptions::default() };
+    let metadata = MemoryMeta::with_options(options);
+    let service = Service::start_over(&metadata).await.unwrap();
+    volume(&service, 1).await;
+    let mut store = ScriptedStore::register(&service, 1).await;
+    let mut writeback = ScriptedWriteback::open(&service, "vol").await;
+    let accepted = writeback.begin(0, BLOCKS).await;
+    // Free space is told against a capacity; then the disk is as large as what is on it.
+    metadata.disk().set_capacity(Some(1 << 40));
+    let used = (1 << 40) - metadata.disk().free_bytes().unwrap();
+    metadata.disk().set_capacity(Some(used));
+    writeback.release(&accepted).await;
+    let token = accepted.segments[0].token.clone().unwrap();
+    assert_eq!(store.release_durable(token).await, None);
+    assert_eq!(writeback.completion().await.reason, 0);
+    assert_eq!(writeback.refused_at_last(64, BLOCKS).await, Reason::MetadataFull);
+    metadata.disk().set_capacity(None);
+    let begun = writeback.begun_at_last(64, BLOCKS).await;
+    writeback.release(&begun).await;
+    let token = begun.segments[0].token.clone().unwrap();
+    assert_eq!(store.release_durable(token).await, None);
+    assert_eq!(writeback.completion().await.reason, 0);
+    assert_eq!(service.findings().await, Vec::<String>::new());
 }

@@ -7,7 +7,8 @@ use endio_api::conversion::conversion_client::ConversionClient;
 use endio_chassis::net::{Dialer, DialerConfig, ListenAddr, Listener};
 use endio_chassis::recorder::Recorder;
 use endio_chassis::shutdown::Shutdown;
-use endio_conversion::{Config, Deps, Running, start};
+use endio_conversion::{Config, Deps, Running, StartError, start};
+use endio_store::meta::{MemoryMeta, MetaStore};
 use endio_types::Reason;
 use proto::conversion_message::Message as ToWriteback;
 use proto::store_command::Command as ToStore;
@@ -37,14 +38,27 @@ impl Service {
     }
 
     async fn start_in(dir: tempfile::TempDir) -> Self {
+        Self::try_start(dir, None).await.unwrap()
+    }
+
+    /// Over metadata of the test's own.
+    pub(crate) async fn start_over(metadata: &MemoryMeta) -> Result<Self, StartError> {
+        let metadata: Box<dyn MetaStore> = Box::new(metadata.clone());
+        Self::try_start(tempfile::tempdir().unwrap(), Some(metadata)).await
+    }
+
+    async fn try_start(
+        dir: tempfile::TempDir,
+        store: Option<Box<dyn MetaStore>>,
+    ) -> Result<Self, StartError> {
         let config = Config { data_dir: dir.path().join("meta"), ..Config::default() };
         let listener = Listener::bind(&ListenAddr::loopback()).await.unwrap();
         let dialer = Dialer::new(DialerConfig::default());
         let channel = dialer.channel(listener.url()).unwrap();
         let shutdown = Shutdown::new();
         let deps = Deps::new(listener, dialer, Recorder::default(), shutdown.clone());
-        let running = start(config, deps).await.unwrap();
-        Self { dir, running, channel, shutdown }
+        let running = start(config, Deps { store, ..deps }).await?;
+        Ok(Self { dir, running, channel, shutdown })
     }
 
     /// Stops gracefully and starts over the same data.
@@ -56,6 +70,11 @@ impl Service {
 
     pub(crate) async fn stopped(self) {
         within("stop", self.running.wait()).await.unwrap();
+    }
+
+    /// The fault that ends the service.
+    pub(crate) async fn fault(self) -> StartError {
+        within("fault", self.running.wait()).await.unwrap_err()
     }
 
     pub(crate) fn client(&self) -> ConversionClient<Channel> {
@@ -266,23 +285,38 @@ impl ScriptedWriteback {
         Reason::from_wire(reason).unwrap()
     }
 
+    async fn try_begin(&mut self, lblk: u64, blocks: u32) -> Result<proto::Begun, Reason> {
+        let request = self.ask(lblk, blocks).await;
+        self.until("answer", |message| match message {
+            ToWriteback::Refused(r) if r.request == request => {
+                Some(Err(Reason::from_wire(r.reason).unwrap()))
+            }
+            ToWriteback::Begun(begun) if begun.request == request => Some(Ok(begun.clone())),
+            _ => None,
+        })
+        .await
+    }
+
     /// Begins until it is refused: a stop takes effect a moment after it was asked for.
     pub(crate) async fn refused_at_last(&mut self, lblk: u64, blocks: u32) -> Reason {
         for _ in 0..10_000 {
-            let request = self.ask(lblk, blocks).await;
-            let answer = self
-                .until("answer", |message| match message {
-                    ToWriteback::Refused(r) if r.request == request => Some(Err(r.reason)),
-                    ToWriteback::Begun(b) if b.request == request => Some(Ok(b.submitter.clone())),
-                    _ => None,
-                })
-                .await;
-            match answer {
-                Err(reason) => return Reason::from_wire(reason).unwrap(),
-                Ok(token) => self.give_up(token).await,
+            match self.try_begin(lblk, blocks).await {
+                Err(reason) => return reason,
+                Ok(begun) => self.give_up(begun.submitter).await,
             }
         }
         panic!("it was never refused");
+    }
+
+    /// Begins until it is not refused: what was in the way goes away a moment later.
+    pub(crate) async fn begun_at_last(&mut self, lblk: u64, blocks: u32) -> proto::Begun {
+        for _ in 0..4_000 {
+            if let Ok(begun) = self.try_begin(lblk, blocks).await {
+                return begun;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("it was always refused");
     }
 
     async fn give_up(&mut self, token: Option<endio_api::common::Token>) {
