@@ -14,6 +14,9 @@ use crate::lease::Lease;
 use crate::ledger::Outcome;
 use crate::record::{Record, StoreState};
 
+/// Longest url of a store; it is kept for good.
+const STORE_URL_BYTES_MAX: usize = 1024;
+
 impl<T: ChunkTable> Machine<T> {
     /// A message of a block-store.
     pub(super) fn store(
@@ -76,6 +79,9 @@ impl<T: ChunkTable> Machine<T> {
         // Sums of the capacities of many stores stay far from overflow.
         if new.capacity_blocks > VOLUME_BYTES_MAX / BLOCK_BYTES {
             return Some(self.refusal(Reason::Malformed, "the capacity is at most 2^48 blocks"));
+        }
+        if new.url.is_empty() || new.url.len() > STORE_URL_BYTES_MAX {
+            return Some(self.refusal(Reason::Malformed, "the url is empty or too long"));
         }
         let old = self.durable.stores.get(&new.id)?;
         if new.incarnation < old.incarnation {
