@@ -237,8 +237,8 @@ impl IoEnd {
         self.size_after_bytes.min(end.saturating_mul(BLOCK_BYTES))
     }
 
-    /// What conversion makes written, ascending.
-    pub fn runs(&self, keep_crcs: bool) -> Vec<Run> {
+    /// What conversion makes written, ascending, with what the blocks were before.
+    pub fn runs(&self, keep_crcs: bool) -> Vec<(PieceKind, Run)> {
         let owing = self.pieces.iter().filter(|piece| piece.kind != PieceKind::Overwrite);
         owing
             .filter(|piece| self.is_durable(piece))
@@ -250,12 +250,13 @@ impl IoEnd {
                     }
                     _ => None,
                 });
-                Run {
+                let run = Run {
                     lblk: piece.lblk,
                     blocks: piece.blocks,
                     places: segments.map(|segment| (segment.store, segment.pblk)).collect(),
                     crcs: crcs.unwrap_or_default(),
-                }
+                };
+                (piece.kind, run)
             })
             .collect()
     }

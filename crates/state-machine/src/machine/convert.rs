@@ -9,7 +9,7 @@ use super::{Machine, MachineError, Step};
 use crate::chunk::CHUNK_BLOCKS;
 use crate::chunk::ChunkId;
 use crate::extent_map::ChunkTable;
-use crate::ledger::IoEnd;
+use crate::ledger::{IoEnd, PieceKind};
 use crate::record::{ConvertVolume, Record, Run};
 
 impl<T: ChunkTable> Machine<T> {
@@ -23,7 +23,7 @@ impl<T: ChunkTable> Machine<T> {
         if taken.is_empty() {
             return Ok(false);
         }
-        let mut by_volume: BTreeMap<VolumeId, ConvertVolume> = BTreeMap::new();
+        let mut by_volume: BTreeMap<VolumeId, Draft> = BTreeMap::new();
         let mut batch = ConvertedBatch { seq: 0, traceparents: vec![], io_ends: vec![], blocks: 0 };
         for (volume, id) in taken {
             let Some(io_end) = self.ledger.get(id).cloned() else { continue };
@@ -44,7 +44,8 @@ impl<T: ChunkTable> Machine<T> {
         if by_volume.is_empty() {
             return Ok(true);
         }
-        self.commit(Record::Convert(by_volume.into_values().collect()), out)?;
+        let items = by_volume.into_values().map(|draft| draft.item).collect();
+        self.commit(Record::Convert(items), out)?;
         self.counters.batches += 1;
         self.counters.converted += batch.io_ends.len() as u64;
         self.counters.converted_blocks += batch.blocks;
@@ -104,28 +105,50 @@ impl<T: ChunkTable> Machine<T> {
         })
     }
 
-    fn add_to_batch(&self, batch: &mut BTreeMap<VolumeId, ConvertVolume>, io_end: &IoEnd) {
+    fn add_to_batch(&self, batch: &mut BTreeMap<VolumeId, Draft>, io_end: &IoEnd) {
         let in_place = self.durable.volumes.get(&io_end.volume).is_some_and(|v| v.in_place);
-        let item = batch.entry(io_end.volume).or_insert_with(|| ConvertVolume {
-            volume: io_end.volume,
+        let draft = batch.entry(io_end.volume).or_insert_with(|| Draft::new(io_end.volume));
+        let item = &mut draft.item;
+        let runs = io_end.runs(!in_place);
+        if io_end.credit > 0 {
+            // Only fresh blocks take credit, and in this lane every converted fresh block does.
+            let fresh = io_end
+                .pieces
+                .iter()
+                .filter(|piece| piece.kind == PieceKind::Fresh && io_end.is_durable(piece));
+            item.credit_used += fresh.map(|piece| u64::from(piece.blocks)).sum::<u64>();
+        }
+        for (kind, run) in runs {
+            // Fresh blocks become mapped and unwritten ones are mapped already: a run is one or
+            // the other as a whole, also where the two lie side by side.
+            match draft.last_kind == Some(kind) {
+                true => push_merged(&mut item.runs, run),
+                false => item.runs.push(run),
+            }
+            draft.last_kind = Some(kind);
+        }
+        item.size_after_bytes = item.size_after_bytes.max(io_end.durable_size());
+        item.io_ends.push(io_end.id);
+    }
+}
+
+/// A volume's part of a record while it is put together.
+struct Draft {
+    item: ConvertVolume,
+    /// What the blocks of the last run were before.
+    last_kind: Option<PieceKind>,
+}
+
+impl Draft {
+    fn new(volume: VolumeId) -> Self {
+        let item = ConvertVolume {
+            volume,
             runs: Vec::new(),
             size_after_bytes: 0,
             credit_used: 0,
             io_ends: Vec::new(),
-        });
-        let runs = io_end.runs(!in_place);
-        if io_end.credit > 0 {
-            // Only fresh blocks take credit, and in this lane every converted fresh block does.
-            let fresh = io_end.pieces.iter().filter(|piece| {
-                piece.kind == crate::ledger::PieceKind::Fresh && io_end.is_durable(piece)
-            });
-            item.credit_used += fresh.map(|piece| u64::from(piece.blocks)).sum::<u64>();
-        }
-        for run in runs {
-            push_merged(&mut item.runs, run);
-        }
-        item.size_after_bytes = item.size_after_bytes.max(io_end.durable_size());
-        item.io_ends.push(io_end.id);
+        };
+        Self { item, last_kind: None }
     }
 }
 

@@ -29,6 +29,8 @@ struct World {
     durable_map: BTreeSet<Home>,
     /// Blocks that reads may use, per volume, since the last confirm or open.
     readable: BTreeMap<&'static str, BTreeSet<Home>>,
+    /// Blocks that readers of a generation below this one may use until their store has fenced it.
+    fencing: Vec<(VolumeId, Generation, BTreeSet<Home>)>,
     /// Logical blocks for which every replica of some io_end was released as durable.
     acknowledged: BTreeSet<(VolumeId, u64)>,
     /// Logical blocks that a completion called converted, and nothing has changed since.
@@ -70,6 +72,7 @@ impl World {
             hot: BTreeMap::new(),
             durable_map: BTreeSet::new(),
             readable: BTreeMap::new(),
+            fencing: vec![],
             acknowledged: BTreeSet::new(),
             promised: BTreeSet::new(),
             incarnation: [1; STORES as usize + 1],
@@ -123,6 +126,12 @@ impl World {
                 assert!(!self.durable_map.contains(&home), "{home:?} is in a map on disk");
                 let reader = self.readable.iter().find(|(_, homes)| homes.contains(&home));
                 assert!(reader.is_none(), "{home:?} may still be read by {:?}", reader.unwrap().0);
+                let old = self.fencing.iter().find(|(_, _, homes)| homes.contains(&home));
+                assert!(
+                    old.is_none(),
+                    "{home:?} may be read by an old owner of {:?}",
+                    old.unwrap().0
+                );
                 self.hot.insert(home, begun.submitter.io_end);
             }
         }
@@ -219,7 +228,12 @@ impl World {
         let EffectKind::Store(session, message) = kind else { return };
         let (session, store) = (*session, StoreId(session.0 as u32));
         match message {
-            ToStore::Fence { fence, io_ends, .. } => {
+            ToStore::Fence { fence, io_ends, volumes } => {
+                for (volume, needed, homes) in &mut self.fencing {
+                    if volumes.iter().any(|(id, fenced)| id == volume && fenced >= needed) {
+                        homes.retain(|home| home.0 != store);
+                    }
+                }
                 self.hot.retain(|home, id| home.0 != store || !io_ends.contains(id));
                 let message = FromStore::FenceDone { fence: *fence };
                 self.rig.input(Input::Store { session, message });
@@ -266,11 +280,13 @@ impl World {
         self.settle();
         let name = NAMES[usize::from(n) % 3];
         let homes = self.homes(name);
-        // Readers of the old generation live until every store has fenced it.
-        self.readable.entry(name).or_default().extend(homes);
+        // Readers of the old generation live until their store has fenced it.
+        let mut old = self.readable.insert(name, homes.clone()).unwrap_or_default();
+        old.extend(homes);
         self.rig.auto_commit = true;
-        self.rig.open(name, "wb");
+        let opened = self.rig.open(name, "wb");
         self.rig.auto_commit = false;
+        self.fencing.push((opened.id, opened.generation, old));
         self.commit();
     }
 
@@ -279,6 +295,7 @@ impl World {
         self.begun.clear();
         self.hot.clear();
         self.readable.clear();
+        self.fencing.clear();
         self.promised.clear();
         self.seen = self.rig.sent.len();
         self.done = self.rig.completions.len();

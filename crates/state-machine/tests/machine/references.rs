@@ -303,6 +303,33 @@ fn adjacent_io_ends_merge_and_make_few_records() {
     assert_eq!(volumes[0].runs.len(), 2);
 }
 
+/// Scenario 64, blocks of different status: an allocated block and a fresh one that happen to lie
+/// side by side on the store, written as one io_end and as two of one batch.
+#[test]
+fn blocks_of_different_status_convert_in_runs_of_their_own() {
+    for is_one_write in [true, false] {
+        let mut rig = Rig::new(1, 1000);
+        rig.create("v", 1024 * BLOCK_BYTES, 1, true, false);
+        let volume = rig.open("v", "wb");
+        rig.change(&volume, MapChange::Allocate, 8, 2).unwrap();
+        let writes = match is_one_write {
+            true => vec![rig.begin(&volume, 8, 4)],
+            false => vec![rig.begin(&volume, 8, 2), rig.begin(&volume, 10, 2)],
+        };
+        let segments: Vec<_> = writes.iter().flat_map(|write| &write.segments).collect();
+        let places: Vec<u64> = segments.iter().map(|s| s.token.pblk.0).collect();
+        assert_eq!(places, [places[0], places[0] + 2], "side by side");
+        for write in &writes {
+            write.segments.iter().for_each(|s| assert_eq!(rig.durable_release(&s.token), None));
+            rig.submit(&write.submitter);
+        }
+        rig.drain();
+        assert_eq!(rig.conversions(), 1);
+        assert_eq!(rig.written(&volume), [8, 9, 10, 11]);
+        rig.assert_sound();
+    }
+}
+
 /// Scenario 67.
 #[test]
 fn a_long_queue_of_one_volume_does_not_hold_up_another() {
