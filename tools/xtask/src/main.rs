@@ -5,6 +5,7 @@
 
 mod manifest;
 mod rules;
+mod safety;
 mod source;
 mod tree;
 
@@ -15,7 +16,7 @@ use anyhow::{Context as _, bail};
 
 const USAGE: &str = "usage: cargo xtask <command>
   check   everything a commit must pass: format, rules, clippy, documentation, tests
-  rules   who may import whom, and the limits on files";
+  rules   who may import whom, the limits on files, and that docs/SAFETY.md names what exists";
 
 /// A step of `check`: name, arguments of cargo, additional environment.
 type Step = (&'static str, &'static [&'static str], &'static [(&'static str, &'static str)]);
@@ -81,7 +82,11 @@ fn check() -> anyhow::Result<()> {
 }
 
 fn rules() -> anyhow::Result<()> {
-    let findings = rules::find(&tree::read(&root()?)?);
+    let root = root()?;
+    let crates = tree::read(&root)?;
+    let mut findings = rules::find(&crates);
+    let promises = std::fs::read_to_string(root.join(safety::PLACE)).context(safety::PLACE)?;
+    safety::check(&root, &promises, &crates, &mut findings);
     for warning in &findings.warnings {
         println!("warning: {warning}");
     }

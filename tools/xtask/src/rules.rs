@@ -152,7 +152,12 @@ pub(crate) struct Findings {
 }
 
 impl Findings {
-    fn add(&mut self, place: impl Into<String>, found: impl Into<String>, sentence: &'static str) {
+    pub(crate) fn add(
+        &mut self,
+        place: impl Into<String>,
+        found: impl Into<String>,
+        sentence: &'static str,
+    ) {
         self.violations.push(Violation { place: place.into(), found: found.into(), sentence });
     }
 }

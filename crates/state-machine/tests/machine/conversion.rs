@@ -167,6 +167,7 @@ fn ninety_queued_conversions_need_no_space_of_their_own() {
     rig.drain();
     assert_eq!(rig.completions.len(), 90);
     assert!(rig.completions.iter().all(|done| done.failed.is_none()));
+    assert_eq!(rig.written(&volume).len(), 90);
     rig.assert_sound();
 }
 

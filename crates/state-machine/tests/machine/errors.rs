@@ -187,6 +187,7 @@ fn a_full_metadata_disk_refuses_new_writes_and_converts_accepted_ones() {
     let refused = rig.try_begin(begin_io(&volume, 8, 1)).unwrap_err();
     assert_eq!(refused.reason, Reason::MetadataFull);
     assert_eq!(rig.finish(&begun).failed, None);
+    assert_eq!(rig.written(&volume), [0, 1, 2, 3]);
     rig.input(Input::MetadataFull(false));
     assert_eq!(rig.write(&volume, 8, 1).failed, None);
 }

@@ -33,7 +33,7 @@ fn segments_released_first_convert_nothing_until_the_submitter_releases() {
     rig.assert_sound();
 }
 
-/// Scenarios 2 and 4.
+/// Scenarios 2, 3 and 4: however the four race, the machine sees one of these 24 orders.
 #[test]
 fn every_order_of_releases_converts_the_same_blocks_at_the_last_one() {
     for order in 0..24usize {
@@ -204,7 +204,7 @@ fn a_write_of_zero_blocks_completes_without_a_record() {
     assert!(rig.machine.is_idle());
 }
 
-/// Scenarios 13, 14 and 16.
+/// Scenarios 13 and 14.
 #[test]
 fn an_io_end_that_owes_conversion_but_has_nothing_to_convert_completes() {
     let mut rig = Rig::new(1, 1000);

@@ -206,7 +206,7 @@ async fn a_trim_behind_a_write_in_the_same_stream_wins_and_ends() {
     client.settles().await.unwrap();
 }
 
-/// Scenarios 42, 51. Trimmed space comes back to the pool, at its edges byte-exact.
+/// Scenario 42. Trimmed space comes back to the pool, at its edges byte-exact.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_trim_gives_space_back_and_zeroes_its_edges_exactly() {
     let (_stack, client) = stack().await;
