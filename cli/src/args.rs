@@ -69,6 +69,8 @@ pub(crate) enum Command {
     Check(CheckArgs),
     /// Show where a write spent its time, across all services.
     Trace(TraceArgs),
+    /// Show how NBD clients reach a volume: qemu, libnbd, fio, the kernel.
+    Attach(AttachArgs),
     /// Generate load and report throughput and latencies.
     Bench(endio_bench::Options),
     /// Print a completion script for a shell.
@@ -76,6 +78,16 @@ pub(crate) enum Command {
         /// Shell.
         shell: clap_complete::Shell,
     },
+}
+
+/// A volume for NBD clients.
+#[derive(Debug, Args)]
+pub(crate) struct AttachArgs {
+    /// Volume.
+    pub(crate) volume: String,
+    /// Where the writeback service listens for NBD clients (`--nbd-listen`).
+    #[arg(long, env = "ENDIO_NBD", default_value = "127.0.0.1:10809")]
+    pub(crate) nbd: endio_nbd::NbdAddr,
 }
 
 /// Everything in one process.

@@ -4,6 +4,7 @@
 //! run all services in this process.
 
 mod args;
+mod attach;
 mod client;
 mod commands;
 mod failure;
@@ -66,6 +67,7 @@ async fn run(cli: Cli) -> Outcome {
         Command::Status => inspect::status(&client, out).await,
         Command::Check(args) => inspect::check(&client, out, args).await,
         Command::Trace(args) => trace::run(&client, out, args).await,
+        Command::Attach(args) => attach::run(&client, out, args).await,
         Command::Bench(options) => commands::bench(&client, out, options).await,
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "endio", &mut std::io::stdout());

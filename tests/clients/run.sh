@@ -13,6 +13,8 @@ uri="nbd://$address/$export"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failed=0
+# fio leaves its notes where it runs.
+cd "$work" || exit 1
 # The system's python has the module nbd, another one in PATH need not have it.
 export PATH="/usr/bin:/bin:/usr/sbin:/sbin:$PATH"
 

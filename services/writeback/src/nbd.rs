@@ -21,7 +21,7 @@ use endio_chassis::net::ListenAddr;
 use endio_nbd::consts::allocation;
 use endio_nbd::tls::{Tls, TlsError, TlsFiles};
 use endio_nbd::{
-    Client, Errno, Export, ExportInfo, Exports, Extent, Fault, Limits, ListenError, Listed,
+    Client, Errno, Export, ExportInfo, Exports, Extent, Fault, Limits, Listed, ListenError,
     NbdAddr, NbdListener, OpenError, Piece, Purpose, Server, ZeroOptions,
 };
 use endio_types::{BLOCK_BYTES, ByteRange, LblkRange, Reason};

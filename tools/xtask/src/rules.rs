@@ -31,6 +31,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "block-store",
             "writeback",
             "bench",
+            "nbd",
         ],
     ),
     ("tools/xtask", &[]),
