@@ -102,6 +102,10 @@ pub(crate) struct UpArgs {
     /// Where NBD clients attach: HOST:PORT or unix:PATH.
     #[arg(long)]
     pub(crate) nbd_listen: Option<String>,
+    /// Directory with ca-cert.pem, server-cert.pem and server-key.pem: NBD clients must use TLS and
+    /// show a certificate that this authority signed.
+    #[arg(long, requires = "nbd_listen")]
+    pub(crate) nbd_tls: Option<PathBuf>,
     /// Block-stores, 1 to 16; as many as the largest number of replicas you want, up to 3, and more
     /// for room.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=16))]

@@ -121,7 +121,14 @@ pub(crate) async fn check(client: &Client, out: Output, args: CheckArgs) -> Outc
         return Err(Failure::new(Exit::NotFound, what, "no data of `endio up` is there"));
     }
     let listen = ListenAddr::loopback();
-    let plan = up::Plan { data_dir, listen, nbd_listen: None, stores: 0, capacity_bytes: None };
+    let plan = up::Plan {
+        data_dir,
+        listen,
+        nbd_listen: None,
+        nbd_tls: None,
+        stores: 0,
+        capacity_bytes: None,
+    };
     let stack = up::start(&plan, Shutdown::new()).await.map_err(|failure| {
         failure.help("if another process has the data, check it there, without --data-dir")
     })?;

@@ -9,6 +9,7 @@
 //! the others still serve, then the block-stores drain, then conversion closes its metadata.
 
 use std::{
+    collections::BTreeMap,
     error::Error,
     path::{Path, PathBuf},
     time::Duration,
@@ -22,6 +23,7 @@ use endio_chassis::{
     shutdown::Shutdown,
     telemetry::{self, TelemetryConfig},
 };
+use endio_writeback::nbd::NbdTls;
 use serde_json::json;
 use tokio::task::{JoinHandle, JoinSet};
 
@@ -45,6 +47,8 @@ pub(crate) struct Plan {
     pub(crate) listen: ListenAddr,
     /// Where NBD clients attach.
     pub(crate) nbd_listen: Option<ListenAddr>,
+    /// Certificates for NBD clients.
+    pub(crate) nbd_tls: Option<NbdTls>,
     /// Block-stores, at least; those that have a directory are all started.
     pub(crate) stores: u32,
     /// Capacity in bytes of the block-stores; `None`: as they are, or the default for new ones.
@@ -82,6 +86,7 @@ pub(crate) async fn run(args: UpArgs) -> Outcome {
         data_dir: args.data_dir,
         listen: address(&args.grpc_listen)?,
         nbd_listen: args.nbd_listen.as_deref().map(address).transpose()?,
+        nbd_tls: args.nbd_tls.as_deref().map(tls_files),
         stores: args.stores,
         capacity_bytes: args.capacity.map(|size| size.bytes()),
     };
@@ -141,6 +146,7 @@ pub(crate) async fn start(plan: &Plan, stop: Shutdown) -> Outcome<Stack> {
         conversion: conversion_url.clone(),
         cache_dir: plan.data_dir.join("writeback"),
         nbd_listen: plan.nbd_listen.clone(),
+        nbd_tls: plan.nbd_tls.clone(),
         ..endio_writeback::Config::default()
     };
     let deps = endio_writeback::Deps {
@@ -210,6 +216,17 @@ async fn start_store(
         shutdown: stop.clone(),
     };
     endio_block_store::start(config, deps).await.map_err(|error| failed(&what, &error))
+}
+
+/// Names of files as libnbd and QEMU have them.
+fn tls_files(dir: &Path) -> NbdTls {
+    NbdTls {
+        certificate: dir.join("server-cert.pem"),
+        key: dir.join("server-key.pem"),
+        client_authorities: Some(dir.join("ca-cert.pem")),
+        required: true,
+        clients: BTreeMap::new(),
+    }
 }
 
 fn dialer() -> Dialer {
@@ -359,6 +376,7 @@ mod tests {
             data_dir: directory.path().into(),
             listen: ListenAddr::loopback(),
             nbd_listen: None,
+            nbd_tls: None,
             stores,
             capacity_bytes: None,
         };

@@ -23,3 +23,13 @@ fn the_clients_that_people_use_work_with_volumes() {
 fn a_file_system_survives_the_death_of_every_service() {
     run("filesystem.sh", &["2"]);
 }
+
+#[test]
+fn file_systems_of_two_tebibytes_are_made_quickly_and_discarded() {
+    run("mkfs.sh", &[]);
+}
+
+#[test]
+fn over_tls_only_clients_with_a_certificate_get_in() {
+    run("tls.sh", &[]);
+}
