@@ -58,6 +58,40 @@ for name, change in (("trim", h.trim), ("zero", h.zero)):
     assert used() <= full - 15 * 1024, (full, used())
     print(f"ok   {name} of 2 TiB: {seconds:.2f} s, {full - used()} KiB given back", flush=True)
 P
+    # A client that never flushes has no cache before it; one that has flushed has.
+    cat >"$work/cache.py" <<'P'
+HOLE, DELAYED, UNWRITTEN, WRITTEN, IN_FLIGHT = range(5)
+def state(c, at):
+    found = []
+    c.block_status(4096, at, lambda name, o, entries, e: found.extend(entries))
+    return found[1]
+def client():
+    c = nbd.NBD()
+    c.add_meta_context("endio:state")
+    c.connect_uri(URI)
+    return c
+a, b = client(), client()
+a.trim(1 << 20, 0)
+a.pwrite(b"1" * 4096, 0)
+assert state(a, 0) == WRITTEN
+a.flush()
+a.pwrite(b"2" * 4096, 4096)
+assert state(a, 4096) in (DELAYED, IN_FLIGHT), state(a, 4096)
+a.pwrite(b"3" * 4096, 8192, nbd.CMD_FLAG_FUA)
+assert state(a, 8192) == WRITTEN
+b.pwrite(b"4" * 4096, 12288)
+assert state(b, 12288) == WRITTEN
+# b sees what a wrote, and its flush covers it.
+assert b.pread(4096, 4096) == b"2" * 4096
+a.pwrite(b"5" * 4096, 16384)
+b.flush()
+assert state(a, 4096) == WRITTEN and state(a, 16384) == WRITTEN
+a.zero(4096, 0, nbd.CMD_FLAG_NO_HOLE)
+a.trim(4096, 4096)
+assert state(a, 0) == UNWRITTEN and state(a, 4096) == HOLE
+print("ok   write-through until the first FLUSH, which covers all connections", flush=True)
+P
+    nbdsh -c "URI = 'nbd://$nbd/disk'; exec(open('$work/cache.py').read())" || failed=1
     nbdsh -u "nbd://$nbd/big" -c "DATA = '$work/data'; exec(open('$work/big.py').read())" ||
         failed=1
 else

@@ -16,6 +16,7 @@ use endio_nbd::{
     EndReason, Errno, Export, ExportInfo, Extent, Fault, Limits, NbdAddr, NbdListener, Piece,
     Server, ZeroOptions,
 };
+use proptest::prelude::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Semaphore;
 
@@ -416,4 +417,103 @@ fn an_address_reads_back_and_has_an_uri() {
     assert!("localhost".parse::<NbdAddr>().is_err());
     let unix: NbdAddr = "unix:/run/a b.sock".parse().unwrap();
     assert_eq!(unix.uri("v 1"), "nbd+unix:///v%201?socket=/run/a%20b.sock");
+}
+
+/// What a client does in the model test.
+#[derive(Debug, Clone)]
+enum Act {
+    Read(u64, u64),
+    Write(u64, Vec<u8>),
+    Zero(u64, u64, bool),
+    Trim(u64, u64),
+    Flush,
+}
+
+/// Bytes of the export of the model test.
+const MODEL_BYTES: u64 = 20_000;
+
+fn act() -> impl Strategy<Value = Act> {
+    // Some ranges end behind the export.
+    let range = || (0..MODEL_BYTES + 100, 1_u64..9_000);
+    prop_oneof![
+        range().prop_map(|(offset, length)| Act::Read(offset, length)),
+        (0..MODEL_BYTES + 100, prop::collection::vec(1_u8.., 1..9_000))
+            .prop_map(|(offset, data)| Act::Write(offset, data)),
+        (range(), any::<bool>())
+            .prop_map(|((offset, length), no_hole)| { Act::Zero(offset, length, no_hole) }),
+        range().prop_map(|(offset, length)| Act::Trim(offset, length)),
+        Just(Act::Flush),
+    ]
+}
+
+/// The bytes that the export should have, and the answer that it should give.
+fn model(bytes: &mut [u8], act: &Act) -> Result<Vec<u8>, u32> {
+    let range = |offset: u64, length: u64, errno: Errno| {
+        let range = offset as usize..(offset + length) as usize;
+        if range.end > MODEL_BYTES as usize { Err(errno.code()) } else { Ok(range) }
+    };
+    match act {
+        Act::Read(offset, length) => {
+            let range = range(*offset, *length, Errno::Inval)?;
+            return Ok(bytes[range].to_vec());
+        }
+        Act::Write(offset, data) => {
+            let range = range(*offset, data.len() as u64, Errno::NoSpc)?;
+            bytes[range].copy_from_slice(data);
+        }
+        Act::Zero(offset, length, _) => bytes[range(*offset, *length, Errno::NoSpc)?].fill(0),
+        Act::Trim(offset, length) => bytes[range(*offset, *length, Errno::Inval)?].fill(0),
+        Act::Flush => {}
+    }
+    Ok(Vec::new())
+}
+
+/// Does it over the wire. Data of reads is put where its offset says, so reads begin at zero there.
+async fn perform(conn: &mut Conn<tokio::io::DuplexStream>, act: &Act) -> Result<Vec<u8>, u32> {
+    let extended = conn.mode == Mode::Extended;
+    match act {
+        Act::Read(offset, length) => {
+            conn.send(request(cmd::READ, 1, *offset, *length), b"").await;
+            return conn.reply_at(*offset, *length as usize).await.outcome;
+        }
+        Act::Write(offset, data) => {
+            let mut write = request(cmd::WRITE, 1, *offset, data.len() as u64);
+            write.flags = if extended { cmd_flag::PAYLOAD_LEN } else { 0 };
+            conn.send(write, data).await;
+        }
+        Act::Zero(offset, length, no_hole) => {
+            let mut zero = request(cmd::WRITE_ZEROES, 1, *offset, *length);
+            zero.flags = if *no_hole { cmd_flag::NO_HOLE } else { 0 };
+            conn.send(zero, b"").await;
+        }
+        Act::Trim(offset, length) => {
+            conn.send(request(cmd::TRIM, 1, *offset, *length), b"").await;
+        }
+        Act::Flush => conn.send(request(cmd::FLUSH, 1, 0, 0), b"").await,
+    }
+    conn.reply(0).await.outcome
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn a_session_answers_as_an_array_of_bytes_would(
+        mode in prop::sample::select(&MODES[..]), acts in prop::collection::vec(act(), 1..30),
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let info = ExportInfo::new("disk", MODEL_BYTES);
+            let export = endio_nbd::memory::MemoryExport::new(info, 1 << 20);
+            let (near, session) = serve(&server(export, Limits::default()), 1 << 16);
+            let mut conn = Conn::open(near, mode).await;
+            let mut bytes = vec![0; MODEL_BYTES as usize];
+            for act in &acts {
+                let expected = model(&mut bytes, act);
+                prop_assert_eq!(perform(&mut conn, act).await, expected, "{:?}", act);
+            }
+            conn.send(request(cmd::DISC, 1, 0, 0), b"").await;
+            prop_assert!(matches!(ended(session).await, EndReason::Disconnected));
+            Ok(())
+        })?;
+    }
 }

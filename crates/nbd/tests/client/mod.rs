@@ -75,8 +75,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Conn<S> {
         self.stream.write_all(&wire).await.unwrap();
     }
 
-    /// The next reply, its chunks put together; holes are zeroes.
+    /// The next reply, to a read from offset zero or to something without data.
     pub(crate) async fn reply(&mut self, read_length: usize) -> Reply {
+        self.reply_at(0, read_length).await
+    }
+
+    /// The next reply, its chunks put together; holes are zeroes.
+    pub(crate) async fn reply_at(&mut self, offset: u64, read_length: usize) -> Reply {
         let mut data = vec![0; read_length];
         loop {
             let mut header = vec![0; self.mode.reply_len()];
@@ -97,8 +102,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Conn<S> {
                         return Reply { cookie, outcome: Err(code) };
                     }
                     if kind == chunk::OFFSET_DATA {
-                        // Tests read from offset 0 where they look at data.
-                        let at = u64::from_be_bytes(payload[..8].try_into().unwrap()) as usize;
+                        let at = u64::from_be_bytes(payload[..8].try_into().unwrap());
+                        let at = (at - offset) as usize;
                         data[at..at + payload.len() - 8].copy_from_slice(&payload[8..]);
                     }
                     if flags & chunk::DONE != 0 {
