@@ -175,6 +175,8 @@ pub struct Oracle {
     history: BTreeMap<u64, BTreeSet<u64>>,
     /// What the latest read has shown of each cell.
     shown: BTreeMap<u64, Shown>,
+    /// Reads under way, by when they were sent: each is judged by what was known then.
+    reads: BTreeSet<At>,
 }
 
 impl Oracle {
@@ -196,6 +198,7 @@ impl Oracle {
             writes: BTreeMap::from([(NEVER, never)]),
             history: BTreeMap::new(),
             shown: BTreeMap::new(),
+            reads: BTreeSet::new(),
         }
     }
 
@@ -273,14 +276,17 @@ impl Oracle {
         self.forget_what_is_covered();
     }
 
-    /// Drops values that a durable write has replaced: no crash can bring them back.
+    /// Drops values that a durable write has replaced: no crash can bring them back. A read that
+    /// was sent before that write ended may still return them, however late it is answered.
     fn forget_what_is_covered(&mut self) {
         let writes = &self.writes;
+        let oldest_read = self.reads.first().copied();
+        let is_before_reads = |ended: At| oldest_read.is_none_or(|oldest_read| ended < oldest_read);
         for known in self.history.values_mut() {
             let newest_durable = known
                 .iter()
                 .filter_map(|sequence| writes.get(sequence))
-                .filter(|write| write.durable && write.ended().is_some())
+                .filter(|write| write.durable && write.ended().is_some_and(is_before_reads))
                 .map(|write| write.invoked)
                 .max();
             let Some(covered) = newest_durable else { continue };
@@ -314,8 +320,16 @@ impl Oracle {
     }
 
     /// A read is about to be sent: what was acknowledged before now is required of it.
+    /// Ends with [`Oracle::end_read`].
     pub fn invoke_read(&mut self) -> At {
-        self.tick()
+        let began = self.tick();
+        self.reads.insert(began);
+        began
+    }
+
+    /// The read was answered and judged, or given up. Idempotent.
+    pub fn end_read(&mut self, began: At) {
+        self.reads.remove(&began);
     }
 
     /// Numbers of the writes that a read that began at `began` may return.

@@ -213,3 +213,18 @@ fn an_old_value_that_a_slow_read_returned_late_decides_nothing() {
     assert!(read(&mut oracle, 0, old).is_err());
     assert!(read(&mut oracle, 0, new).is_ok());
 }
+
+#[test]
+fn a_read_that_was_sent_before_a_flushed_write_may_return_what_was_there_before() {
+    let mut oracle = oracle();
+    let first = write(&mut oracle, 3, 1);
+    let slow = oracle.invoke_read();
+    let second = write(&mut oracle, 3, 1);
+    let flush = oracle.invoke_flush();
+    oracle.ack_flush(flush);
+    let stale = read(&mut oracle, 3, first).unwrap_err();
+    assert_eq!(stale.checker(), "no_lost_flushed_write", "a read sent now must not");
+    assert_eq!(oracle.check_read(slow, 3, &bytes(3, first)), Ok(first));
+    oracle.end_read(slow);
+    assert_eq!(read(&mut oracle, 3, second), Ok(second));
+}

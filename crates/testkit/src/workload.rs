@@ -206,6 +206,7 @@ impl Workload {
                     first,
                     &completion.data,
                 )?;
+                self.oracle.end_read(began);
             }
         }
         Ok(())
@@ -215,8 +216,10 @@ impl Workload {
     pub fn give_up(&mut self) {
         for cookie in self.pipe.give_up() {
             self.completions = Completions::default();
-            if let Some(Asked::Write { sequence, .. }) = self.asked.remove(&cookie) {
-                self.oracle.fail_write(sequence);
+            match self.asked.remove(&cookie) {
+                Some(Asked::Write { sequence, .. }) => self.oracle.fail_write(sequence),
+                Some(Asked::Read { began, .. }) => self.oracle.end_read(began),
+                Some(Asked::Flush(_)) | None => {}
             }
         }
     }
@@ -242,6 +245,8 @@ impl Workload {
     pub async fn verify(&mut self) -> anyhow::Result<()> {
         let began = self.oracle.invoke_read();
         let bytes = self.client.read(&self.volume, 0, self.cells * CELL).await?;
-        Ok(checkers::contents_are_possible(&mut self.oracle, began, 0, &bytes)?)
+        checkers::contents_are_possible(&mut self.oracle, began, 0, &bytes)?;
+        self.oracle.end_read(began);
+        Ok(())
     }
 }

@@ -75,9 +75,8 @@ impl Log {
     ///
     /// # Errors
     /// As [`CacheLog::append_volume_open`].
-    pub fn append_open(&self, volume: u64, name: &str, generation: u64) -> Result<(), Failure> {
-        self.inner.append_volume_open(VolumeId(volume), name, Generation(generation))?;
-        Ok(())
+    pub fn append_open(&self, volume: u64, name: &str, generation: u64) -> Result<Lsn, Failure> {
+        Ok(self.inner.append_volume_open(VolumeId(volume), name, Generation(generation))?)
     }
 
     /// Notes that a volume is not open here any more: its data in the log is of no use.

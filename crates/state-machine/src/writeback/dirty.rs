@@ -10,12 +10,23 @@
 //! record that no converted version covers yet. Overwriting a waiting version keeps its `since`:
 //! an fsync that began before the overwrite still waits for the block, and a block that is written
 //! all the time still becomes the oldest one and is picked.
+//!
+//! # Invariants
+//! * `whole-requests`: waiting blocks that one write covered are picked together, so what an io
+//!   converts is whole requests. Otherwise a takeover between two ios would leave half of a
+//!   write. Blocks are *joined* to their right neighbour by each write that covers both and stay so
+//!   until they are converted; a chain of joined blocks is a *group*. Only a group longer than
+//!   [`GROUP_BLOCKS_MAX`] (many overlapping writes, or one of more than 1 MiB) is cut.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use endio_types::{BLOCK_BYTES, Lblk, LblkRange};
 
 use super::Lsn;
+
+/// Longest group of joined blocks that is picked as a whole: three times the longest write that
+/// must never be seen in part, because writes that overlap are picked together.
+pub const GROUP_BLOCKS_MAX: u64 = 768;
 
 /// Names one pick of blocks. Never reused within a map.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -24,11 +35,11 @@ pub struct WriteOutId(pub u64);
 /// What [`DirtyMap::pick`] may take.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct PickLimit {
-    /// Most blocks in the run; 0 picks nothing.
+    /// Most blocks in the run, unless one group of joined blocks is longer; 0 picks nothing.
     pub blocks_max: u64,
     /// Only when the oldest block of the run waits since this record or an earlier one (fsync).
     pub up_to: Option<Lsn>,
-    /// Only blocks of this range (writing out before a trim or a direct write).
+    /// Only groups with a block of this range (writing out before a trim or a direct write).
     pub within: Option<LblkRange>,
 }
 
@@ -120,6 +131,8 @@ struct Version<D> {
     lsn: Lsn,
     since: Lsn,
     end_bytes: u64,
+    /// A write covered this block and the next one.
+    joined: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -196,7 +209,19 @@ impl<D: Clone> DirtyMap<D> {
         for (lblk, data) in (range.start.0..range.end()).zip(data) {
             credit += u64::from(self.insert_block(lblk, lsn, end_bytes, data));
         }
+        self.join(range);
         Ok(credit)
+    }
+
+    /// Waiting blocks of a range are parts of one write: they are picked together. Done by
+    /// [`insert`](Self::insert); a replay, which inserts a write in pieces, says so afterwards.
+    pub fn join(&mut self, range: LblkRange) {
+        let before_last = range.start.0..range.end().saturating_sub(1).max(range.start.0);
+        for (_, block) in self.blocks.range_mut(before_last) {
+            if let Some(waiting) = &mut block.waiting {
+                waiting.joined = true;
+            }
+        }
     }
 
     /// Returns whether credit for one more block is needed.
@@ -209,7 +234,7 @@ impl<D: Clone> DirtyMap<D> {
             waiting.end_bytes = waiting.end_bytes.max(end_bytes);
             return false;
         }
-        block.waiting = Some(Version { data, lsn, since: lsn, end_bytes });
+        block.waiting = Some(Version { data, lsn, since: lsn, end_bytes, joined: false });
         if block.flight.is_none() {
             self.ready.insert((lsn, lblk));
         }
@@ -238,11 +263,8 @@ impl<D: Clone> DirtyMap<D> {
     /// Takes the contiguous run around the oldest pickable block, as large as the limit allows,
     /// and puts it under writeback. `None`: nothing to pick under that limit.
     pub fn pick(&mut self, limit: PickLimit) -> Option<Picked<D>> {
-        if limit.blocks_max == 0 {
-            return None;
-        }
-        let seed = self.seed(limit)?;
-        let range = self.run_around(seed, limit);
+        let group = self.seed(limit)?;
+        let range = self.run_around(group, limit);
         let io = WriteOutId(self.next_io);
         self.next_io += 1;
         let mut picked = Picked { io, range, data: Vec::new(), max_lsn: Lsn(0), end_bytes: 0 };
@@ -256,40 +278,89 @@ impl<D: Clone> DirtyMap<D> {
         Some(picked)
     }
 
-    /// The oldest block that the limit allows.
-    fn seed(&self, limit: PickLimit) -> Option<u64> {
+    /// Whether [`pick`](Self::pick) would find something under this limit.
+    pub fn can_pick(&self, limit: PickLimit) -> bool {
+        self.seed(limit).is_some()
+    }
+
+    /// The group of the oldest block that the limit allows.
+    fn seed(&self, limit: PickLimit) -> Option<LblkRange> {
+        if limit.blocks_max == 0 {
+            return None;
+        }
         let allowed = |since: Lsn| limit.up_to.is_none_or(|up_to| since <= up_to);
         match limit.within {
             None => {
-                let (since, lblk) = *self.ready.first()?;
-                allowed(since).then_some(lblk)
+                let oldest = self.ready.iter().take_while(|(since, _)| allowed(*since));
+                self.first_whole_group(oldest.map(|(_, lblk)| *lblk))
             }
-            Some(range) => self
-                .overlapping(range)
-                .filter(|(_, block)| block.flight.is_none())
-                .filter_map(|(lblk, block)| Some((block.waiting.as_ref()?.since, lblk)))
-                .filter(|(since, _)| allowed(*since))
-                .min()
-                .map(|(_, lblk)| lblk),
+            Some(range) => {
+                let ready = |(lblk, block): (u64, &Block<D>)| {
+                    let since = block.waiting.as_ref()?.since;
+                    (block.flight.is_none() && allowed(since)).then_some((since, lblk))
+                };
+                let inside: BTreeSet<(Lsn, u64)> =
+                    self.overlapping(range).filter_map(ready).collect();
+                self.first_whole_group(inside.into_iter().map(|(_, lblk)| lblk))
+            }
         }
     }
 
-    /// Grows forward first: a sequential writer's data then leaves in its own order.
-    fn run_around(&self, seed: u64, limit: PickLimit) -> LblkRange {
-        let inside = |lblk: u64| {
-            limit.within.is_none_or(|range| lblk >= range.start.0 && lblk < range.end())
+    fn first_whole_group(&self, seeds: impl Iterator<Item = u64>) -> Option<LblkRange> {
+        let mut rejected: Option<LblkRange> = None;
+        for seed in seeds {
+            let one = LblkRange::new(seed, 1);
+            if rejected.is_some_and(|group| group.overlaps(one)) {
+                continue;
+            }
+            let group = self.group(seed);
+            if (group.start.0..group.end()).all(|lblk| self.is_ready(lblk)) {
+                return Some(group);
+            }
+            // A part of it is under writeback in an older version: its turn comes after that.
+            rejected = Some(group);
+        }
+        None
+    }
+
+    /// The waiting blocks that are joined to a waiting block, directly or over others.
+    fn group(&self, seed: u64) -> LblkRange {
+        let joined = |lblk: u64| {
+            self.blocks.get(&lblk).and_then(|b| b.waiting.as_ref()).is_some_and(|v| v.joined)
         };
-        let mut start = seed;
-        let mut end = seed + 1;
-        while end - start < limit.blocks_max && inside(end) && self.is_ready(end) {
+        let is_waiting = |lblk: u64| self.blocks.get(&lblk).is_some_and(|b| b.waiting.is_some());
+        let (mut start, mut end) = (seed, seed + 1);
+        while start > 0 && joined(start - 1) && end - start < GROUP_BLOCKS_MAX {
+            start -= 1;
+        }
+        while joined(end - 1) && is_waiting(end) && end - start < GROUP_BLOCKS_MAX {
             end += 1;
         }
-        while end - start < limit.blocks_max
-            && start > 0
-            && inside(start - 1)
-            && self.is_ready(start - 1)
-        {
-            start -= 1;
+        LblkRange::new(start, end - start)
+    }
+
+    /// A group and its neighbours, whole groups as long as the limit allows. Grows forward first:
+    /// a sequential writer's data then leaves in its own order.
+    fn run_around(&self, group: LblkRange, limit: PickLimit) -> LblkRange {
+        let (mut start, mut end) = (group.start.0, group.end());
+        let fits = |more: LblkRange, len: u64| {
+            limit.within.is_none_or(|range| range.overlaps(more))
+                && len + more.len <= limit.blocks_max
+                && (more.start.0..more.end()).all(|lblk| self.is_ready(lblk))
+        };
+        while end - start < limit.blocks_max && self.is_ready(end) {
+            let more = self.group(end);
+            if more.start.0 != end || !fits(more, end - start) {
+                break;
+            }
+            end = more.end();
+        }
+        while end - start < limit.blocks_max && start > 0 && self.is_ready(start - 1) {
+            let more = self.group(start - 1);
+            if more.end() != start || !fits(more, end - start) {
+                break;
+            }
+            start = more.start.0;
         }
         LblkRange::new(start, end - start)
     }
@@ -367,6 +438,7 @@ impl<D: Clone> DirtyMap<D> {
             self.since.remove(&(newer.since, lblk, false));
             newer.since = newer.since.min(version.since);
             newer.end_bytes = newer.end_bytes.max(version.end_bytes);
+            newer.joined |= version.joined;
             self.since.insert((newer.since, lblk, false));
             return false;
         }

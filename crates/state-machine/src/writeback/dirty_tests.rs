@@ -72,14 +72,67 @@ fn an_fsync_waits_for_what_was_acknowledged_before_it_and_for_nothing_later() {
 fn a_run_is_contiguous_holds_its_limit_and_begins_at_the_oldest_block() {
     let mut map = DirtyMap::new();
     put(&mut map, 100, 4, 1);
-    put(&mut map, 96, 4, 2);
-    put(&mut map, 0, 300, 3);
+    put(&mut map, 98, 2, 2);
+    for lblk in (0..98).chain(104..300) {
+        put(&mut map, lblk, 1, 3);
+    }
     let picked = map.pick(PickLimit::blocks(6)).unwrap();
     assert_eq!(picked.range.len, 6);
     assert!(picked.range.overlaps(range(100, 4)));
     let inside = PickLimit { within: Some(range(10, 5)), ..PickLimit::blocks(256) };
     assert_eq!(map.pick(inside).unwrap().range, range(10, 5));
     assert_eq!(map.pick(PickLimit::blocks(0)), None);
+}
+
+/// Invariant `whole-requests`, scenario 78.
+#[test]
+fn blocks_of_one_write_are_picked_together_whatever_the_limit() {
+    let mut map = DirtyMap::new();
+    put(&mut map, 0, 256, 1);
+    put(&mut map, 300, 2, 2);
+    assert_eq!(map.pick(PickLimit::blocks(10)).unwrap().range, range(0, 256));
+    let inside = PickLimit { within: Some(range(301, 1)), ..PickLimit::blocks(256) };
+    assert_eq!(map.pick(inside).unwrap().range, range(300, 2));
+}
+
+/// Invariant `whole-requests`.
+#[test]
+fn a_write_over_a_block_in_flight_waits_as_a_whole() {
+    let mut map = DirtyMap::new();
+    put(&mut map, 5, 1, 1);
+    let first = map.pick(PickLimit::blocks(256)).unwrap();
+    put(&mut map, 0, 10, 2);
+    let inside = PickLimit { within: Some(range(8, 1)), ..PickLimit::blocks(256) };
+    assert!(!map.can_pick(inside));
+    assert_eq!(map.pick(inside), None);
+    put(&mut map, 20, 1, 3);
+    assert_eq!(map.pick(PickLimit::blocks(256)).unwrap().range, range(20, 1));
+    map.complete(first.io).unwrap();
+    assert_eq!(map.pick(inside).unwrap().range, range(0, 10));
+}
+
+/// Invariant `whole-requests`.
+#[test]
+fn what_is_left_of_a_write_around_a_newer_one_is_picked_with_it() {
+    let mut map = DirtyMap::new();
+    put(&mut map, 0, 10, 1);
+    put(&mut map, 4, 2, 2);
+    assert_eq!(map.pick(PickLimit::blocks(3)).unwrap().range, range(0, 10));
+    let mut replayed = DirtyMap::new();
+    put(&mut replayed, 0, 4, 1);
+    put(&mut replayed, 6, 4, 1);
+    put(&mut replayed, 4, 2, 2);
+    replayed.join(range(0, 10));
+    assert_eq!(replayed.pick(PickLimit::blocks(3)).unwrap().range, range(0, 10));
+}
+
+#[test]
+fn a_group_that_is_too_long_is_cut() {
+    let mut map = DirtyMap::new();
+    put(&mut map, 0, 2 * GROUP_BLOCKS_MAX, 1);
+    assert_eq!(map.pick(PickLimit::blocks(1)).unwrap().range.len, GROUP_BLOCKS_MAX);
+    assert_eq!(map.pick(PickLimit::blocks(1)).unwrap().range.len, GROUP_BLOCKS_MAX);
+    assert_eq!(map.pick(PickLimit::blocks(1)), None);
 }
 
 /// Scenario 36, dirty map.
@@ -91,7 +144,8 @@ fn a_write_out_carries_the_size_of_its_own_writes_only() {
     put(&mut map, 2, 100, 2);
     assert_eq!(append.end_bytes, 5000);
     let mut map = DirtyMap::new();
-    map.insert(range(0, 2), Lsn(1), 5000, vec![1, 1]).unwrap();
+    map.insert(range(0, 1), Lsn(1), 4096, vec![1]).unwrap();
+    map.insert(range(1, 1), Lsn(2), 5000, vec![2]).unwrap();
     let first = map.pick(PickLimit::blocks(1)).unwrap();
     assert_eq!(first.end_bytes, 4096, "never beyond the blocks it converts");
 }
@@ -171,6 +225,17 @@ impl Oracle {
         self.0.retain(|_, slow| !slow.is_empty());
     }
 
+    /// Nothing of a write that is picked stays behind, unless a discard cut the write before.
+    fn check_whole(&self, picked: &Picked<u64>, cut: &BTreeSet<u64>) {
+        let inside = picked.range.start.0..picked.range.end();
+        let taken = inside.clone().flat_map(|lblk| self.0[&lblk].writes.iter());
+        let taken: BTreeSet<u64> = taken.copied().filter(|write| !cut.contains(write)).collect();
+        for (lblk, slow) in self.0.iter().filter(|(lblk, _)| !inside.contains(lblk)) {
+            let left = slow.writes.iter().find(|write| taken.contains(write));
+            assert_eq!(left, None, "write {left:?} is picked in part, block {lblk} stays");
+        }
+    }
+
     fn check(&self, map: &DirtyMap<u64>, lsn: u64) {
         for lblk in 0..40 {
             let seen = self.0.get(&lblk).and_then(Slow::seen);
@@ -195,6 +260,7 @@ fn run(ops: Vec<Op>) {
     let mut oracle = Oracle::default();
     let mut flying: Vec<Picked<u64>> = Vec::new();
     let (mut lsn, mut credit) = (0u64, 0i64);
+    let mut cut = BTreeSet::new();
     for op in ops {
         match op {
             Op::Write(start, len) => {
@@ -212,8 +278,9 @@ fn run(ops: Vec<Op>) {
                 let Some(picked) = map.pick(PickLimit { blocks_max, up_to, within }) else {
                     continue;
                 };
-                assert!(picked.range.len >= 1 && picked.range.len <= blocks_max);
+                assert!(picked.range.len >= 1);
                 assert_eq!(picked.data.len() as u64, picked.range.len);
+                oracle.check_whole(&picked, &cut);
                 let mut oldest = u64::MAX;
                 for (lblk, data) in (picked.range.start.0..).zip(&picked.data) {
                     let slow = oracle.0.get_mut(&lblk).unwrap();
@@ -224,7 +291,8 @@ fn run(ops: Vec<Op>) {
                     slow.io = Some(picked.io);
                     slow.carried = slow.writes.len();
                 }
-                if within.is_none() {
+                // With nothing in flight every group is whole, so the oldest one must go.
+                if within.is_none() && flying.is_empty() {
                     let ready = oracle.0.values().filter(|s| s.waits() && s.carried == 0);
                     let oldest_left = ready.map(|s| s.writes[0]).min().unwrap_or(u64::MAX);
                     assert!(oldest <= oldest_left, "the oldest was left behind");
@@ -253,6 +321,7 @@ fn run(ops: Vec<Op>) {
                 credit -= map.discard(range(start, len)).credit_freed_blocks as i64;
                 for lblk in start..start + len {
                     let Some(slow) = oracle.0.get_mut(&lblk) else { continue };
+                    cut.extend(slow.writes.iter().copied());
                     slow.writes.truncate(slow.carried);
                     slow.discarded = slow.io.is_some();
                 }
@@ -266,7 +335,7 @@ fn run(ops: Vec<Op>) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 128, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..Default::default() })]
     #[test]
     fn random_histories_agree_with_a_list_of_all_writes(
         ops in prop::collection::vec(op(), 1..60),

@@ -53,7 +53,7 @@ pub(super) struct RealDisk {
 impl RealDisk {
     /// Creates the directory if need be and locks it. `Ok(None)`: somebody else has it.
     pub(super) fn lock(dir: &Path) -> io::Result<Option<Self>> {
-        std::fs::create_dir_all(dir)?;
+        create_durably(dir)?;
         let lock =
             OpenOptions::new().create(true).truncate(false).write(true).open(dir.join("lock"))?;
         match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
@@ -63,6 +63,20 @@ impl RealDisk {
         }
         Ok(Some(Self { dir: dir.to_owned(), handle: File::open(dir)?, _lock: lock }))
     }
+}
+
+/// Creates a directory and what leads to it. Its name and that of the directory around it survive
+/// a power loss: what is synced in a directory whose name is lost would be gone with it.
+fn create_durably(dir: &Path) -> io::Result<()> {
+    std::fs::create_dir_all(dir)?;
+    for parent in dir.canonicalize()?.ancestors().skip(1).take(2) {
+        match File::open(parent).and_then(|parent| parent.sync_all()) {
+            // Not ours to read: then it was not created here either.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+            other => other?,
+        }
+    }
+    Ok(())
 }
 
 impl Disk for RealDisk {

@@ -91,26 +91,31 @@ impl CacheLog {
             boot_id: boot_id.clone(),
             clean: true,
             durable: Lsn(0),
+            lost: None,
         });
         let power_lost = !before.clean && before.boot_id != boot_id;
         let mut sessions = SessionTable::new(SessionLimits {
             sessions_max: options.sessions_max,
             ..SessionLimits::default()
         });
-        if power_lost {
+        if power_lost || before.lost.is_some() {
             sessions.mark_memory_lost();
         }
         let scan = scan::scan(&*disk, &before, power_lost, sessions)?;
         // After a kill the newest records may be in the page cache only.
         for segment in &scan.segments {
-            segment.file.sync().map_err(|source| io(&scan::segment_name(segment.number), source))?;
+            segment
+                .file
+                .sync()
+                .map_err(|source| io(&scan::segment_name(segment.number), source))?;
         }
         if !fresh {
             disk.sync_dir().map_err(|source| io("", source))?;
         }
-        let state = State { boot_id, clean: false, durable: scan.last, ..before };
+        let lost = scan.lost(before.lost, power_lost);
+        let state = State { boot_id, clean: false, durable: scan.last, lost, ..before };
         scan::write_state(&*disk, &state)?;
-        let replay = Replay::new(&*disk, &scan, power_lost);
+        let replay = Replay::new(&*disk, &scan, power_lost, state.lost.clone());
         let durable = AtomicU64::new(scan.last.0);
         let max_bytes = options.max_bytes;
         let writer = Writer::start(&*disk, state.tag, options, scan)?;
@@ -153,11 +158,7 @@ impl CacheLog {
     /// # Errors
     /// As [`append_write`](Self::append_write), but a full log still takes it while the reserve
     /// lasts.
-    pub fn append_clean(
-        &self,
-        volume: VolumeId,
-        runs: &[CleanRun],
-    ) -> Result<Lsn, CacheLogError> {
+    pub fn append_clean(&self, volume: VolumeId, runs: &[CleanRun]) -> Result<Lsn, CacheLogError> {
         if runs.is_empty() {
             return Ok(self.last_lsn());
         }
@@ -274,12 +275,14 @@ impl CacheLog {
             for (name, file) in &target.files {
                 file.sync().map_err(|source| (name.as_str(), source))?;
             }
-            if target.new_name { self.disk.sync_dir().map_err(|source| ("", source)) } else { Ok(()) }
+            if target.new_name {
+                self.disk.sync_dir().map_err(|source| ("", source))
+            } else {
+                Ok(())
+            }
         };
-        let outcome = flush().map_err(|(name, source)| CacheLogError::Io {
-            path: self.disk.path(name),
-            source,
-        });
+        let outcome = flush()
+            .map_err(|(name, source)| CacheLogError::Io { path: self.disk.path(name), source });
         let mut writer = self.writer();
         if let Err(error) = outcome {
             writer.poison(format!("a flush failed: {error}"));
@@ -370,7 +373,7 @@ impl CacheLog {
             writer.last()
         };
         self.sync_to(last)?;
-        let state = State { clean: true, durable: last, ..self.state.clone() };
+        let state = State { clean: true, durable: last, lost: None, ..self.state.clone() };
         scan::write_state(&*self.disk, &state)
     }
 

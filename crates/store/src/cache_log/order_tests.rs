@@ -167,6 +167,31 @@ fn a_trim_keeps_what_was_appended_after_the_look_even_if_it_was_sealed_since() {
     assert_eq!(blocks(&mut replay), BTreeMap::from([(0, kept)]));
 }
 
+#[test]
+fn a_loss_is_told_again_after_a_kill_until_the_volume_or_the_log_is_closed() {
+    let (closed, open_on) = (VolumeId(8), VolumeId(9));
+    let disk = SimDisk::default();
+    let (log, _) = open(&disk);
+    for volume in [VOLUME, closed] {
+        log.append_volume_open(volume, "vol", Generation(3)).unwrap();
+    }
+    log.sync_to(log.last_lsn()).unwrap();
+    drop(log);
+    disk.cut_power(|| false);
+    let (log, replay) = open(&disk);
+    assert!(replay.power_lost() && replay.may_have_lost(VOLUME) && replay.may_have_lost(closed));
+    log.append_volume_closed(closed).unwrap();
+    log.append_volume_open(open_on, "later", Generation(3)).unwrap();
+    drop(log);
+    let (log, replay) = open(&disk);
+    let told = [VOLUME, closed, open_on].map(|volume| replay.may_have_lost(volume));
+    assert_eq!((replay.power_lost(), told), (false, [true, false, false]));
+    log.close_clean().unwrap();
+    drop(log);
+    let (_, replay) = open(&disk);
+    assert!(!replay.may_have_lost(VOLUME));
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Write(u64, u64),
@@ -221,19 +246,16 @@ impl Writeback {
         }
     }
 
-    /// Returns the `Clean` record, if there is one.
-    fn write_out(&mut self, lblk: u64) -> Option<Lsn> {
-        let covered = self.dirty.remove(&lblk)?;
+    fn write_out(&mut self, lblk: u64) {
+        let Some(covered) = self.dirty.remove(&lblk) else { return };
         // Log first.
         self.log.sync_to(covered).unwrap();
         self.device.insert(lblk, self.ages[&covered]);
-        Some(clean(&self.log, lblk, 1, covered))
+        clean(&self.log, lblk, 1, covered);
     }
 
     fn direct(&mut self, lblk: u64) {
-        if let Some(cleaned) = self.write_out(lblk) {
-            self.log.sync_to(cleaned).unwrap();
-        }
+        self.write_out(lblk);
         if self.log.holds(VOLUME, LblkRange::new(lblk, 1)) {
             // Forget before going around: its `Clean` record is not durable yet.
             self.log.sync_to(self.log.last_lsn()).unwrap();
@@ -246,9 +268,7 @@ impl Writeback {
     fn step(&mut self, step: &Step) {
         match *step {
             Step::Write(start, len) => self.write(start, len),
-            Step::WriteOut(lblk) => {
-                self.write_out(lblk);
-            }
+            Step::WriteOut(lblk) => self.write_out(lblk),
             Step::Direct(lblk) => self.direct(lblk),
             Step::Sync => self.log.sync_to(self.log.last_lsn()).unwrap(),
             Step::Trim => {

@@ -1,12 +1,12 @@
 //! What a log holds at start, read piece by piece.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::path::PathBuf;
 
 use bytes::Bytes;
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::sessions::SessionSnapshot;
-use endio_types::LblkRange;
+use endio_types::{LblkRange, VolumeId};
 
 use super::api::{CacheLogError, OpenVolume, ReplayedWrite};
 use super::disk::Disk;
@@ -16,6 +16,7 @@ use super::scan::{Found, Scan, segment_name};
 /// is read when it is asked for, and checked again.
 pub struct Replay {
     power_lost: bool,
+    lost: Option<BTreeSet<VolumeId>>,
     torn_bytes: u64,
     sessions: SessionSnapshot,
     volumes: Vec<OpenVolume>,
@@ -24,7 +25,12 @@ pub struct Replay {
 }
 
 impl Replay {
-    pub(super) fn new(disk: &dyn Disk, scan: &Scan, power_lost: bool) -> Self {
+    pub(super) fn new(
+        disk: &dyn Disk,
+        scan: &Scan,
+        power_lost: bool,
+        lost: Option<BTreeSet<VolumeId>>,
+    ) -> Self {
         let mut writes = VecDeque::new();
         for found in &scan.writes {
             let write = found.header.write();
@@ -45,6 +51,7 @@ impl Replay {
             .collect();
         Self {
             power_lost,
+            lost,
             torn_bytes: scan.torn_bytes,
             sessions: scan.sessions.snapshot(),
             volumes,
@@ -54,9 +61,16 @@ impl Replay {
     }
 
     /// The log was not closed and the machine has restarted since: the newest records may be
-    /// missing. Each volume of [`open_volumes`](Self::open_volumes) is to be marked with it.
+    /// missing.
     pub fn power_lost(&self) -> bool {
         self.power_lost
+    }
+
+    /// Acknowledged writes of an open volume may be missing, and its clients are to be told. Still
+    /// true after a kill that follows the power loss, until the volume or the log is closed: the
+    /// process may have died before it told anybody.
+    pub fn may_have_lost(&self, volume: VolumeId) -> bool {
+        self.lost.as_ref().is_some_and(|lost| lost.contains(&volume))
     }
 
     /// Bytes that were cut off as a torn tail.

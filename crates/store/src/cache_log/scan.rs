@@ -6,7 +6,7 @@ use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::sessions::SessionTable;
 use endio_types::Millis;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use endio_types::{BLOCK_BYTES, Generation, VolumeId};
 
@@ -17,6 +17,7 @@ use super::record::{CleanPayload, HEADER_LEN, Header, Kind, SnapshotPayload, Vol
 
 const STATE: &str = "state";
 const STATE_NEW: &str = "state.new";
+const STATE_BYTES_MAX: u64 = 16 << 20;
 
 /// What is known about the log as a whole. Written durably at each open and clean close.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -30,6 +31,10 @@ pub(super) struct State {
     pub(super) clean: bool,
     /// Everything up to here was durable when this was written.
     pub(super) durable: Lsn,
+    /// There was a power loss since the last clean close: volumes that were open then and have
+    /// not been closed since. Kept over kills, so that one does not hide the loss.
+    #[serde(default)]
+    pub(super) lost: Option<BTreeSet<VolumeId>>,
 }
 
 /// The state of a directory; `None`: there is no log in it.
@@ -39,7 +44,7 @@ pub(super) fn read_state(disk: &dyn Disk) -> Result<Option<State>, CacheLogError
     }
     let io = |source| CacheLogError::Io { path: disk.path(STATE), source };
     let file = disk.open(STATE).map_err(io)?;
-    let len = file.len().map_err(io)?.min(4096);
+    let len = file.len().map_err(io)?.min(STATE_BYTES_MAX);
     let mut text = vec![0; usize::try_from(len).unwrap_or(0)];
     file.read_at(0, &mut text).map_err(io)?;
     let damaged = |what: String| CacheLogError::Damaged { path: disk.path(STATE), offset: 0, what };
@@ -294,6 +299,19 @@ impl Scan {
             self.sessions.applied(key, header.result, now);
         }
         Ok(())
+    }
+
+    /// Volumes of which acknowledged writes may be missing; `None`: no power loss is on record.
+    pub(super) fn lost(
+        &self,
+        before: Option<BTreeSet<VolumeId>>,
+        power_lost: bool,
+    ) -> Option<BTreeSet<VolumeId>> {
+        let open = self.volumes.keys().copied();
+        if power_lost {
+            return Some(open.collect());
+        }
+        before.map(|before| open.filter(|volume| before.contains(volume)).collect())
     }
 
     /// Decides whether what is broken is a tail that may be cut off, and cuts it off.

@@ -30,7 +30,12 @@ pub(super) fn record(start: u64, len: u64, sequence: u64) -> WriteRecord {
     }
 }
 
-pub(super) fn write(log: &CacheLog, start: u64, len: u64, sequence: u64) -> Result<Lsn, CacheLogError> {
+pub(super) fn write(
+    log: &CacheLog,
+    start: u64,
+    len: u64,
+    sequence: u64,
+) -> Result<Lsn, CacheLogError> {
     let data = vec![(start + len + sequence) as u8; BLOCK_SIZE];
     log.append_write(&record(start, len, sequence), &vec![&data[..]; len as usize])
 }

@@ -170,7 +170,7 @@ impl Engine {
                 () if !state.dirty.touches(range) => Some(Ok(true)),
                 // Something of it fell back from a write-out that was under way.
                 () if state.error_count != errors => Some(Ok(false)),
-                () if state.dirty.in_flight(range).is_empty() => Some(Ok(false)),
+                () if state.dirty.can_pick(limit) => Some(Ok(false)),
                 () => None,
             });
             match tokio::time::timeout_at(deadline, ended).await {

@@ -34,11 +34,12 @@ impl Engine {
         }
         for open in replay.open_volumes() {
             let data = writes.remove(&open.volume.0).unwrap_or_default();
-            if data.is_empty() && !power_lost {
+            let may_have_lost = replay.may_have_lost(open.volume);
+            if data.is_empty() && !may_have_lost {
                 self.log.append_closed(open.volume.0)?;
                 continue;
             }
-            self.replay_volume(open.volume.0, &open.name, data, power_lost).await?;
+            self.replay_volume(open.volume.0, &open.name, data, may_have_lost).await?;
         }
         for (volume, data) in writes {
             let writes = data.len();
@@ -52,7 +53,7 @@ impl Engine {
         id: u64,
         name: &str,
         data: Vec<ReplayedWrite>,
-        power_lost: bool,
+        may_have_lost: bool,
     ) -> Result<(), Failure> {
         let opened = loop {
             let opened = self.open_at_conversion(name, false).await;
@@ -74,11 +75,11 @@ impl Engine {
             Ok(opened) if opened.volume.id == id => {
                 let volume = Arc::new(Volume::new(opened, self.credit_policy()));
                 self.put_back(&volume, &data);
-                if power_lost {
+                if may_have_lost {
                     let detail = "acknowledged writes may be missing since a power loss";
                     volume.state().errors.set(Failure::new(Reason::LostWrites, detail));
                 }
-                return self.adopt(volume);
+                return self.adopt(volume).await;
             }
             Ok(_) => Failure::new(Reason::UnknownVolume, "another volume has that name now"),
             Err(failure) => failure,
@@ -97,6 +98,10 @@ impl Engine {
             for range in &write.live {
                 blocks += insert(&mut state, write, *range);
             }
+        }
+        // Newer writes may have cut a write into pieces; it is still one write.
+        for write in data {
+            state.dirty.join(write.write.blocks);
         }
         state.credit.adopt(blocks);
         state.dirty_since = Some(Instant::now());

@@ -80,7 +80,7 @@ impl Engine {
         if self.log.holds(volume.id, LblkRange::new(0, u64::MAX)) {
             self.log.append_closed(volume.id)?;
         }
-        self.adopt(Arc::clone(&volume))?;
+        self.adopt(Arc::clone(&volume)).await?;
         Ok(volume)
     }
 
@@ -109,9 +109,11 @@ impl Engine {
         Ok(Opened { volume, grant: opened.read_grant })
     }
 
-    /// A volume that was opened is served from now on.
-    pub(super) fn adopt(self: &Arc<Self>, volume: Arc<Volume>) -> Result<(), Failure> {
-        self.log.append_open(volume.id, &volume.name, volume.generation)?;
+    /// A volume that was opened is served from now on. That it is open is durable first: after a
+    /// power loss the log must know whose acknowledged writes may be missing.
+    pub(super) async fn adopt(self: &Arc<Self>, volume: Arc<Volume>) -> Result<(), Failure> {
+        let noted = self.log.append_open(volume.id, &volume.name, volume.generation)?;
+        self.log.durable(noted).await?;
         self.table.insert(Arc::clone(&volume));
         self.start_flusher(Arc::clone(&volume));
         let (name, generation) = (&volume.name, volume.generation);
