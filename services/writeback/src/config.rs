@@ -191,6 +191,11 @@ impl Validate for Config {
         within("session_queue", self.session_queue as u64, 1, 65_536);
         within("store_queue", self.store_queue as u64, 1, 65_536);
         within("drain_deadline_ms", self.drain_deadline_ms, 1, 3_600_000);
+        let tls = self.nbd_tls.as_ref();
+        if tls.is_some_and(|tls| !tls.clients.is_empty() && tls.client_authorities.is_none()) {
+            let why = "names clients, but without client_authorities none can show who it is";
+            faults.push(Fault::new("nbd_tls.clients", why));
+        }
         faults
     }
 }
