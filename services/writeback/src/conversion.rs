@@ -13,11 +13,11 @@ use tonic::{Response, Status};
 use crate::failure::Failure;
 
 /// The generated client over one channel.
-pub type Client = ConversionClient<Channel>;
+pub(crate) type Client = ConversionClient<Channel>;
 
 /// Unary calls. Clones share the connection.
 #[derive(Clone)]
-pub struct Conversion {
+pub(crate) struct Conversion {
     channel: Channel,
     client: Client,
     call_timeout: Duration,
@@ -26,7 +26,7 @@ pub struct Conversion {
 
 impl Conversion {
     /// Calls over this channel; one try takes at most `call_timeout`.
-    pub fn new(channel: Channel, call_timeout: Duration, backoff: Backoff) -> Self {
+    pub(crate) fn new(channel: Channel, call_timeout: Duration, backoff: Backoff) -> Self {
         let client = ConversionClient::new(channel.clone())
             .max_decoding_message_size(crate::MESSAGE_BYTES_MAX)
             .max_encoding_message_size(crate::MESSAGE_BYTES_MAX);
@@ -34,7 +34,7 @@ impl Conversion {
     }
 
     /// The connection, for other services of the same process.
-    pub fn channel(&self) -> Channel {
+    pub(crate) fn channel(&self) -> Channel {
         self.channel.clone()
     }
 
@@ -43,7 +43,7 @@ impl Conversion {
     ///
     /// # Errors
     /// What conversion refused, or `PEER_AWAY` at the deadline.
-    pub async fn call<T, F>(
+    pub(crate) async fn call<T, F>(
         &self,
         deadline: Instant,
         call: impl Fn(Client) -> F,

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use crate::failure::Failure;
 
 /// The sessions of this writeback.
-pub struct Dedupe {
+pub(crate) struct Dedupe {
     table: Mutex<SessionTable>,
     ended: Notify,
     started: Instant,
@@ -29,7 +29,7 @@ pub struct Retry {
 }
 
 /// What to do with a request.
-pub enum Admitted {
+pub(crate) enum Admitted {
     /// Apply it. A request without a key is always new.
     New(Option<Admission>),
     /// It was applied before, with this result if it is still remembered.
@@ -40,7 +40,7 @@ pub enum Admitted {
 
 /// A request that is being applied. Dropped without [`Admission::applied`], it counts as failed
 /// and a later try is new.
-pub struct Admission {
+pub(crate) struct Admission {
     dedupe: Arc<Dedupe>,
     key: RequestKey,
 }
@@ -65,7 +65,7 @@ impl Retry {
 
 impl Dedupe {
     /// No sessions.
-    pub fn new(limits: SessionLimits) -> Self {
+    pub(crate) fn new(limits: SessionLimits) -> Self {
         let table = Mutex::new(SessionTable::new(limits));
         Self { table, ended: Notify::new(), started: Instant::now() }
     }
@@ -79,7 +79,7 @@ impl Dedupe {
     }
 
     /// Takes over what the cache log remembers. `is_lost`: its tail may be missing.
-    pub fn restore(&self, snapshot: SessionSnapshot, is_lost: bool) {
+    pub(crate) fn restore(&self, snapshot: SessionSnapshot, is_lost: bool) {
         let mut table = self.table();
         table.restore(snapshot, self.now());
         if is_lost {
@@ -92,7 +92,7 @@ impl Dedupe {
     /// # Errors
     /// `UNKNOWN_SESSION` where the outcome of the first try is not known; `LIMIT` where there are
     /// too many sessions.
-    pub fn admit(self: &Arc<Self>, retry: Option<Retry>) -> Result<Admitted, Failure> {
+    pub(crate) fn admit(self: &Arc<Self>, retry: Option<Retry>) -> Result<Admitted, Failure> {
         let Some(Retry { key, is_retry }) = retry else { return Ok(Admitted::New(None)) };
         match self.table().begin(key, is_retry, self.now()) {
             Decision::New => Ok(Admitted::New(Some(Admission { dedupe: Arc::clone(self), key }))),
@@ -115,7 +115,7 @@ impl Dedupe {
     ///
     /// # Errors
     /// As [`Dedupe::admit`], and `TIMED_OUT` at the deadline.
-    pub async fn admit_in_turn(
+    pub(crate) async fn admit_in_turn(
         self: &Arc<Self>,
         retry: Option<Retry>,
         deadline: Instant,
@@ -140,12 +140,12 @@ impl Dedupe {
 
 impl Admission {
     /// Session and number, for the cache log.
-    pub fn key(&self) -> RequestKey {
+    pub(crate) fn key(&self) -> RequestKey {
         self.key
     }
 
     /// The request has been applied; a duplicate is answered with `result`.
-    pub fn applied(self, result: u64) {
+    pub(crate) fn applied(self, result: u64) {
         let now = self.dedupe.now();
         // The drop that follows finds nothing in progress and only wakes the waiters.
         self.dedupe.table().applied(self.key, result, now);

@@ -32,7 +32,7 @@ use crate::session::{Granted, Session};
 use crate::stores::{Sent, Stores};
 
 /// A write of whole blocks.
-pub struct Job {
+pub(crate) struct Job {
     /// Number of the volume.
     pub volume: u64,
     /// Its name, for spans.
@@ -56,11 +56,11 @@ pub struct Job {
 }
 
 /// What has to be durable before the submitter's token is released.
-pub type Gate<'a> = BoxFuture<'a, Result<(), Failure>>;
+pub(crate) type Gate<'a> = BoxFuture<'a, Result<(), Failure>>;
 
 /// Bounds of writes on their way to the stores.
 #[derive(Debug, Clone)]
-pub struct Limits {
+pub(crate) struct Limits {
     /// Blocks in flight of direct writes.
     pub direct_blocks: usize,
     /// Blocks in flight of write-out: its own capacity.
@@ -70,7 +70,7 @@ pub struct Limits {
 }
 
 /// Carries jobs out.
-pub struct Submitter {
+pub(crate) struct Submitter {
     session: Session,
     stores: Arc<Stores>,
     metrics: Arc<Metrics>,
@@ -88,7 +88,7 @@ struct Missed {
 
 impl Submitter {
     /// A submitter over the session and the stores.
-    pub fn new(
+    pub(crate) fn new(
         session: Session,
         stores: Arc<Stores>,
         metrics: Arc<Metrics>,
@@ -107,7 +107,7 @@ impl Submitter {
     /// # Errors
     /// The last attempt's failure when the job's deadline has passed, or at once where trying again
     /// cannot help. Nothing of the job is in flight then, or its session is gone.
-    pub async fn write(&self, job: &Job, gate: Gate<'_>) -> Result<Completion, Failure> {
+    pub(crate) async fn write(&self, job: &Job, gate: Gate<'_>) -> Result<Completion, Failure> {
         let _room = self.room(job).await?;
         let crcs: Vec<u32> = job.data.chunks(BLOCK_SIZE).map(crc32c::crc32c).collect();
         let (first, max) = self.limits.backoff;

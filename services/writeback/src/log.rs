@@ -20,7 +20,7 @@ struct Reached {
 
 /// Handle of the log. Clones share it.
 #[derive(Clone)]
-pub struct Log {
+pub(crate) struct Log {
     inner: Arc<CacheLog>,
     order: Arc<Mutex<()>>,
     wanted: watch::Sender<Lsn>,
@@ -29,7 +29,7 @@ pub struct Log {
 
 impl Log {
     /// Takes the log over and starts the task that flushes it. It ends with the last handle.
-    pub fn start(inner: CacheLog) -> Self {
+    pub(crate) fn start(inner: CacheLog) -> Self {
         let inner = Arc::new(inner);
         let (wanted, asks) = watch::channel(Lsn(0));
         let (tell, reached) = watch::channel(Reached::default());
@@ -39,7 +39,7 @@ impl Log {
 
     /// Held while a record is appended and its data put into the dirty cache, and while the log is
     /// trimmed: a trim between the two would not know that the record is needed.
-    pub fn order(&self) -> MutexGuard<'_, ()> {
+    pub(crate) fn order(&self) -> MutexGuard<'_, ()> {
         self.order.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -47,7 +47,7 @@ impl Log {
     ///
     /// # Errors
     /// As [`CacheLog::append_write`].
-    pub fn append_write(
+    pub(crate) fn append_write(
         &self,
         write: &WriteRecord,
         payload: &[&[u8]],
@@ -59,7 +59,7 @@ impl Log {
     ///
     /// # Errors
     /// As [`CacheLog::append_clean`].
-    pub fn append_clean(&self, volume: u64, runs: &[CleanRun]) -> Result<Lsn, Failure> {
+    pub(crate) fn append_clean(&self, volume: u64, runs: &[CleanRun]) -> Result<Lsn, Failure> {
         Ok(self.inner.append_clean(VolumeId(volume), runs)?)
     }
 
@@ -67,7 +67,7 @@ impl Log {
     ///
     /// # Errors
     /// As [`CacheLog::append_done`].
-    pub fn append_done(&self, key: RequestKey, result: u64) -> Result<Lsn, Failure> {
+    pub(crate) fn append_done(&self, key: RequestKey, result: u64) -> Result<Lsn, Failure> {
         Ok(self.inner.append_done(key, result)?)
     }
 
@@ -75,7 +75,12 @@ impl Log {
     ///
     /// # Errors
     /// As [`CacheLog::append_volume_open`].
-    pub fn append_open(&self, volume: u64, name: &str, generation: u64) -> Result<Lsn, Failure> {
+    pub(crate) fn append_open(
+        &self,
+        volume: u64,
+        name: &str,
+        generation: u64,
+    ) -> Result<Lsn, Failure> {
         Ok(self.inner.append_volume_open(VolumeId(volume), name, Generation(generation))?)
     }
 
@@ -83,23 +88,23 @@ impl Log {
     ///
     /// # Errors
     /// As [`CacheLog::append_volume_closed`].
-    pub fn append_closed(&self, volume: u64) -> Result<(), Failure> {
+    pub(crate) fn append_closed(&self, volume: u64) -> Result<(), Failure> {
         self.inner.append_volume_closed(VolumeId(volume))?;
         Ok(())
     }
 
     /// Whether a replay could bring back data of this range.
-    pub fn holds(&self, volume: u64, range: LblkRange) -> bool {
+    pub(crate) fn holds(&self, volume: u64, range: LblkRange) -> bool {
         self.inner.holds(VolumeId(volume), range)
     }
 
     /// The newest record.
-    pub fn last(&self) -> Lsn {
+    pub(crate) fn last(&self) -> Lsn {
         self.inner.last_lsn()
     }
 
     /// Bytes on disk, and the bound.
-    pub fn usage_bytes(&self) -> (u64, u64) {
+    pub(crate) fn usage_bytes(&self) -> (u64, u64) {
         self.inner.usage_bytes()
     }
 
@@ -107,7 +112,7 @@ impl Log {
     ///
     /// # Errors
     /// The log's flush failed, now or before.
-    pub async fn durable(&self, lsn: Lsn) -> Result<(), Failure> {
+    pub(crate) async fn durable(&self, lsn: Lsn) -> Result<(), Failure> {
         if self.inner.durable_lsn() >= lsn {
             return Ok(());
         }
@@ -129,7 +134,7 @@ impl Log {
     ///
     /// # Errors
     /// As [`CacheLog::trim`].
-    pub async fn trim(
+    pub(crate) async fn trim(
         &self,
         oldest: impl FnOnce() -> Option<Lsn> + Send + 'static,
     ) -> Result<u64, Failure> {
@@ -159,7 +164,7 @@ impl Log {
     ///
     /// # Errors
     /// As [`CacheLog::close_clean`].
-    pub async fn close_clean(&self) -> Result<(), Failure> {
+    pub(crate) async fn close_clean(&self) -> Result<(), Failure> {
         let inner = Arc::clone(&self.inner);
         let closed = tokio::task::spawn_blocking(move || inner.close_clean());
         Ok(closed.await.map_err(|_| Failure::task_lost())??)

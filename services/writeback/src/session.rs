@@ -24,7 +24,7 @@ use crate::failure::Failure;
 
 /// Whether the session stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Link {
+pub(crate) struct Link {
     /// Cluster epoch of the session; `None` while there is none.
     pub epoch: Option<u64>,
     /// Counts the sessions that stood since start.
@@ -32,7 +32,7 @@ pub struct Link {
 }
 
 /// What the session tells the engine. The calls are short and never block.
-pub trait Events: Send + Sync + 'static {
+pub(crate) trait Events: Send + Sync + 'static {
     /// A session stands. Returns the promises of space to set anew, before anything else is sent.
     fn welcome(&self, epoch: u64) -> Vec<Reserve>;
     /// The answer to one of those: blocks that are promised now, or why none are.
@@ -47,7 +47,7 @@ pub trait Events: Send + Sync + 'static {
 
 /// Limits and times of the session.
 #[derive(Debug, Clone)]
-pub struct Limits {
+pub(crate) struct Limits {
     /// Commands waiting to be sent.
     pub queue: usize,
     /// Messages in one batch.
@@ -62,7 +62,7 @@ pub struct Limits {
 
 /// An io_end that has begun.
 #[derive(Debug)]
-pub struct Granted {
+pub(crate) struct Granted {
     /// The session it belongs to; it cannot be released in another.
     pub session: u64,
     /// The tokens.
@@ -80,14 +80,14 @@ enum Command {
 
 /// Handle of the session. Clones share it.
 #[derive(Clone)]
-pub struct Session {
+pub(crate) struct Session {
     commands: mpsc::Sender<Command>,
     link: watch::Receiver<Link>,
 }
 
 impl Session {
     /// Starts the session's task. It ends when `stop` is cancelled.
-    pub fn start(
+    pub(crate) fn start(
         writeback: String,
         url: String,
         dialer: Dialer,
@@ -102,12 +102,12 @@ impl Session {
     }
 
     /// The state now.
-    pub fn link(&self) -> Link {
+    pub(crate) fn link(&self) -> Link {
         *self.link.borrow()
     }
 
     /// Waits until a session stands. Cancel-safe; callers bound the wait.
-    pub async fn up(&self) -> Link {
+    pub(crate) async fn up(&self) -> Link {
         let mut link = self.link.clone();
         let up = link.wait_for(|link| link.epoch.is_some()).await.map(|link| *link);
         match up {
@@ -123,14 +123,14 @@ impl Session {
     ///
     /// # Errors
     /// What conversion refused, or that it is away.
-    pub async fn begin(&self, begin: BeginIo) -> Result<Granted, Failure> {
+    pub(crate) async fn begin(&self, begin: BeginIo) -> Result<Granted, Failure> {
         let (reply, answer) = oneshot::channel();
         self.send(Command::Begin(begin, reply)).await?;
         answer.await.unwrap_or_else(|_| Err(Failure::conversion_away()))
     }
 
     /// Releases a submitter's token. Lost with its session, like the token itself.
-    pub async fn release(&self, session: u64, release: ReleaseSubmitter) {
+    pub(crate) async fn release(&self, session: u64, release: ReleaseSubmitter) {
         // Without a session there is no token either: its io_end died with the session.
         let _ = self.send(Command::Release(session, release)).await;
     }
@@ -139,7 +139,7 @@ impl Session {
     ///
     /// # Errors
     /// `NO_SPACE` and other refusals, or that conversion is away.
-    pub async fn reserve(&self, reserve: Reserve) -> Result<u64, Failure> {
+    pub(crate) async fn reserve(&self, reserve: Reserve) -> Result<u64, Failure> {
         let (reply, answer) = oneshot::channel();
         self.send(Command::Reserve(reserve, reply)).await?;
         answer.await.unwrap_or_else(|_| Err(Failure::conversion_away()))

@@ -23,7 +23,7 @@ use exchange::{Exchange, Reads, Writes};
 
 /// Limits and times of the streams to a store.
 #[derive(Debug, Clone)]
-pub struct Limits {
+pub(crate) struct Limits {
     /// Bios or reads waiting to be sent, per store.
     pub queue: usize,
     /// Most time for opening a stream.
@@ -33,7 +33,7 @@ pub struct Limits {
 }
 
 /// All stores by number.
-pub struct Stores {
+pub(crate) struct Stores {
     dialer: Dialer,
     limits: Limits,
     clients: Mutex<BTreeMap<u32, Arc<Client>>>,
@@ -49,7 +49,7 @@ struct Client {
 
 /// A segment that was handed over to its store's stream.
 #[derive(Debug)]
-pub struct Sent {
+pub(crate) struct Sent {
     done: oneshot::Receiver<Result<(), Failure>>,
 }
 
@@ -58,19 +58,19 @@ impl Sent {
     ///
     /// # Errors
     /// What the store refused or failed, or that its stream broke: the outcome is unknown.
-    pub async fn done(self) -> Result<(), Failure> {
+    pub(crate) async fn done(self) -> Result<(), Failure> {
         self.done.await.unwrap_or_else(|_| Err(store_away()))
     }
 }
 
 impl Stores {
     /// No stores yet; [`Stores::update`] brings them.
-    pub fn new(dialer: Dialer, limits: Limits) -> Self {
+    pub(crate) fn new(dialer: Dialer, limits: Limits) -> Self {
         Self { dialer, limits, clients: Mutex::default() }
     }
 
     /// Takes over conversion's list. Must be called inside a tokio runtime.
-    pub fn update(&self, list: &[Store]) {
+    pub(crate) fn update(&self, list: &[Store]) {
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         clients.retain(|id, _| list.iter().any(|store| store.id == *id));
         for store in list.iter().filter(|store| !store.url.is_empty()) {
@@ -90,7 +90,7 @@ impl Stores {
     }
 
     /// Numbers of the stores that have an address.
-    pub fn ids(&self) -> Vec<u32> {
+    pub(crate) fn ids(&self) -> Vec<u32> {
         let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         clients.keys().copied().collect()
     }
@@ -99,7 +99,7 @@ impl Stores {
     ///
     /// # Errors
     /// `PEER_AWAY`: the segment was not handed over. Its token must not be used again all the same.
-    pub async fn write(&self, bio: Bio) -> Result<Sent, Failure> {
+    pub(crate) async fn write(&self, bio: Bio) -> Result<Sent, Failure> {
         let store = bio.token.as_ref().map_or(0, |token: &Token| token.store);
         let client = self.client(store)?;
         let done = client.writes.hand_over(bio).await?;
@@ -112,7 +112,7 @@ impl Stores {
     ///
     /// # Errors
     /// `CHECKSUM_MISMATCH`, a refused grant, `PEER_AWAY`.
-    pub async fn read(&self, store: u32, request: ReadRequest) -> Result<Bytes, Failure> {
+    pub(crate) async fn read(&self, store: u32, request: ReadRequest) -> Result<Bytes, Failure> {
         let client = self.client(store)?;
         let answer = async {
             let done = client.reads.hand_over(request).await?;
@@ -125,7 +125,7 @@ impl Stores {
     ///
     /// # Errors
     /// The store cannot be reached.
-    pub async fn spans(
+    pub(crate) async fn spans(
         &self,
         store: u32,
         request: endio_api::common::ListSpansRequest,

@@ -11,14 +11,14 @@ use crate::stores::Stores;
 use crate::volume::Volume;
 
 /// Open volumes by name.
-pub struct Table {
+pub(crate) struct Table {
     volumes: Mutex<BTreeMap<Arc<str>, Arc<Volume>>>,
     stores: Arc<Stores>,
 }
 
 impl Table {
     /// Nothing open.
-    pub fn new(stores: Arc<Stores>) -> Self {
+    pub(crate) fn new(stores: Arc<Stores>) -> Self {
         Self { volumes: Mutex::default(), stores }
     }
 
@@ -27,27 +27,27 @@ impl Table {
     }
 
     /// The volume of that name, if it is open here and usable.
-    pub fn find(&self, name: &str) -> Option<Arc<Volume>> {
+    pub(crate) fn find(&self, name: &str) -> Option<Arc<Volume>> {
         self.volumes().get(name).filter(|volume| volume.usable().is_ok()).cloned()
     }
 
     /// All volumes by name.
-    pub fn all(&self) -> Vec<Arc<Volume>> {
+    pub(crate) fn all(&self) -> Vec<Arc<Volume>> {
         self.volumes().values().cloned().collect()
     }
 
     /// How many are open.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.volumes().len()
     }
 
     /// A volume is open from now on.
-    pub fn insert(&self, volume: Arc<Volume>) {
+    pub(crate) fn insert(&self, volume: Arc<Volume>) {
         self.volumes().insert(Arc::clone(&volume.name), volume);
     }
 
     /// A volume is not open any more. Another generation of it stays.
-    pub fn remove(&self, volume: &Volume) {
+    pub(crate) fn remove(&self, volume: &Volume) {
         let mut volumes = self.volumes();
         let same = |open: &Arc<Volume>| open.generation == volume.generation;
         if volumes.get(&volume.name).is_some_and(same) {

@@ -129,7 +129,7 @@ async fn malformed_volume_calls_are_refused_with_a_reason() {
         bad((1 << 60) + 4096, 1, false, false),
         bad((1 << 60) + 1, 1, false, true),
         bad(u64::MAX, 1, false, true),
-        bad(u64::MAX & !4095, 1, false, false),
+        bad(!4095, 1, false, false),
         bad(4096, 4, false, false),
         bad(4096, u32::MAX, false, false),
         bad(4096, 2, true, false),
