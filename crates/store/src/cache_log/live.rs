@@ -38,6 +38,11 @@ impl Live {
         }
     }
 
+    /// All that a volume has in the log up to a record, of use to nobody once it is closed.
+    pub(super) fn all(up_to: Lsn) -> CleanRun {
+        CleanRun { range: LblkRange::new(0, u64::MAX), up_to }
+    }
+
     /// Forgets the blocks of a run whose newest record it covers.
     pub(super) fn clean(&mut self, volume: VolumeId, run: CleanRun) {
         let Some(blocks) = self.blocks.get_mut(&volume) else { return };

@@ -40,6 +40,7 @@ pub use api::{CacheLogError, CacheLogOptions, OpenVolume, ReplayedWrite, WriteRe
 pub use replay::Replay;
 
 use disk::{Disk, RealDisk};
+use live::Live;
 use record::{CleanPayload, Header, Kind, VolumePayload};
 use scan::State;
 use writer::{Body, Writer};
@@ -217,6 +218,9 @@ impl CacheLog {
         let mut writer = self.writer();
         let lsn = self.append_small(&mut writer, header, &payload)?;
         writer.volume_mark(volume, name, generation, open);
+        if !open {
+            writer.live.will_clean(lsn, volume, Live::all(lsn));
+        }
         Ok(lsn)
     }
 

@@ -168,6 +168,23 @@ fn a_trim_keeps_what_was_appended_after_the_look_even_if_it_was_sealed_since() {
 }
 
 #[test]
+fn data_of_a_volume_that_was_closed_does_not_come_back_when_it_is_open_again() {
+    let disk = SimDisk::default();
+    let (log, _) = open(&disk);
+    log.append_volume_open(VOLUME, "vol", Generation(3)).unwrap();
+    write(&log, 0, 4, 1).unwrap();
+    let closed = log.append_volume_closed(VOLUME).unwrap();
+    assert!(log.holds(VOLUME, LblkRange::new(0, 4)), "not before it is durable");
+    log.sync_to(closed).unwrap();
+    assert!(!log.holds(VOLUME, LblkRange::new(0, 4)));
+    log.append_volume_open(VOLUME, "vol", Generation(4)).unwrap();
+    let newer = write(&log, 1, 1, 2).unwrap();
+    drop(log);
+    let (_, mut replay) = open(&disk);
+    assert_eq!(blocks(&mut replay), BTreeMap::from([(1, newer)]));
+}
+
+#[test]
 fn a_loss_is_told_again_after_a_kill_until_the_volume_or_the_log_is_closed() {
     let (closed, open_on) = (VolumeId(8), VolumeId(9));
     let disk = SimDisk::default();

@@ -291,6 +291,7 @@ impl Scan {
                     self.volumes.insert(header.volume, (mark.name, header.generation));
                 } else {
                     self.volumes.remove(&header.volume);
+                    self.live.clean(header.volume, Live::all(header.lsn));
                 }
             }
             Kind::Done => {}
