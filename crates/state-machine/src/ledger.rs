@@ -45,8 +45,11 @@ pub struct Piece {
     pub blocks: u32,
     /// What the blocks were.
     pub kind: PieceKind,
-    /// One segment per copy, in the order of the places.
+    /// One segment per copy, in the order of the places. Pieces of several ranges that lie side by
+    /// side on their stores share their segments.
     pub segments: Vec<SegmentIndex>,
+    /// First block of the piece inside each of its segments.
+    pub offset: u32,
 }
 
 impl Piece {
@@ -128,8 +131,8 @@ pub struct IoEnd {
     pub writeback: String,
     /// Its lane.
     pub lane: Lane,
-    /// Logical blocks.
-    pub range: LblkRange,
+    /// Logical blocks: at least one range; ascending, without overlap.
+    pub ranges: Vec<LblkRange>,
     /// Bytes; 0: does not extend.
     pub size_after_bytes: u64,
     /// From 1.
@@ -168,6 +171,47 @@ impl IoEnd {
     /// The segment of an index.
     pub fn segment(&self, index: SegmentIndex) -> Option<&Segment> {
         self.segments.get((index.0 as usize).checked_sub(1)?)
+    }
+
+    /// Logical blocks of all ranges.
+    pub fn blocks(&self) -> u64 {
+        self.ranges.iter().map(|range| range.len).sum()
+    }
+
+    /// The range from the first block to the last, for people.
+    pub fn span(&self) -> LblkRange {
+        let start = self.ranges.first().map_or(0, |range| range.start.0);
+        let end = self.ranges.last().map_or(0, |range| range.end());
+        LblkRange::new(start, end.saturating_sub(start))
+    }
+
+    /// Whether a block is written by both.
+    pub fn overlaps(&self, other: &Self) -> bool {
+        // Both ascend, so whichever ends first can be left behind.
+        let (mut mine, mut theirs) = (self.ranges.iter(), other.ranges.iter());
+        let (mut one, mut two) = (mine.next(), theirs.next());
+        while let (Some(a), Some(b)) = (one, two) {
+            if a.overlaps(*b) {
+                return true;
+            }
+            match a.end() <= b.end() {
+                true => one = mine.next(),
+                false => two = theirs.next(),
+            }
+        }
+        false
+    }
+
+    /// Where the copies of a piece lie.
+    pub fn places<'a>(
+        &'a self,
+        piece: &'a Piece,
+    ) -> impl Iterator<Item = (StoreId, PblkRange)> + 'a {
+        let segments = piece.segments.iter().filter_map(|index| self.segment(*index));
+        segments.map(|segment| {
+            let start = segment.pblk.0 + u64::from(piece.offset);
+            (segment.store, PblkRange::new(start, piece.blocks.into()))
+        })
     }
 
     fn segment_mut(&mut self, index: SegmentIndex) -> Option<&mut Segment> {
@@ -243,17 +287,18 @@ impl IoEnd {
         owing
             .filter(|piece| self.is_durable(piece))
             .map(|piece| {
-                let segments = piece.segments.iter().filter_map(|index| self.segment(*index));
-                let crcs = segments.clone().next().and_then(|segment| match &segment.outcome {
+                let first = piece.segments.first().and_then(|index| self.segment(*index));
+                let part = piece.offset as usize..(piece.offset + piece.blocks) as usize;
+                let crcs = first.and_then(|segment| match &segment.outcome {
                     Some(Outcome::Store(SegmentOutcome::Durable(crcs))) if keep_crcs => {
-                        Some(crcs.clone())
+                        crcs.get(part).map(<[u32]>::to_vec)
                     }
                     _ => None,
                 });
                 let run = Run {
                     lblk: piece.lblk,
                     blocks: piece.blocks,
-                    places: segments.map(|segment| (segment.store, segment.pblk)).collect(),
+                    places: self.places(piece).map(|(store, at)| (store, at.start)).collect(),
                     crcs: crcs.unwrap_or_default(),
                 };
                 (piece.kind, run)

@@ -24,6 +24,9 @@ pub const BLOCK_BYTES: u64 = BLOCK_SIZE as u64;
 pub const ATOMIC_WRITE_BLOCKS_MAX: u32 = 256;
 /// Most blocks in one io_end: 4 MiB. A larger io_end holds its blocks and its memory too long.
 pub const IO_END_BLOCKS_MAX: u32 = 1024;
+/// Most ranges of logical blocks in one io_end. Bounds the work of one message; as many single
+/// blocks make a write-out of 1 MiB.
+pub const IO_END_RANGES_MAX: usize = 256;
 /// Most copies of a block.
 pub const REPLICAS_MAX: u32 = 3;
 /// Largest volume in bytes: 2^60. Above it, offset arithmetic would need a check at each step.

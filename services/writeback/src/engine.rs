@@ -12,6 +12,7 @@ mod replay;
 mod sync;
 mod volumes;
 mod write;
+mod write_out;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU8, Ordering};

@@ -41,9 +41,10 @@ pub(crate) struct Job {
     pub generation: u64,
     /// Write-out or direct.
     pub lane: Lane,
-    /// The blocks.
-    pub range: LblkRange,
-    /// Their data: exactly as many bytes.
+    /// The blocks: at least one range; ascending, without overlap. More than one only on volumes
+    /// that are written by redirection.
+    pub ranges: Vec<LblkRange>,
+    /// Their data in that order: exactly as many bytes.
     pub data: Bytes,
     /// The size that the write extends a growable volume to, bytes; 0: it does not.
     pub size_after_bytes: u64,
@@ -53,6 +54,27 @@ pub(crate) struct Job {
     pub deadline: Instant,
     /// The write's span.
     pub span: Span,
+}
+
+impl Job {
+    fn first(&self) -> LblkRange {
+        self.ranges.first().copied().unwrap_or(LblkRange::new(0, 0))
+    }
+
+    fn blocks(&self) -> u64 {
+        self.ranges.iter().map(|range| range.len).sum()
+    }
+
+    /// The logical block of the write's n-th block.
+    fn lblk(&self, mut n: u64) -> Option<u64> {
+        for range in &self.ranges {
+            if n < range.len {
+                return Some(range.start.0 + n);
+            }
+            n -= range.len;
+        }
+        None
+    }
 }
 
 /// What has to be durable before the submitter's token is released.
@@ -135,7 +157,7 @@ impl Submitter {
             Lane::WriteOut => (&self.write_out, self.limits.write_out_blocks),
             _ => (&self.direct, self.limits.direct_blocks),
         };
-        let blocks = usize::try_from(job.range.len).unwrap_or(usize::MAX).min(bound);
+        let blocks = usize::try_from(job.blocks()).unwrap_or(usize::MAX).min(bound);
         let blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
         let permit = tokio::time::timeout_at(job.deadline, lane.acquire_many(blocks)).await;
         match permit {
@@ -181,8 +203,9 @@ impl Submitter {
             "begin",
             volume = %job.name,
             attempt,
-            lblk = job.range.start.0,
-            blocks = job.range.len,
+            lblk = job.first().start.0,
+            blocks = job.blocks(),
+            ranges = job.ranges.len(),
             io_end = tracing::field::Empty,
         );
         let request = BeginIo {
@@ -190,8 +213,9 @@ impl Submitter {
             volume: job.volume,
             generation: job.generation,
             lane: job.lane.into(),
-            lblk: job.range.start.0,
-            blocks: u32::try_from(job.range.len).unwrap_or(u32::MAX),
+            lblk: job.first().start.0,
+            blocks: u32::try_from(job.first().len).unwrap_or(u32::MAX),
+            more: job.ranges.iter().skip(1).flat_map(|range| [range.start.0, range.len]).collect(),
             size_after_bytes: job.size_after_bytes,
             avoid_stores: avoid.to_vec(),
             attempt,
@@ -238,6 +262,15 @@ struct Flight<'a> {
 impl Flight<'_> {
     /// Hands every segment to its store's stream, until one cannot be.
     async fn hand_over(&mut self, segments: &[Segment], crcs: &[u32]) {
+        // A conversion that knows no further ranges would leave them out, and call it done.
+        let firsts = segments.iter().filter(|segment| segment.replica == 0);
+        let granted: u64 =
+            firsts.filter_map(|s| s.token.as_ref()).map(|t| u64::from(t.blocks)).sum();
+        if self.job.blocks() != granted {
+            let failure = Failure::new(Reason::Malformed, "the grant is not for the whole write");
+            self.missed = Some(Missed { failure, store: 0, is_retryable: false });
+            return;
+        }
         for segment in segments {
             let Some(bio) = self.bio(segment, crcs) else {
                 let failure = Failure::new(Reason::Malformed, "a segment beyond its write");
@@ -260,7 +293,11 @@ impl Flight<'_> {
 
     fn bio(&self, segment: &Segment, crcs: &[u32]) -> Option<(Bio, Span)> {
         let token = segment.token.clone()?;
-        let first = usize::try_from(segment.lblk.checked_sub(self.job.range.start.0)?).ok()?;
+        // Both sides count the blocks of a write alike, or its data would land elsewhere.
+        if self.job.lblk(segment.offset_blocks.into()) != Some(segment.lblk) {
+            return None;
+        }
+        let first = segment.offset_blocks as usize;
         let end = first.checked_add(token.blocks as usize)?;
         let crc32c = crcs.get(first..end)?.to_vec();
         let data = self.job.data.slice(first * BLOCK_SIZE..end * BLOCK_SIZE);

@@ -108,6 +108,15 @@ impl Log {
         self.inner.usage_bytes()
     }
 
+    /// Asks for everything up to `lsn` to be made durable, without waiting.
+    pub(crate) fn want_durable(&self, lsn: Lsn) {
+        self.wanted.send_if_modified(|wanted| {
+            let is_more = *wanted < lsn;
+            *wanted = (*wanted).max(lsn);
+            is_more
+        });
+    }
+
     /// Waits until everything up to `lsn` survives a power loss. Cancel-safe.
     ///
     /// # Errors
@@ -116,11 +125,7 @@ impl Log {
         if self.inner.durable_lsn() >= lsn {
             return Ok(());
         }
-        self.wanted.send_if_modified(|wanted| {
-            let is_more = *wanted < lsn;
-            *wanted = (*wanted).max(lsn);
-            is_more
-        });
+        self.want_durable(lsn);
         let mut reached = self.reached.clone();
         let done = |reached: &Reached| reached.durable >= lsn || reached.failed.is_some();
         let reached = reached.wait_for(done).await.map_err(|_| Failure::draining())?;

@@ -69,6 +69,8 @@ pub struct State {
     pub told: Cursor,
     /// Write-outs up to this record are wanted now.
     pub flush_up_to: Lsn,
+    /// Write-outs under way.
+    pub write_outs: usize,
     /// The newest record that says that blocks of this volume are converted.
     pub last_clean: Lsn,
     /// Write-out rests until then, after a failure.
@@ -117,6 +119,7 @@ impl Volume {
                 error_count: 0,
                 told,
                 flush_up_to: Lsn(0),
+                write_outs: 0,
                 last_clean: Lsn(0),
                 rest_until: None,
                 reads: BTreeMap::new(),

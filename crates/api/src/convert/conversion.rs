@@ -4,8 +4,8 @@ use bytes::Bytes;
 use endio_state_machine::machine as domain;
 use endio_state_machine::machine::{FromStore, FromWriteback, Refusal, ToStore, ToWriteback};
 use endio_types::{
-    ClusterEpoch, Generation, Incarnation, Lblk, MapVersion, Reason, SegmentIndex, StoreId,
-    VolumeId,
+    ClusterEpoch, Generation, Incarnation, Lblk, LblkRange, MapVersion, Reason, SegmentIndex,
+    StoreId, VolumeId,
 };
 
 use super::{
@@ -56,7 +56,11 @@ fn begin_io(begin: proto::BeginIo) -> Result<domain::BeginIo, Malformed> {
         Ok(proto::Lane::Direct) => domain::Lane::Direct,
         _ => return Err(Malformed::new("begin.lane", "must be WRITE_OUT or DIRECT")),
     };
+    let (pairs, []) = begin.more.as_chunks::<2>() else {
+        return Err(Malformed::new("begin.more", "must be pairs of lblk and blocks"));
+    };
     Ok(domain::BeginIo {
+        more: pairs.iter().map(|[lblk, blocks]| LblkRange::new(*lblk, *blocks)).collect(),
         request: begin.request,
         volume: VolumeId(begin.volume),
         generation: Generation(begin.generation),
@@ -138,6 +142,7 @@ pub fn to_writeback(
                 token: Some(token_to_proto(&s.token)),
                 lblk: s.lblk.0,
                 replica: s.replica,
+                offset_blocks: s.offset_blocks,
             };
             Message::Begun(proto::Begun {
                 request,

@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use endio_types::{
-    BLOCK_BYTES, IO_END_BLOCKS_MAX, Incarnation, IoEndId, Lblk, LblkRange, Pblk, Reason,
-    SegmentIndex, StoreId, VOLUME_BYTES_MAX, VolumeId,
+    BLOCK_BYTES, IO_END_BLOCKS_MAX, IO_END_RANGES_MAX, Incarnation, IoEndId, Lblk, LblkRange, Pblk,
+    Reason, SegmentIndex, StoreId, VOLUME_BYTES_MAX, VolumeId,
 };
 
 use super::io::{BeginIo, GrantedSegment, Lane, Output, Refusal, ToWriteback, WritebackSession};
@@ -16,12 +16,38 @@ use crate::ledger::{IoEnd, Piece, PieceKind, Segment, owes_conversion};
 use crate::record::{Run, VolumeState};
 use crate::token::{MAC_LEN, Token};
 
-/// A piece of a write before its segments have numbers.
+/// A run of blocks on the stores before its segments have numbers: contiguous in every copy, and
+/// as long as its pieces together.
 struct Planned {
-    lblk: u64,
+    /// Logical, ascending.
+    pieces: Vec<LblkRange>,
     blocks: u64,
     kind: PieceKind,
     places: Vec<Place>,
+}
+
+impl Planned {
+    fn start(&self) -> u64 {
+        self.pieces.first().map_or(0, |piece| piece.start.0)
+    }
+
+    /// One run for each piece.
+    fn split(self) -> Vec<Self> {
+        let mut offset = 0;
+        let mut runs = Vec::with_capacity(self.pieces.len());
+        for piece in self.pieces {
+            let places = self.places.iter();
+            let places = places.map(|p| Place { store: p.store, pblk: Pblk(p.pblk.0 + offset) });
+            runs.push(Self {
+                pieces: vec![piece],
+                blocks: piece.len,
+                kind: self.kind,
+                places: places.collect(),
+            });
+            offset += piece.len;
+        }
+        runs
+    }
 }
 
 /// What a write needs, or why it is refused.
@@ -82,22 +108,23 @@ impl<T: ChunkTable> Machine<T> {
             Err(reason) => return refuse(reason, "the volume is not open here"),
         };
         self.check_range(&volume, begin)?;
-        let range = LblkRange { start: begin.lblk, len: u64::from(begin.blocks) };
+        let ranges = begin.ranges();
         let Some(rt) = self.volumes.get(&volume.id) else {
             return refuse(Reason::UnknownVolume, "no such volume");
         };
         if rt.by_lane[begin.lane as usize] >= self.limits.io_ends_per_volume_max {
             return refuse(Reason::Limit, "too many io_ends of the volume are in flight");
         }
-        let copies = u64::from(begin.blocks) * u64::from(volume.replicas);
+        let copies = begin.blocks_total() * u64::from(volume.replicas);
         if self.in_flight_blocks + copies > self.limits.in_flight_blocks_max {
             return refuse(Reason::Limit, "too many blocks are in flight");
         }
-        if rt.changes.iter().any(|change| change.range.overlaps(range)) {
+        let waits = |range: &LblkRange| rt.changes.iter().any(|c| c.range.overlaps(*range));
+        if ranges.iter().any(waits) {
             return refuse(Reason::Limit, "a change of the map waits for this range");
         }
         // Data that is written in place reaches the disk when it likes: overlaps would mix.
-        if volume.in_place && rt.in_flight.values().any(|other| other.overlaps(range)) {
+        if volume.in_place && ranges.iter().any(|range| rt.in_flight.overlaps(*range)) {
             return refuse(Reason::Limit, "a write in place to this range is in flight");
         }
         Ok(volume)
@@ -105,10 +132,23 @@ impl<T: ChunkTable> Machine<T> {
 
     fn check_range(&self, volume: &VolumeState, begin: &BeginIo) -> Result<(), Refusal> {
         let refuse = |reason, message| Err(self.refusal(reason, message));
-        if begin.blocks > IO_END_BLOCKS_MAX {
+        if begin.blocks_total() > IO_END_BLOCKS_MAX.into() {
             return refuse(Reason::Malformed, "more blocks than an io_end may have");
         }
-        let end = begin.lblk.0.checked_add(u64::from(begin.blocks));
+        if begin.more.len() >= IO_END_RANGES_MAX {
+            return refuse(Reason::Malformed, "more ranges than an io_end may have");
+        }
+        if volume.in_place && !begin.more.is_empty() {
+            return refuse(Reason::Malformed, "a write in place has one range");
+        }
+        let ranges = begin.ranges();
+        let ascend = |pair: &[LblkRange]| pair[0].end() <= pair[1].start.0;
+        let has_empty = !begin.more.is_empty() && ranges.iter().any(|range| range.is_empty());
+        if has_empty || !ranges.windows(2).all(ascend) {
+            return refuse(Reason::Malformed, "ranges ascend, without overlap and none is empty");
+        }
+        let last = ranges.last().copied().unwrap_or(LblkRange { start: begin.lblk, len: 0 });
+        let end = last.start.0.checked_add(last.len);
         let Some(end) = end.filter(|end| *end <= VOLUME_BYTES_MAX / BLOCK_BYTES) else {
             return refuse(Reason::OutOfRange, "beyond the largest volume");
         };
@@ -128,13 +168,13 @@ impl<T: ChunkTable> Machine<T> {
 
     /// Decides what each block of the write is, and reserves what it needs.
     fn plan(&mut self, volume: &VolumeState, begin: &BeginIo) -> Plan<T::Error> {
-        let range = LblkRange { start: begin.lblk, len: u64::from(begin.blocks) };
-        let mut planned = Vec::new();
+        let mut planned: Vec<Planned> = Vec::new();
         if volume.in_place {
+            let range = LblkRange { start: begin.lblk, len: u64::from(begin.blocks) };
             let found = extent_map::lookup(&mut self.table, volume.id, range);
             for extent in found.map_err(MachineError::Table)? {
                 planned.push(Planned {
-                    lblk: extent.range.start.0,
+                    pieces: vec![extent.range],
                     blocks: extent.range.len,
                     kind: match extent.state {
                         ExtentState::Written => PieceKind::Overwrite,
@@ -144,7 +184,10 @@ impl<T: ChunkTable> Machine<T> {
                 });
             }
         }
-        let holes = gaps(range, &planned);
+        let holes = match volume.in_place {
+            true => gaps(LblkRange { start: begin.lblk, len: begin.blocks.into() }, &planned),
+            false => begin.ranges(),
+        };
         let needed: u64 = holes.iter().map(|hole| hole.len).sum();
         if let Some(away) = self.away(volume, &planned) {
             return Ok(Err(away));
@@ -154,17 +197,20 @@ impl<T: ChunkTable> Machine<T> {
             return Ok(Err(refusal));
         }
         let avoid: BTreeSet<StoreId> = begin.avoid_stores.iter().copied().collect();
-        for hole in holes {
-            let lane = Some(begin.lane);
-            match self.reserve_blocks(volume.replicas, hole, lane, &avoid) {
-                Ok(fresh) => planned.extend(fresh.into_iter().map(|run| planned_run(&run))),
-                Err(refusal) => {
-                    self.unreserve(&planned);
-                    return Ok(Err(refusal));
+        if needed > 0 {
+            // Side by side on the stores, wherever they are in the volume: one segment takes them.
+            let whole = LblkRange::new(0, needed);
+            match self.reserve_blocks(volume.replicas, whole, Some(begin.lane), &avoid) {
+                Ok(fresh) if volume.in_place => {
+                    // What lies between two holes has a place already: each hole is a segment.
+                    let runs = planned_runs(&fresh, &holes);
+                    planned.extend(runs.into_iter().flat_map(Planned::split));
                 }
+                Ok(fresh) => planned.extend(planned_runs(&fresh, &holes)),
+                Err(refusal) => return Ok(Err(refusal)),
             }
         }
-        planned.sort_by_key(|piece| piece.lblk);
+        planned.sort_by_key(Planned::start);
         Ok(Ok(planned))
     }
 
@@ -175,17 +221,6 @@ impl<T: ChunkTable> Machine<T> {
         let away = places.into_iter().any(|place| !usable(&place.store));
         let refusal = self.refusal(Reason::NotEnoughStores, "the store of these blocks is away");
         (volume.in_place && away).then_some(refusal)
-    }
-
-    fn unreserve(&mut self, planned: &[Planned]) {
-        for piece in planned.iter().filter(|piece| piece.kind == PieceKind::Fresh) {
-            for place in &piece.places {
-                if let Some(rt) = self.stores.get_mut(&place.store) {
-                    let range = endio_types::PblkRange { start: place.pblk, len: piece.blocks };
-                    rt.space.unallocate(range);
-                }
-            }
-        }
     }
 
     /// Whether the usable stores can hold so much.
@@ -267,13 +302,13 @@ impl<T: ChunkTable> Machine<T> {
     ) -> IoEnd {
         let id = IoEndId::new(self.durable.epoch, self.next_io_end);
         self.next_io_end += 1;
-        let range = LblkRange { start: begin.lblk, len: u64::from(begin.blocks) };
+        let ranges = begin.ranges();
         let (pieces, segments) = self.number(plan);
         let fresh: u64 = plan.iter().filter(|p| p.kind == PieceKind::Fresh).map(|p| p.blocks).sum();
         let credit = if begin.lane == Lane::WriteOut { fresh } else { 0 };
         self.use_credit(volume.id, credit, 0);
         self.in_flight_blocks += fresh * u64::from(volume.replicas);
-        let overlapped = self.note_in_flight(volume.id, id, range, begin.lane);
+        let overlapped = self.note_in_flight(volume.id, id, &ranges, begin.lane);
         let grows = begin.size_after_bytes > volume.size_bytes;
         let live = (0..=segments.len() as u32).map(SegmentIndex).collect();
         IoEnd {
@@ -283,7 +318,7 @@ impl<T: ChunkTable> Machine<T> {
             session,
             writeback: name.to_owned(),
             lane: begin.lane,
-            range,
+            ranges,
             size_after_bytes: begin.size_after_bytes,
             attempt: begin.attempt,
             traceparent: begin.traceparent,
@@ -303,10 +338,10 @@ impl<T: ChunkTable> Machine<T> {
     fn number(&self, plan: &[Planned]) -> (Vec<Piece>, Vec<Segment>) {
         let mut segments = Vec::new();
         let mut pieces = Vec::with_capacity(plan.len());
-        for piece in plan {
-            let blocks = u32::try_from(piece.blocks).unwrap_or(u32::MAX);
-            let mut indexes = Vec::with_capacity(piece.places.len());
-            for place in &piece.places {
+        for run in plan {
+            let blocks = u32::try_from(run.blocks).unwrap_or(u32::MAX);
+            let mut indexes = Vec::with_capacity(run.places.len());
+            for place in &run.places {
                 let state = self.durable.stores.get(&place.store);
                 segments.push(Segment {
                     store: place.store,
@@ -317,24 +352,29 @@ impl<T: ChunkTable> Machine<T> {
                 });
                 indexes.push(SegmentIndex(segments.len() as u32));
             }
-            let lblk = Lblk(piece.lblk);
-            pieces.push(Piece { lblk, blocks, kind: piece.kind, segments: indexes });
+            let mut offset = 0;
+            for piece in &run.pieces {
+                let blocks = u32::try_from(piece.len).unwrap_or(u32::MAX);
+                let segments = indexes.clone();
+                pieces.push(Piece { lblk: piece.start, blocks, kind: run.kind, segments, offset });
+                offset += blocks;
+            }
         }
         (pieces, segments)
     }
 
-    /// Enters the range among those in flight; returns whether it overlaps another.
+    /// Enters the ranges among those in flight; returns whether they overlap another's.
     fn note_in_flight(
         &mut self,
         volume: VolumeId,
         id: IoEndId,
-        range: LblkRange,
+        ranges: &[LblkRange],
         lane: Lane,
     ) -> bool {
         let Some(rt) = self.volumes.get_mut(&volume) else { return false };
-        let others = rt.in_flight.iter().filter(|(_, other)| other.overlaps(range));
-        let others: Vec<IoEndId> = others.map(|(id, _)| *id).collect();
-        rt.in_flight.insert(id, range);
+        let others = ranges.iter().flat_map(|range| rt.in_flight.overlapping(*range));
+        let others: Vec<IoEndId> = others.collect();
+        rt.in_flight.insert(id, ranges.to_vec());
         rt.by_lane[lane as usize] += 1;
         for other in &others {
             if let Some(io_end) = self.ledger.get_mut(*other) {
@@ -346,11 +386,16 @@ impl<T: ChunkTable> Machine<T> {
 
     fn begun_message(&self, request: u64, io_end: &IoEnd) -> ToWriteback {
         let mut segments = Vec::with_capacity(io_end.segments.len());
+        let mut offset_blocks = 0;
         for piece in &io_end.pieces {
-            for (replica, index) in (0..).zip(&piece.segments) {
-                let token = self.token(io_end, *index);
-                segments.push(GrantedSegment { token, lblk: piece.lblk, replica });
+            // What shares its segments with the piece before is told with that.
+            if piece.offset == 0 {
+                for (replica, index) in (0..).zip(&piece.segments) {
+                    let (token, lblk) = (self.token(io_end, *index), piece.lblk);
+                    segments.push(GrantedSegment { token, lblk, offset_blocks, replica });
+                }
             }
+            offset_blocks += piece.blocks;
         }
         ToWriteback::Begun {
             request,
@@ -383,28 +428,43 @@ impl<T: ChunkTable> Machine<T> {
     }
 }
 
-fn planned_run(run: &Run) -> Planned {
-    Planned {
-        lblk: run.lblk.0,
-        blocks: u64::from(run.blocks),
-        kind: PieceKind::Fresh,
-        places: run
-            .places
-            .iter()
-            .map(|(store, pblk)| Place { store: *store, pblk: *pblk })
-            .collect(),
+/// Lays logical ranges over runs of fresh blocks, in order; both have the same number of blocks.
+fn planned_runs(runs: &[Run], holes: &[LblkRange]) -> Vec<Planned> {
+    let mut rest = holes.iter().copied().filter(|hole| hole.len > 0);
+    let mut hole = rest.next();
+    let mut planned = Vec::with_capacity(runs.len());
+    for run in runs {
+        let mut left = u64::from(run.blocks);
+        let mut pieces = Vec::new();
+        while let Some(at) = hole.filter(|_| left > 0) {
+            let len = at.len.min(left);
+            pieces.push(LblkRange::new(at.start.0, len));
+            left -= len;
+            hole = match at.len > len {
+                true => Some(LblkRange::new(at.start.0 + len, at.len - len)),
+                false => rest.next(),
+            };
+        }
+        let places = run.places.iter().map(|(store, pblk)| Place { store: *store, pblk: *pblk });
+        planned.push(Planned {
+            pieces,
+            blocks: u64::from(run.blocks),
+            kind: PieceKind::Fresh,
+            places: places.collect(),
+        });
     }
+    planned
 }
 
 /// The parts of `range` that no piece covers; the pieces are ascending.
 fn gaps(range: LblkRange, planned: &[Planned]) -> Vec<LblkRange> {
     let mut gaps = Vec::new();
     let mut at = range.start.0;
-    for piece in planned {
-        if at < piece.lblk {
-            gaps.push(LblkRange::new(at, piece.lblk - at));
+    for piece in planned.iter().flat_map(|run| &run.pieces) {
+        if at < piece.start.0 {
+            gaps.push(LblkRange::new(at, piece.start.0 - at));
         }
-        at = piece.lblk + piece.blocks;
+        at = piece.end();
     }
     if at < range.end() {
         gaps.push(LblkRange::new(at, range.end() - at));

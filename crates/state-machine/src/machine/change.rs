@@ -23,7 +23,7 @@ impl<T: ChunkTable> Machine<T> {
     pub(super) fn change_can_run(&self, volume: VolumeId) -> bool {
         let Some(rt) = self.volumes.get(&volume) else { return false };
         let Some(change) = rt.changes.front() else { return false };
-        !rt.in_flight.values().any(|range| range.overlaps(change.range))
+        !rt.in_flight.overlaps(change.range)
     }
 
     /// Makes one step of the change of one volume, of the next in turn that can run, and one step

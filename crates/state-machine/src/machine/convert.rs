@@ -28,7 +28,7 @@ impl<T: ChunkTable> Machine<T> {
         for (volume, id) in taken {
             let Some(io_end) = self.ledger.get(id).cloned() else { continue };
             if let Err(error) = self.read_chunks(&io_end) {
-                let (range, why) = (io_end.range, error.to_string());
+                let (range, why) = (io_end.span(), error.to_string());
                 let kind = EffectKind::ConversionFailed { io_end: id, volume, range, why };
                 self.push(self.when_committed(), kind, out);
                 self.abort(id, Reason::MetadataFull, None, out)?;
@@ -70,10 +70,10 @@ impl<T: ChunkTable> Machine<T> {
             let Some((volume, id)) = self.lanes[lane].pop() else { break };
             for older in self.older_overlapping(lane, volume, id) {
                 self.lanes[1 - lane].remove(volume, older);
-                blocks += self.ledger.get(older).map_or(0, |io_end| io_end.range.len);
+                blocks += self.ledger.get(older).map_or(0, IoEnd::blocks);
                 taken.push((volume, older));
             }
-            blocks += self.ledger.get(id).map_or(0, |io_end| io_end.range.len);
+            blocks += self.ledger.get(id).map_or(0, IoEnd::blocks);
             taken.push((volume, id));
             lane = 1 - lane;
         }
@@ -89,7 +89,7 @@ impl<T: ChunkTable> Machine<T> {
         let others = self.lanes[1 - lane].of(volume).filter_map(|other| self.ledger.get(other));
         let older: Vec<&IoEnd> =
             others.take_while(|other| other.release_order < io_end.release_order).collect();
-        let last = older.iter().rposition(|other| other.range.overlaps(io_end.range));
+        let last = older.iter().rposition(|other| other.overlaps(io_end));
         let count = last.map_or(0, |last| last + 1);
         older[..count].iter().map(|other| other.id).collect()
     }
@@ -97,12 +97,17 @@ impl<T: ChunkTable> Machine<T> {
     /// Reads every chunk that the conversion will change, so that what cannot be read is found
     /// before there is a record of it.
     fn read_chunks(&mut self, io_end: &IoEnd) -> Result<(), T::Error> {
-        let first = io_end.range.start.0 / CHUNK_BLOCKS;
-        let last = io_end.range.end().saturating_sub(1) / CHUNK_BLOCKS;
-        (first..=last).try_for_each(|index| {
-            let id = ChunkId { volume: io_end.volume, index };
-            self.table.read(id, &mut |_| {})
-        })
+        // Ascending ranges visit their chunks in order: each is read once.
+        let mut next = 0;
+        for range in &io_end.ranges {
+            let first = (range.start.0 / CHUNK_BLOCKS).max(next);
+            let last = range.end().saturating_sub(1) / CHUNK_BLOCKS;
+            for index in first..=last {
+                self.table.read(ChunkId { volume: io_end.volume, index }, &mut |_| {})?;
+            }
+            next = last + 1;
+        }
+        Ok(())
     }
 
     fn add_to_batch(&self, batch: &mut BTreeMap<VolumeId, Draft>, io_end: &IoEnd) {

@@ -122,6 +122,9 @@ pub struct BeginIo {
     pub lblk: Lblk,
     /// 0: a zero-length write.
     pub blocks: u32,
+    /// Further ranges of the same write, ascending and behind the first, none of them empty. Only
+    /// for volumes that are written by redirection.
+    pub more: Vec<LblkRange>,
     /// Growable volumes: bytes. 0: does not extend.
     pub size_after_bytes: u64,
     /// Stores not to use if others can do.
@@ -132,6 +135,20 @@ pub struct BeginIo {
     pub traceparent: String,
     /// A caller waits.
     pub sync: bool,
+}
+
+impl BeginIo {
+    /// All ranges, the first one first.
+    pub fn ranges(&self) -> Vec<LblkRange> {
+        let first = LblkRange { start: self.lblk, len: u64::from(self.blocks) };
+        std::iter::once(first).chain(self.more.iter().copied()).collect()
+    }
+
+    /// Blocks of all ranges.
+    pub fn blocks_total(&self) -> u64 {
+        let more = self.more.iter().fold(0_u64, |sum, range| sum.saturating_add(range.len));
+        more.saturating_add(u64::from(self.blocks))
+    }
 }
 
 /// What a writeback says.
@@ -317,6 +334,8 @@ pub struct GrantedSegment {
     pub token: Token,
     /// First logical block.
     pub lblk: Lblk,
+    /// First block of the write's data that belongs here, counted over its ranges in order.
+    pub offset_blocks: u32,
     /// Which copy.
     pub replica: u32,
 }

@@ -170,7 +170,7 @@ impl<T: ChunkTable> Machine<T> {
             return;
         }
         for volume in self.volumes.values_mut() {
-            volume.in_flight.remove(&io_end);
+            volume.in_flight.remove(io_end);
         }
     }
 

@@ -188,21 +188,18 @@ impl<T: ChunkTable> Machine<T> {
         let mut in_place_risk = false;
         let mut fresh = 0;
         for piece in &io_end.pieces {
-            let segments = piece.segments.iter().filter_map(|index| io_end.segment(*index));
             if piece.kind == PieceKind::Fresh {
                 fresh += u64::from(piece.blocks) * piece.segments.len() as u64;
             }
             if reason.is_none() && io_end.is_durable(piece) {
                 continue;
             }
-            for segment in segments {
+            for (store, range) in io_end.places(piece) {
                 match piece.kind {
-                    PieceKind::Fresh => {
-                        self.quarantine_until_fenced(id, segment.store, segment.range())?;
-                    }
+                    PieceKind::Fresh => self.quarantine_until_fenced(id, store, range)?,
                     PieceKind::Unwritten | PieceKind::Overwrite => {
                         in_place_risk = true;
-                        if let Some(rt) = self.stores.get_mut(&segment.store) {
+                        if let Some(rt) = self.stores.get_mut(&store) {
                             rt.fence_io_ends.insert(id);
                         }
                     }
@@ -216,7 +213,7 @@ impl<T: ChunkTable> Machine<T> {
             // The blocks are in the map: nobody may write or free them while a bio of this
             // io_end can still land there.
             if !in_place_risk {
-                rt.in_flight.remove(&id);
+                rt.in_flight.remove(id);
             }
         }
         self.use_credit(io_end.volume, 0, io_end.credit);
@@ -256,10 +253,7 @@ impl<T: ChunkTable> Machine<T> {
     /// Physical blocks of an io_end that got a fresh place, for the check.
     pub(super) fn reserved_ranges(io_end: &IoEnd) -> Vec<(StoreId, PblkRange)> {
         let fresh = io_end.pieces.iter().filter(|piece| piece.kind == PieceKind::Fresh);
-        fresh
-            .flat_map(|piece| piece.segments.iter().filter_map(|index| io_end.segment(*index)))
-            .map(|segment| (segment.store, segment.range()))
-            .collect()
+        fresh.flat_map(|piece| io_end.places(piece)).collect()
     }
 }
 

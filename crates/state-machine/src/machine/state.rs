@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use endio_types::{
-    Generation, IoEndId, LblkRange, MapVersion, Millis, PblkRange, StoreId, VolumeId,
+    Generation, IO_END_BLOCKS_MAX, IoEndId, LblkRange, MapVersion, Millis, PblkRange, StoreId,
+    VolumeId,
 };
 
 use super::io::{MapChange, ReplyTo, StoreSession, WritebackSession};
@@ -33,12 +34,53 @@ pub(super) struct PendingChange {
     pub(super) blocks_changed: u64,
 }
 
+/// The ranges of io_ends, to be asked who overlaps whom without looking at all of them.
+#[derive(Clone, Debug, Default)]
+pub(super) struct InFlight {
+    ranges: BTreeMap<IoEndId, Vec<LblkRange>>,
+    /// By first block, then io_end; with the length, which is at most [`IO_END_BLOCKS_MAX`].
+    starts: BTreeMap<(u64, IoEndId), u64>,
+}
+
+impl InFlight {
+    /// Enters an io_end. Its ranges do not overlap each other.
+    pub(super) fn insert(&mut self, id: IoEndId, ranges: Vec<LblkRange>) {
+        for range in ranges.iter().filter(|range| range.len > 0) {
+            self.starts.insert((range.start.0, id), range.len);
+        }
+        self.ranges.insert(id, ranges);
+    }
+
+    /// Takes an io_end out. Idempotent.
+    pub(super) fn remove(&mut self, id: IoEndId) {
+        for range in self.ranges.remove(&id).unwrap_or_default() {
+            self.starts.remove(&(range.start.0, id));
+        }
+    }
+
+    /// The io_ends that touch a range; one that touches it twice comes twice.
+    pub(super) fn overlapping(&self, range: LblkRange) -> impl Iterator<Item = IoEndId> {
+        // No longer range exists, so none that begins earlier reaches here.
+        let from = range.start.0.saturating_sub(u64::from(IO_END_BLOCKS_MAX));
+        let near = self.starts.range((from, IoEndId(0))..(range.end(), IoEndId(0)));
+        near.filter(move |((start, _), len)| {
+            range.len > 0 && start.saturating_add(**len) > range.start.0
+        })
+        .map(|((_, id), _)| *id)
+    }
+
+    /// Whether any io_end touches a range.
+    pub(super) fn overlaps(&self, range: LblkRange) -> bool {
+        self.overlapping(range).next().is_some()
+    }
+}
+
 /// Volatile state of a volume.
 #[derive(Clone, Debug, Default)]
 pub(super) struct VolumeRt {
     /// Ranges that something in flight may touch: io_ends, and aborted io_ends that wrote in
     /// place until their fence is done.
-    pub(super) in_flight: BTreeMap<IoEndId, LblkRange>,
+    pub(super) in_flight: InFlight,
     /// io_ends in flight by lane.
     pub(super) by_lane: [usize; 2],
     /// In order; only the first makes progress.

@@ -264,6 +264,10 @@ impl<D: Clone> DirtyMap<D> {
     /// and puts it under writeback. `None`: nothing to pick under that limit.
     pub fn pick(&mut self, limit: PickLimit) -> Option<Picked<D>> {
         let group = self.seed(limit)?;
+        Some(self.take(group, limit))
+    }
+
+    fn take(&mut self, group: LblkRange, limit: PickLimit) -> Picked<D> {
         let range = self.run_around(group, limit);
         let io = WriteOutId(self.next_io);
         self.next_io += 1;
@@ -275,7 +279,27 @@ impl<D: Clone> DirtyMap<D> {
             picked.data.push(version.data);
         }
         self.write_outs.insert(io, range);
-        Some(picked)
+        picked
+    }
+
+    /// Picks again and again, oldest first, until the limit's blocks or `ranges_max` ranges are
+    /// reached: scattered blocks leave together. Ascending by block; empty: nothing to pick.
+    pub fn gather(&mut self, limit: PickLimit, ranges_max: usize) -> Vec<Picked<D>> {
+        let mut picks: Vec<Picked<D>> = Vec::new();
+        let mut left = limit.blocks_max;
+        while picks.len() < ranges_max && left > 0 {
+            let limit = PickLimit { blocks_max: left, ..limit };
+            let Some(group) = self.seed(limit) else { break };
+            // Parts of one write stay together, so the first may be larger than the limit.
+            if !picks.is_empty() && group.len > left {
+                break;
+            }
+            let picked = self.take(group, limit);
+            left = left.saturating_sub(picked.range.len);
+            picks.push(picked);
+        }
+        picks.sort_by_key(|picked| picked.range.start);
+        picks
     }
 
     /// Whether [`pick`](Self::pick) would find something under this limit.

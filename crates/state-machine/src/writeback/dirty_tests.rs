@@ -34,6 +34,31 @@ fn a_block_rewritten_under_writeback_stays_dirty_after_the_old_version_completes
     assert!(map.is_clean());
 }
 
+#[test]
+fn scattered_blocks_are_gathered_oldest_first_up_to_the_limits_and_told_in_ascending_order() {
+    let mut map = DirtyMap::new();
+    for (lsn, lblk) in [(1, 50), (2, 7), (3, 90), (4, 20)] {
+        put(&mut map, lblk, 1, lsn);
+    }
+    put(&mut map, 200, 5, 5);
+    let starts = |picks: &[Picked<u64>]| picks.iter().map(|p| p.range.start.0).collect::<Vec<_>>();
+    assert_eq!(starts(&map.clone().gather(PickLimit::blocks(256), 3)), [7, 50, 90]);
+    assert_eq!(starts(&map.clone().gather(PickLimit::blocks(2), 256)), [7, 50]);
+    let up_to = PickLimit { up_to: Some(Lsn(3)), ..PickLimit::blocks(256) };
+    assert_eq!(starts(&map.clone().gather(up_to, 256)), [7, 50, 90]);
+    // Five blocks of one write do not fit into the rest, and are not torn.
+    assert_eq!(starts(&map.clone().gather(PickLimit::blocks(8), 256)), [7, 20, 50, 90]);
+    let picks = map.gather(PickLimit::blocks(9), 256);
+    assert_eq!(starts(&picks), [7, 20, 50, 90, 200]);
+    assert_eq!(map.gather(PickLimit::blocks(256), 256), [], "no block is in two write-outs");
+    put(&mut map, 20, 1, 6);
+    for picked in &picks[1..] {
+        map.complete(picked.io).unwrap();
+    }
+    map.fail(picks[0].io).unwrap();
+    assert_eq!(starts(&map.gather(PickLimit::blocks(256), 256)), [7, 20]);
+}
+
 /// Scenario 24, dirty map.
 #[test]
 fn a_failed_write_out_is_dirty_again_and_never_hides_newer_data() {

@@ -3,6 +3,7 @@
 
 mod conversion;
 mod errors;
+mod gather;
 mod holders;
 mod map;
 mod random;

@@ -111,6 +111,13 @@ impl World {
             begin.lblk = Lblk(lblk + 6);
             begin.size_after_bytes = (lblk + 6 + u64::from(blocks)) * BLOCK_BYTES;
         }
+        if !volume.in_place && blocks > 0 && !len.is_multiple_of(4) {
+            begin.more = more_ranges(begin.lblk.0 + u64::from(blocks), len);
+            begin.size_after_bytes = match (volume.growable, begin.more.last()) {
+                (true, Some(last)) => last.end() * BLOCK_BYTES,
+                _ => begin.size_after_bytes,
+            };
+        }
         begin.avoid_stores = vec![StoreId(u32::from(len) % 4)];
         let Ok(begun) = self.rig.try_begin(begin) else { return };
         let current = self.homes(&volume.name);
@@ -167,8 +174,8 @@ impl World {
                 let refused = self.rig.durable_release(&token);
                 if refused.is_none() {
                     let segment = begun.segments.iter().find(|s| s.token == token).unwrap();
-                    for at in 0..u64::from(token.blocks) {
-                        self.acknowledged.insert((token.volume, segment.lblk.0 + at));
+                    for at in begun.lblks(segment) {
+                        self.acknowledged.insert((token.volume, at));
                     }
                 }
             }
@@ -427,6 +434,22 @@ proptest! {
         }
         world.heal();
     }
+}
+
+/// Up to three short ranges behind `end`, some side by side, inside the volume.
+fn more_ranges(end: u64, seed: u16) -> Vec<LblkRange> {
+    let mut at = end;
+    let mut more = Vec::new();
+    for step in 0..u64::from(seed) % 4 {
+        let start = at + (u64::from(seed) >> (2 + step)) % 3;
+        let len = 1 + (u64::from(seed) >> (5 + step)) % 2;
+        if start + len > BLOCKS {
+            break;
+        }
+        more.push(LblkRange::new(start, len));
+        at = start + len;
+    }
+    more
 }
 
 fn cases() -> u32 {

@@ -35,6 +35,19 @@ pub struct Begun {
     pub submitter: Token,
     pub segments: Vec<GrantedSegment>,
     pub owes: bool,
+    /// What was asked for.
+    pub ranges: Vec<LblkRange>,
+}
+
+impl Begun {
+    /// The logical blocks of a segment, in the order of its data.
+    pub fn lblks(&self, segment: &GrantedSegment) -> Vec<u64> {
+        let all = self.ranges.iter().flat_map(|range| range.start.0..range.end());
+        let (skip, take) = (segment.offset_blocks as usize, segment.token.blocks as usize);
+        let lblks: Vec<u64> = all.skip(skip).take(take).collect();
+        assert_eq!(lblks.first(), Some(&segment.lblk.0), "a segment says where it begins");
+        lblks
+    }
 }
 
 pub fn limits() -> Limits {
@@ -259,6 +272,7 @@ impl Rig {
 
     pub fn try_begin(&mut self, begin: BeginIo) -> Result<Begun, Refusal> {
         let request = begin.request;
+        let ranges = begin.ranges();
         let from = self.sent.len();
         self.say(FromWriteback::Begin(begin));
         for kind in &self.sent[from..] {
@@ -271,6 +285,7 @@ impl Rig {
                         submitter: *submitter,
                         segments: segments.clone(),
                         owes: *owes_conversion,
+                        ranges,
                     });
                 }
                 EffectKind::Writeback(_, ToWriteback::Refused { request: r, refusal })
@@ -419,6 +434,7 @@ pub fn begin_io(volume: &VolumeInfo, lblk: u64, blocks: u32) -> BeginIo {
         lane: Lane::Direct,
         lblk: Lblk(lblk),
         blocks,
+        more: vec![],
         size_after_bytes: 0,
         avoid_stores: vec![],
         attempt: 1,

@@ -2,30 +2,23 @@
 
 use std::sync::Arc;
 
-use bytes::{Bytes, BytesMut};
-use endio_api::conversion::{Completion, Lane};
-use endio_chassis::telemetry;
 use endio_state_machine::writeback::Lsn;
-use endio_state_machine::writeback::dirty::{PickLimit, Picked};
-use endio_types::{BLOCK_BYTES, BLOCK_SIZE, LblkRange, Reason};
-use futures_util::FutureExt as _;
+use endio_state_machine::writeback::dirty::PickLimit;
+use endio_types::{BLOCK_BYTES, LblkRange, Reason};
 use tokio::time::{Duration, Instant};
-use tracing::{Span, info_span};
 
 use super::Engine;
+use super::write_out::Gathered;
 use crate::failure::Failure;
-use crate::io_end::Job;
-use crate::volume::{CachedBlock, State, Volume};
+use crate::volume::{State, Volume};
 
-/// Most traces that one write-out links to besides its own.
-const LINKS_MAX: usize = 32;
 /// Pause between two looks at the log's size.
 const LOG_LOOK: Duration = Duration::from_millis(250);
 
 /// What the flusher does next.
 enum Next {
     /// Write this out.
-    WriteOut(Picked<CachedBlock>, bool),
+    WriteOut(Gathered),
     /// Nothing now; look again then, or when something changes.
     Wait(Option<Instant>),
     /// The volume is not ours any more.
@@ -76,11 +69,10 @@ impl Engine {
     async fn flush_for_ever(self: Arc<Self>, volume: Arc<Volume>) {
         loop {
             match self.next(&volume) {
-                Next::WriteOut(picked, sync) => {
+                Next::WriteOut(gathered) => {
                     let (engine, volume) = (Arc::clone(&self), Arc::clone(&volume));
                     // A failure stays with the volume; the flusher comes back to it.
-                    let write_out =
-                        async move { drop(engine.write_out(&volume, picked, sync).await) };
+                    let write_out = async move { drop(engine.write_out(&volume, gathered).await) };
                     self.tasks.spawn(write_out);
                 }
                 Next::Wait(until) => {
@@ -106,7 +98,7 @@ impl Engine {
         if state.gone.is_some() {
             return Next::Gone;
         }
-        if state.dirty.write_outs() >= self.config.write_outs_per_volume {
+        if state.write_outs >= self.config.write_outs_per_volume {
             return Next::Wait(None);
         }
         if let Some(rest) = state.rest_until.filter(|rest| *rest > now) {
@@ -119,8 +111,8 @@ impl Engine {
         }
         let up_to = state.flush_up_to;
         let urgent = PickLimit { blocks_max, up_to: Some(up_to), within: None };
-        if let Some(picked) = state.dirty.pick(urgent) {
-            return Next::WriteOut(picked, true);
+        if let Some(gathered) = Gathered::pick(volume, &mut state, urgent, true) {
+            return Next::WriteOut(gathered);
         }
         let old_at = state.dirty_since.unwrap_or(now) + self.write_out_after();
         if old_at <= now {
@@ -131,9 +123,10 @@ impl Engine {
             return self.next(volume);
         }
         if self.throttle().wants_write_out()
-            && let Some(picked) = state.dirty.pick(PickLimit::blocks(blocks_max))
+            && let Some(gathered) =
+                Gathered::pick(volume, &mut state, PickLimit::blocks(blocks_max), false)
         {
-            return Next::WriteOut(picked, false);
+            return Next::WriteOut(gathered);
         }
         Next::Wait(Some(old_at))
     }
@@ -156,11 +149,11 @@ impl Engine {
         let blocks_max = self.config.write_out_blocks;
         let limit = PickLimit { blocks_max, up_to: None, within: Some(range) };
         loop {
-            let picked = volume.state().dirty.pick(limit);
-            if let Some(picked) = picked {
+            let gathered = Gathered::pick(volume, &mut volume.state(), limit, true);
+            if let Some(gathered) = gathered {
                 // In a task of its own: what was picked must be given back, whoever waits.
                 let (engine, volume) = (Arc::clone(self), Arc::clone(volume));
-                let out = async move { engine.write_out(&volume, picked, true).await };
+                let out = async move { engine.write_out(&volume, gathered).await };
                 self.tasks.spawn(out).await.map_err(|_| Failure::task_lost())??;
                 continue;
             }
@@ -185,100 +178,9 @@ impl Engine {
         }
     }
 
-    /// Carries one pick to its end: clean, or dirty again with the error noted.
-    async fn write_out(
-        self: &Arc<Self>,
-        volume: &Arc<Volume>,
-        picked: Picked<CachedBlock>,
-        sync: bool,
-    ) -> Result<(), Failure> {
-        let job = self.write_out_job(volume, &picked, sync);
-        let gate = self.log.durable(picked.max_lsn).boxed();
-        match self.submitter.write(&job, gate).await {
-            Ok(done) => self.written_out(volume, &picked, &done),
-            Err(failure) => {
-                telemetry::fail(&job.span, &failure.detail);
-                self.not_written_out(volume, &picked, &failure);
-                Err(failure)
-            }
-        }
-    }
-
-    fn write_out_job(&self, volume: &Volume, picked: &Picked<CachedBlock>, sync: bool) -> Job {
-        let end_bytes = picked.end_bytes;
-        let size_after = volume.growable.then(|| volume.state().size_after(end_bytes));
-        Job {
-            volume: volume.id,
-            name: Arc::clone(&volume.name),
-            generation: volume.generation,
-            lane: Lane::WriteOut,
-            range: picked.range,
-            data: gather(&picked.data),
-            size_after_bytes: size_after.unwrap_or(0),
-            sync,
-            deadline: self.deadline(),
-            span: write_out_span(volume, picked),
-        }
-    }
-
-    fn written_out(
-        &self,
-        volume: &Volume,
-        picked: &Picked<CachedBlock>,
-        done: &Completion,
-    ) -> Result<(), Failure> {
-        let mut state = volume.state();
-        state.saw_map(done.map_version);
-        state.durable_size_bytes = state.durable_size_bytes.max(done.size_bytes);
-        state.credit.consumed(picked.range.len);
-        state.rest_until = None;
-        let noted = match state.dirty.complete(picked.io) {
-            // Under the state's lock: who finds the range clean finds the record, too.
-            Ok(completed) => self.log.append_clean(volume.id, &completed.runs),
-            Err(error) => Err(Failure::new(Reason::WrongState, error.to_string())),
-        };
-        match noted {
-            Ok(lsn) => state.last_clean = state.last_clean.max(lsn),
-            // Replay then writes the same data once more; a direct write over it would wait.
-            Err(error) => tracing::error!(volume = %volume.name, %error, "cache log"),
-        }
-        if state.dirty.waiting_blocks() == 0 {
-            state.dirty_since = None;
-        }
-        drop(state);
-        self.metrics.write_outs.inc();
-        self.undirtied(volume.id, picked.range.len);
-        volume.changed();
-        Ok(())
-    }
-
-    fn not_written_out(&self, volume: &Volume, picked: &Picked<CachedBlock>, failure: &Failure) {
-        let mut state = volume.state();
-        let freed = state.dirty.fail(picked.io).map_or(0, |failed| failed.credit_freed_blocks);
-        state.credit.put_back(freed);
-        state.errors.set(failure.clone());
-        state.error_count += 1;
-        state.rest_until = Some(Instant::now() + Duration::from_millis(self.config.retry_max_ms));
-        drop(state);
-        self.undirtied(volume.id, freed);
-        self.heed(volume, failure);
-        if volume.usable().is_err() {
-            // The flusher says what is lost with a volume that is not ours any more.
-            return volume.changed();
-        }
-        tracing::error!(
-            volume = %volume.name,
-            offset = picked.range.start.0 * BLOCK_BYTES,
-            length = picked.range.len * BLOCK_BYTES,
-            error = %failure,
-            "write-out failed; the data stays dirty and is tried again"
-        );
-        volume.changed();
-    }
-
     /// The end of a volume here: what is dirty is of no use to anybody any more.
     async fn clear(self: &Arc<Self>, volume: &Arc<Volume>) {
-        volume.wait(|state| (state.dirty.write_outs() == 0).then_some(())).await;
+        volume.wait(|state| (state.write_outs == 0).then_some(())).await;
         let lost = {
             let mut state = volume.state();
             let versions = |state: &State| state.dirty.waiting_blocks();
@@ -327,40 +229,4 @@ impl Engine {
             Err(error) => tracing::warn!(%error, "the cache log cannot be trimmed"),
         }
     }
-}
-
-/// One buffer out of the blocks; without a copy if there is only one.
-fn gather(blocks: &[CachedBlock]) -> Bytes {
-    if let [only] = blocks {
-        return only.data.clone();
-    }
-    let mut whole = BytesMut::with_capacity(blocks.len() * BLOCK_SIZE);
-    for block in blocks {
-        whole.extend_from_slice(&block.data);
-    }
-    whole.freeze()
-}
-
-/// Continues the trace of the first write that it covers, and links the others.
-fn write_out_span(volume: &Volume, picked: &Picked<CachedBlock>) -> Span {
-    let span = info_span!(
-        parent: None,
-        "write_out",
-        volume = %volume.name,
-        offset = picked.range.start.0 * BLOCK_BYTES,
-        length = picked.range.len * BLOCK_BYTES,
-    );
-    let mut traces: Vec<&Arc<str>> = Vec::new();
-    for block in picked.data.iter().filter(|block| !block.trace.is_empty()) {
-        if traces.len() <= LINKS_MAX && !traces.contains(&&block.trace) {
-            traces.push(&block.trace);
-        }
-    }
-    if let Some((first, others)) = traces.split_first() {
-        telemetry::set_parent(&span, first);
-        for other in others {
-            telemetry::link(&span, other);
-        }
-    }
-    span
 }

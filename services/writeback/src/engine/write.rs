@@ -125,7 +125,7 @@ impl Engine {
             name: Arc::clone(&volume.name),
             generation: volume.generation,
             lane: Lane::Direct,
-            range,
+            ranges: vec![range],
             data,
             size_after_bytes,
             sync: true,

@@ -1,0 +1,212 @@
+//! One write-out: blocks from all over a volume, in one io_end.
+
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use endio_api::conversion::{Completion, Lane};
+use endio_chassis::telemetry;
+use endio_state_machine::writeback::Lsn;
+use endio_state_machine::writeback::dirty::{PickLimit, Picked};
+use endio_types::{BLOCK_BYTES, BLOCK_SIZE, IO_END_RANGES_MAX, Reason};
+use futures_util::FutureExt as _;
+use tokio::time::{Duration, Instant};
+use tracing::{Span, info_span};
+
+use super::Engine;
+use crate::failure::Failure;
+use crate::io_end::Job;
+use crate::volume::{CachedBlock, State, Volume};
+
+/// Most traces that one write-out links to besides its own.
+const LINKS_MAX: usize = 32;
+
+/// What one write-out takes along; under writeback until it has ended.
+pub(super) struct Gathered {
+    /// Ascending; at least one.
+    picks: Vec<Picked<CachedBlock>>,
+    /// A caller waits for it.
+    sync: bool,
+}
+
+impl Gathered {
+    /// Puts what the limit allows under writeback. `None`: there is nothing.
+    pub(super) fn pick(
+        volume: &Volume,
+        state: &mut State,
+        limit: PickLimit,
+        sync: bool,
+    ) -> Option<Self> {
+        // What is written in place has its places already: one range at a time.
+        let ranges_max = if volume.in_place { 1 } else { IO_END_RANGES_MAX };
+        let picks = state.dirty.gather(limit, ranges_max);
+        if picks.is_empty() {
+            return None;
+        }
+        state.write_outs += 1;
+        Some(Self { picks, sync })
+    }
+
+    fn blocks(&self) -> u64 {
+        self.picks.iter().map(|picked| picked.range.len).sum()
+    }
+
+    fn max_lsn(&self) -> Lsn {
+        self.picks.iter().map(|picked| picked.max_lsn).max().unwrap_or(Lsn(0))
+    }
+
+    fn end_bytes(&self) -> u64 {
+        self.picks.iter().map(|picked| picked.end_bytes).max().unwrap_or(0)
+    }
+
+    fn start_bytes(&self) -> u64 {
+        self.picks.first().map_or(0, |picked| picked.range.start.0 * BLOCK_BYTES)
+    }
+
+    /// One buffer out of the blocks; without a copy if there is only one.
+    fn data(&self) -> Bytes {
+        if let [only] = &self.picks[..]
+            && let [block] = &only.data[..]
+        {
+            return block.data.clone();
+        }
+        let mut whole = BytesMut::with_capacity(self.blocks() as usize * BLOCK_SIZE);
+        for block in self.picks.iter().flat_map(|picked| &picked.data) {
+            whole.extend_from_slice(&block.data);
+        }
+        whole.freeze()
+    }
+}
+
+impl Engine {
+    /// Carries a write-out to its end: clean, or dirty again with the error noted.
+    pub(super) async fn write_out(
+        self: &Arc<Self>,
+        volume: &Arc<Volume>,
+        gathered: Gathered,
+    ) -> Result<(), Failure> {
+        let job = self.write_out_job(volume, &gathered);
+        // The log's flush goes beside the stores' and not after them.
+        self.log.want_durable(gathered.max_lsn());
+        let gate = self.log.durable(gathered.max_lsn()).boxed();
+        match self.submitter.write(&job, gate).await {
+            Ok(done) => self.written_out(volume, &gathered, &done),
+            Err(failure) => {
+                telemetry::fail(&job.span, &failure.detail);
+                self.not_written_out(volume, &gathered, &failure);
+                Err(failure)
+            }
+        }
+    }
+
+    fn write_out_job(&self, volume: &Volume, gathered: &Gathered) -> Job {
+        let end_bytes = gathered.end_bytes();
+        let size_after = volume.growable.then(|| volume.state().size_after(end_bytes));
+        Job {
+            volume: volume.id,
+            name: Arc::clone(&volume.name),
+            generation: volume.generation,
+            lane: Lane::WriteOut,
+            ranges: gathered.picks.iter().map(|picked| picked.range).collect(),
+            data: gathered.data(),
+            size_after_bytes: size_after.unwrap_or(0),
+            sync: gathered.sync,
+            deadline: self.deadline(),
+            span: write_out_span(volume, gathered),
+        }
+    }
+
+    fn written_out(
+        &self,
+        volume: &Volume,
+        gathered: &Gathered,
+        done: &Completion,
+    ) -> Result<(), Failure> {
+        let blocks = gathered.blocks();
+        let mut state = volume.state();
+        state.write_outs -= 1;
+        state.saw_map(done.map_version);
+        state.durable_size_bytes = state.durable_size_bytes.max(done.size_bytes);
+        state.credit.consumed(blocks);
+        state.rest_until = None;
+        let mut clean = Vec::with_capacity(gathered.picks.len());
+        let mut noted = Ok(Lsn(0));
+        for picked in &gathered.picks {
+            match state.dirty.complete(picked.io) {
+                Ok(completed) => clean.extend(completed.runs),
+                Err(error) => noted = Err(Failure::new(Reason::WrongState, error.to_string())),
+            }
+        }
+        // Under the state's lock: who finds the range clean finds the record, too.
+        match noted.and_then(|_| self.log.append_clean(volume.id, &clean)) {
+            Ok(lsn) => state.last_clean = state.last_clean.max(lsn),
+            // Replay then writes the same data once more; a direct write over it would wait.
+            Err(error) => tracing::error!(volume = %volume.name, %error, "cache log"),
+        }
+        if state.dirty.waiting_blocks() == 0 {
+            state.dirty_since = None;
+        }
+        drop(state);
+        self.metrics.write_outs.inc();
+        self.undirtied(volume.id, blocks);
+        volume.changed();
+        Ok(())
+    }
+
+    fn not_written_out(&self, volume: &Volume, gathered: &Gathered, failure: &Failure) {
+        let mut state = volume.state();
+        state.write_outs -= 1;
+        let failed = |picked: &Picked<CachedBlock>| state.dirty.fail(picked.io);
+        let failed = gathered.picks.iter().map(failed);
+        let freed =
+            failed.map(|failed| failed.map_or(0, |failed| failed.credit_freed_blocks)).sum();
+        state.credit.put_back(freed);
+        state.errors.set(failure.clone());
+        state.error_count += 1;
+        state.rest_until = Some(Instant::now() + Duration::from_millis(self.config.retry_max_ms));
+        drop(state);
+        self.undirtied(volume.id, freed);
+        self.heed(volume, failure);
+        if volume.usable().is_err() {
+            // The flusher says what is lost with a volume that is not ours any more.
+            return volume.changed();
+        }
+        tracing::error!(
+            volume = %volume.name,
+            offset = gathered.start_bytes(),
+            length = gathered.blocks() * BLOCK_BYTES,
+            ranges = gathered.picks.len(),
+            error = %failure,
+            "write-out failed; the data stays dirty and is tried again"
+        );
+        volume.changed();
+    }
+}
+
+/// Continues the trace of the first write that it covers, and links the others.
+fn write_out_span(volume: &Volume, gathered: &Gathered) -> Span {
+    let span = info_span!(
+        parent: None,
+        "write_out",
+        volume = %volume.name,
+        offset = gathered.start_bytes(),
+        length = gathered.blocks() * BLOCK_BYTES,
+        ranges = gathered.picks.len(),
+    );
+    let mut traces: Vec<&Arc<str>> = Vec::new();
+    let blocks = gathered.picks.iter().flat_map(|picked| &picked.data);
+    for block in blocks.filter(|block| !block.trace.is_empty()) {
+        if traces.len() > LINKS_MAX {
+            break;
+        }
+        if !traces.contains(&&block.trace) {
+            traces.push(&block.trace);
+        }
+    }
+    if let Some((first, others)) = traces.split_first() {
+        telemetry::set_parent(&span, first);
+        for other in others {
+            telemetry::link(&span, other);
+        }
+    }
+    span
+}
