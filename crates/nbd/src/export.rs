@@ -44,6 +44,9 @@ pub struct ExportInfo {
     /// Whether a flush on one connection covers all that *any* connection was told is done, and
     /// every connection reads what another wrote. Say so only if it is true.
     pub can_multi_conn: bool,
+    /// Whether one connection at a time is served under this name: a new one cuts off the older ones
+    /// and begins when their last request has ended. Excludes `can_multi_conn`.
+    pub is_single: bool,
     /// Whether `trim` is served.
     pub can_trim: bool,
     /// Whether `cache` does something; a client is told that it may ask.
@@ -65,6 +68,7 @@ impl ExportInfo {
             size,
             is_read_only: false,
             can_multi_conn: false,
+            is_single: false,
             can_trim: true,
             can_cache: true,
             can_fast_zero: true,
@@ -122,10 +126,10 @@ pub struct ZeroOptions {
 /// One block device.
 ///
 /// The session has checked every range against `info()` before it calls, so ranges are not empty
-/// and lie within the size. Many calls run at once. A call may be dropped before it was polled for
-/// the first time (the client left); once polled it is driven to its end. *Calls that overlap
-/// must take effect in the order in which they were polled for the first time*: that is why a
-/// request of a connection that broke can never overwrite what a later connection wrote.
+/// and lie within the size. Many calls run at once. A call is polled for the first time when its
+/// request has been read, and then driven to its end. *Calls that overlap must take effect in the
+/// order in which they were polled for the first time*: that is why a request of a connection that
+/// broke can never overwrite what a later connection wrote.
 #[async_trait]
 pub trait Export: Send + Sync + 'static {
     /// Size, constraints and abilities. The session asks once, when it opens the export.

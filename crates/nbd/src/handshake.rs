@@ -546,7 +546,7 @@ impl Negotiated {
         set(flag::SEND_WRITE_ZEROES, writable);
         set(flag::SEND_FAST_ZERO, writable && info.can_fast_zero);
         set(flag::SEND_CACHE, info.can_cache);
-        set(flag::CAN_MULTI_CONN, info.can_multi_conn);
+        set(flag::CAN_MULTI_CONN, info.can_multi_conn && !info.is_single);
         set(flag::SEND_DF, self.mode != Mode::Simple);
         let has_contexts = !self.contexts.is_empty();
         set(flag::BLOCK_STATUS_PAYLOAD, self.mode == Mode::Extended && has_contexts);

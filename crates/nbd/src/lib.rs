@@ -15,6 +15,7 @@ pub mod export;
 pub mod handshake;
 pub mod listener;
 pub mod memory;
+mod seats;
 pub mod session;
 pub mod tls;
 mod transmission;

@@ -216,4 +216,11 @@ impl HangUp for PolledHangUp {
             Err(_) => false,
         }
     }
+
+    fn has_unread(&self) -> bool {
+        let mut fds = [PollFd::new(&self.0, PollFlags::IN)];
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        // Interrupted: whoever asks, asks again.
+        poll(&mut fds, Some(&now)).is_err() || fds[0].revents().contains(PollFlags::IN)
+    }
 }

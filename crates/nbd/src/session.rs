@@ -14,16 +14,18 @@
 //! * `left-is-left`: once a client has hung up, no change that it asked for begins. Its requests may
 //!   still lie in the socket or wait for permits; the client may have connected again and have written
 //!   newer data. Requests that began before are ordered by the export.
+//! * `older-first`: what an older connection of an export had sent when a newer one attached begins
+//!   before everything of the newer one, or never. A request takes its place when it is read.
 //! * `slot-until-done`: a connection counts as one until its last request has ended.
 
+mod input;
+
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Poll;
 use std::time::Duration;
 
-use bytes::{Buf, BytesMut};
-use tokio::io::{
-    AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufWriter, ReadHalf, WriteHalf,
-};
+use bytes::BytesMut;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufWriter, WriteHalf};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
@@ -34,8 +36,10 @@ use crate::consts::cmd;
 use crate::errno::Errno;
 use crate::export::{Client, Export, ExportInfo, Exports, OpenError, Purpose};
 use crate::handshake::{Action, CloseReason, Handshake, HandshakeError, Negotiated, TlsPolicy};
+use crate::seats::{Seat, Seats, Taken};
 use crate::tls::Tls;
-use crate::transmission::{Job, Transmission, payload_buffer};
+use crate::transmission::{Job, Transmission};
+use input::Input;
 
 /// Bounds on what one connection may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,6 +58,11 @@ pub struct Limits {
     pub connections_max: u32,
     /// Milliseconds that clients have to leave once the server stops.
     pub stop_grace_ms: u64,
+    /// Milliseconds that a new connection waits for the older ones of its export to begin what they
+    /// were sent, and to end it if their clients have left; then the new one is dropped, and its
+    /// client may try again. Too small: a stalled disk lets nobody reconnect. Too large: a client
+    /// gives up before it hears why.
+    pub settle_ms: u64,
 }
 
 impl Default for Limits {
@@ -65,6 +74,7 @@ impl Default for Limits {
             bytes_max: 64 << 20,
             connections_max: 256,
             stop_grace_ms: 1_000,
+            settle_ms: 60_000,
         }
     }
 }
@@ -114,6 +124,12 @@ pub enum EndReason {
     /// All slots are taken.
     #[error("there are too many connections")]
     TooMany,
+    /// Older connections of the export are not settled in time.
+    #[error("requests of older connections of the export are still under way")]
+    Unsettled,
+    /// A newer connection took the place of this one.
+    #[error("a newer connection took the place of this one")]
+    Replaced,
 }
 
 impl EndReason {
@@ -125,6 +141,7 @@ impl EndReason {
                 | EndReason::Closed
                 | EndReason::Refused(_)
                 | EndReason::Stopped
+                | EndReason::Replaced
                 | EndReason::Io(_)
         )
     }
@@ -138,6 +155,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> Stream for S {}
 pub trait HangUp: Send + Sync + 'static {
     /// True from the moment on that the other side closed its end.
     fn is_hung_up(&self) -> bool;
+
+    /// Whether bytes have arrived that were not read yet.
+    fn has_unread(&self) -> bool {
+        false
+    }
 }
 
 /// For streams that cannot tell.
@@ -157,6 +179,7 @@ pub struct Server {
     tls: Option<Tls>,
     limits: Limits,
     slots: Arc<Semaphore>,
+    seats: Arc<Seats>,
     stop: CancellationToken,
     sessions: TaskTracker,
 }
@@ -169,6 +192,7 @@ impl Server {
             tls: None,
             limits,
             slots: Arc::new(Semaphore::new(limits.connections_max as usize)),
+            seats: Arc::default(),
             stop: CancellationToken::new(),
             sessions: TaskTracker::new(),
         }
@@ -241,7 +265,18 @@ impl Server {
             handshake_ms = begun.elapsed().as_millis() as u64,
             "nbd client attached"
         );
-        self.transmit(agreed, hang_up).await
+        let info = &agreed.negotiated.info;
+        let mut taken = self.seats.take(&info.name, info.is_single);
+        if !info.is_read_only {
+            let limit = Duration::from_millis(self.limits.settle_ms);
+            tokio::select! {
+                settled = timeout(limit, taken.older_are_settled()) => if settled.is_err() {
+                    return EndReason::Unsettled;
+                },
+                () = self.stopping() => {}
+            }
+        }
+        self.transmit(agreed, hang_up, taken).await
     }
 
     async fn shake_hands(
@@ -318,16 +353,16 @@ impl Server {
         Ok((export, info))
     }
 
-    async fn transmit(&self, agreed: Agreed, hang_up: Arc<dyn HangUp>) -> EndReason {
+    async fn transmit(&self, agreed: Agreed, hang_up: Arc<dyn HangUp>, taken: Taken) -> EndReason {
         let (read, write) = tokio::io::split(agreed.stream);
         let (replies, queue) = mpsc::channel(self.limits.requests_max.max(1) as usize);
         let gone = CancellationToken::new();
         let stall = Duration::from_millis(self.limits.stall_ms);
         let writer = tokio::spawn(write_replies(write, queue, stall, gone.clone()));
-        let has_left = Arc::new(AtomicBool::new(false));
+        let seat = taken.seat();
         let jobs = TaskTracker::new();
         let mut reader = Reader {
-            input: Input { stream: read, bytes: agreed.bytes },
+            input: Input::new(read, agreed.bytes, seat.clone(), hang_up.clone()),
             transmission: Arc::new(Transmission::new(agreed.export, agreed.negotiated)),
             requests: Arc::new(Semaphore::new(self.limits.requests_max.max(1) as usize)),
             memory: Arc::new(Semaphore::new(self.limits.bytes_max.max(1) as usize)),
@@ -335,21 +370,24 @@ impl Server {
             replies,
             jobs: jobs.clone(),
             hang_up,
-            has_left: has_left.clone(),
+            seat: seat.clone(),
             stop: self.stop.clone(),
         };
         let ended = tokio::select! {
             reason = reader.run() => reason,
             () = gone.cancelled() => EndReason::Stalled,
+            () = seat.was_cut() => EndReason::Replaced,
             reason = self.stopped_after_grace() => reason,
         };
         // A client that said goodbye gets its replies; nothing new begins for one that is lost.
         if !matches!(ended, EndReason::Disconnected | EndReason::Stopped) {
-            has_left.store(true, Ordering::SeqCst);
+            seat.leave();
         }
         drop(reader);
         jobs.close();
         jobs.wait().await;
+        // The writer may still wait for a client that does not read: newer connections need not.
+        drop(taken);
         match writer.await {
             Ok(Err(reason)) if matches!(ended, EndReason::Stalled | EndReason::Closed) => reason,
             _ => ended,
@@ -387,7 +425,7 @@ struct Reader {
     replies: mpsc::Sender<(Frames, Permits)>,
     jobs: TaskTracker,
     hang_up: Arc<dyn HangUp>,
-    has_left: Arc<AtomicBool>,
+    seat: Arc<Seat>,
     stop: CancellationToken,
 }
 
@@ -406,7 +444,7 @@ impl Reader {
     async fn next(&mut self) -> Result<(), EndReason> {
         let mode = self.transmission.mode();
         self.input.fill(mode.request_len()).await?;
-        let request = Request::decode(mode, &self.input.bytes).map_err(EndReason::Garbage)?;
+        let request = Request::decode(mode, self.input.bytes()).map_err(EndReason::Garbage)?;
         if request.command == cmd::DISC {
             return Err(EndReason::Disconnected);
         }
@@ -433,7 +471,7 @@ impl Reader {
                 let reply = (to.failed(&fault), permits);
                 self.replies.send(reply).await.map_err(|_| EndReason::Stalled)
             }
-            Ok(job) => self.start(to, job, permits),
+            Ok(job) => self.start(to, job, permits).await,
         }
     }
 
@@ -449,74 +487,34 @@ impl Reader {
         }
     }
 
-    fn start(
-        &self,
+    /// Begins a request: it takes its place in the order of the export before this returns, and goes
+    /// on in a task of its own.
+    async fn start(
+        &mut self,
         to: crate::codec::ReplyTo,
         job: Job,
         permits: Permits,
     ) -> Result<(), EndReason> {
-        if job.is_mutation() && self.hang_up.is_hung_up() {
+        if job.is_mutation() && (self.seat.has_left() || self.hang_up.is_hung_up()) {
             return Err(EndReason::Closed);
         }
-        let (transmission, replies) = (self.transmission.clone(), self.replies.clone());
-        let (hang_up, has_left) = (self.hang_up.clone(), self.has_left.clone());
-        self.jobs.spawn(async move {
-            if has_left.load(Ordering::SeqCst) || (job.is_mutation() && hang_up.is_hung_up()) {
-                return;
+        let transmission = self.transmission.clone();
+        let mut run = Box::pin(async move { transmission.run(to, job).await });
+        match futures_util::poll!(run.as_mut()) {
+            Poll::Ready(frames) => {
+                let sent = self.replies.send((frames, permits)).await;
+                sent.map_err(|_| EndReason::Stalled)
             }
-            let frames = transmission.run(to, job).await;
-            // If the writer is gone, nobody waits for the reply.
-            let _ = replies.send((frames, permits)).await;
-        });
-        Ok(())
-    }
-}
-
-/// The readable half and what was read ahead.
-struct Input {
-    stream: ReadHalf<Box<dyn Stream>>,
-    bytes: BytesMut,
-}
-
-impl Input {
-    /// Reads until `length` bytes are buffered. Cancel-safe.
-    async fn fill(&mut self, length: usize) -> Result<(), EndReason> {
-        while self.bytes.len() < length {
-            self.bytes.reserve(STEP);
-            let read = self.stream.read_buf(&mut self.bytes).await.map_err(EndReason::Io)?;
-            if read == 0 {
-                return Err(EndReason::Closed);
+            Poll::Pending => {
+                let replies = self.replies.clone();
+                self.jobs.spawn(async move {
+                    let frames = run.await;
+                    // If the writer is gone, nobody waits for the reply.
+                    let _ = replies.send((frames, permits)).await;
+                });
+                Ok(())
             }
         }
-        Ok(())
-    }
-
-    /// Drops `head` bytes, then takes `length` bytes into a buffer of their own, so that a small
-    /// payload that is kept for long does not keep a large buffer.
-    async fn take(&mut self, head: usize, length: u64) -> Result<bytes::Bytes, EndReason> {
-        self.bytes.advance(head);
-        let mut payload = payload_buffer(length);
-        let ahead = self.bytes.len().min(length as usize);
-        payload.extend_from_slice(&self.bytes.split_to(ahead));
-        while (payload.len() as u64) < length {
-            let left = length - payload.len() as u64;
-            let mut rest = (&mut self.stream).take(left);
-            if rest.read_buf(&mut payload).await.map_err(EndReason::Io)? == 0 {
-                return Err(EndReason::Closed);
-            }
-        }
-        Ok(payload.freeze())
-    }
-
-    /// Throws `length` bytes away.
-    async fn skip(&mut self, mut length: u64) -> Result<(), EndReason> {
-        while length > 0 {
-            self.fill(1).await?;
-            let step = (self.bytes.len() as u64).min(length);
-            self.bytes.advance(step as usize);
-            length -= step;
-        }
-        Ok(())
     }
 }
 

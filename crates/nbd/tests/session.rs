@@ -3,8 +3,8 @@
 
 mod client;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -24,28 +24,33 @@ const MODES: [Mode; 3] = [Mode::Simple, Mode::Structured, Mode::Extended];
 
 /// Writes wait for a permit of the gate; what was written is counted.
 struct Gated {
+    info: ExportInfo,
     gate: Arc<Semaphore>,
     begun: Arc<AtomicU64>,
+    /// Offsets of the writes in the order in which they began.
+    order: Arc<Mutex<Vec<u64>>>,
 }
 
 impl Gated {
     fn new() -> (Self, Arc<Semaphore>, Arc<AtomicU64>) {
         let (gate, begun) = (Arc::new(Semaphore::new(0)), Arc::new(AtomicU64::new(0)));
-        (Self { gate: gate.clone(), begun: begun.clone() }, gate, begun)
+        let (info, order) = (ExportInfo::new("disk", 1 << 40), Arc::default());
+        (Self { info, gate: gate.clone(), begun: begun.clone(), order }, gate, begun)
     }
 }
 
 #[async_trait]
 impl Export for Gated {
     fn info(&self) -> ExportInfo {
-        ExportInfo::new("disk", 1 << 40)
+        self.info.clone()
     }
 
     async fn read(&self, _offset: u64, length: u32) -> Result<Vec<Piece>, Fault> {
         Ok(vec![Piece::Data(vec![7; length as usize].into())])
     }
 
-    async fn write(&self, _offset: u64, _data: Bytes, _fua: bool) -> Result<(), Fault> {
+    async fn write(&self, offset: u64, _data: Bytes, _fua: bool) -> Result<(), Fault> {
+        self.order.lock().unwrap().push(offset);
         self.begun.fetch_add(1, Ordering::SeqCst);
         self.gate.acquire().await.unwrap().forget();
         Ok(())
@@ -334,6 +339,92 @@ async fn left_is_left_bytes_that_a_closed_socket_still_holds_change_nothing() {
     accepting.await.unwrap();
     server.drained().await;
     assert_eq!(begun.load(Ordering::SeqCst), 1);
+}
+
+/// A connection of an export under this name whose client closes without the server being told.
+async fn attach(
+    server: &Server,
+) -> (Conn<tokio::io::DuplexStream>, tokio::task::JoinHandle<EndReason>) {
+    let (near, session) = serve(server, 1 << 16);
+    (Conn::open(near, Mode::Simple).await, session)
+}
+
+/// A client that reconnects sends its write again, and a newer one; what its old connection had sent
+/// is before both, although nobody ever hears that it was closed.
+#[tokio::test]
+async fn older_first_what_an_older_connection_had_sent_begins_before_a_newer_one() {
+    let (export, gate, _) = Gated::new();
+    let order = export.order.clone();
+    let server = server(export, Limits { requests_max: 1, ..Limits::default() });
+    let (mut old, _still_open) = attach(&server).await;
+    for cookie in [1, 2, 3] {
+        old.send(request(cmd::WRITE, cookie, cookie, 1), b"a").await;
+    }
+    let (mut new, _session) = attach(&server).await;
+    new.send(request(cmd::WRITE, 4, 4, 1), b"b").await;
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+    // The newer connection waits: the older one has begun one of its three requests.
+    assert_eq!(*order.lock().unwrap(), [1]);
+    gate.add_permits(4);
+    assert_eq!(new.reply(0).await.cookie, 4);
+    assert_eq!(*order.lock().unwrap(), [1, 2, 3, 4]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn older_first_a_connection_is_dropped_when_older_ones_do_not_settle() {
+    let (export, gate, begun) = Gated::new();
+    let server = server(export, Limits { requests_max: 1, ..Limits::default() });
+    let (mut old, _still_open) = attach(&server).await;
+    old.send(request(cmd::WRITE, 1, 0, 1), b"a").await;
+    old.send(request(cmd::WRITE, 2, 0, 1), b"a").await;
+    let (_new, session) = attach(&server).await;
+    assert!(matches!(ended(session).await, EndReason::Unsettled));
+    assert_eq!(begun.load(Ordering::SeqCst), 1);
+    // The older one is as good as before.
+    gate.add_permits(2);
+    assert_eq!((old.reply(0).await.cookie, old.reply(0).await.cookie), (1, 2));
+}
+
+#[tokio::test]
+async fn older_first_a_single_connection_ends_the_older_one_and_its_unread_requests() {
+    let (mut export, gate, begun) = Gated::new();
+    export.info.is_single = true;
+    let order = export.order.clone();
+    let server = server(export, Limits { requests_max: 1, ..Limits::default() });
+    let (mut old, replaced) = attach(&server).await;
+    old.send(request(cmd::WRITE, 1, 1, 1), b"a").await;
+    old.send(request(cmd::WRITE, 2, 2, 1), b"a").await;
+    until(&begun, 1).await;
+    let (mut new, _session) = attach(&server).await;
+    new.send(request(cmd::WRITE, 3, 3, 1), b"b").await;
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+    // What was under way ends first; what was not begun never begins, whatever comes on it later.
+    assert_eq!(*order.lock().unwrap(), [1]);
+    gate.add_permits(5);
+    assert_eq!(new.reply(0).await.cookie, 3);
+    assert!(matches!(ended(replaced).await, EndReason::Replaced));
+    assert_eq!(*order.lock().unwrap(), [1, 3]);
+}
+
+/// The place in the order is that of the arrival: nothing lies between the socket and the export.
+#[tokio::test]
+async fn older_first_a_request_has_its_place_when_the_next_one_is_read() {
+    let (export, gate, _) = Gated::new();
+    let order = export.order.clone();
+    let server = server(export, Limits::default());
+    let (mut conn, _session) = attach(&server).await;
+    for cookie in 0..100 {
+        conn.send(request(cmd::WRITE, cookie, cookie, 1), b"a").await;
+    }
+    gate.add_permits(100);
+    for _ in 0..100 {
+        conn.reply(0).await;
+    }
+    assert_eq!(*order.lock().unwrap(), (0..100).collect::<Vec<_>>());
 }
 
 #[tokio::test]
