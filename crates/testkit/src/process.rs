@@ -22,8 +22,13 @@ pub const LISTEN: &str = "{listen}";
 const PACKAGES: [&str; 4] =
     ["endio-conversion", "endio-block-store", "endio-writeback", "endio-cli"];
 
+/// One build serves all tests with processes: the points do nothing unless a test says so.
+const FEATURES: &str =
+    "endio-conversion/failpoints,endio-block-store/failpoints,endio-writeback/failpoints";
+
 /// Where the binaries are; builds them first, once for each test executable, with the profile and
-/// into the target directory of that executable. `ENDIO_BIN_DIR` names a directory to take instead.
+/// into the target directory of that executable, and with the points of `crates/failpoints`.
+/// `ENDIO_BIN_DIR` names a directory to take instead.
 ///
 /// # Errors
 /// The build fails, or this executable does not lie in a target directory.
@@ -53,6 +58,7 @@ fn build() -> anyhow::Result<PathBuf> {
     for package in PACKAGES {
         command.args(["-p", package]);
     }
+    command.args(["--features", FEATURES]);
     if profile != "debug" {
         command.args(["--profile", profile]);
     }
@@ -135,6 +141,13 @@ impl Process {
         self.spec.args.push(arg.to_owned());
     }
 
+    /// Sets a variable of the environment for the next start; `None` removes it.
+    pub fn set_env(&mut self, name: &str, value: Option<&str>) {
+        self.spec.env.retain(|(known, _)| known != name);
+        let value = value.map(|value| (name.to_owned(), value.to_owned()));
+        self.spec.env.extend(value);
+    }
+
     /// Its log so far, of all its starts.
     pub fn log(&self) -> String {
         fs::read_to_string(self.log_path()).unwrap_or_default()
@@ -150,6 +163,14 @@ impl Process {
             Some(Ok(None)) => true,
             Some(_) | None => false,
         }
+    }
+
+    /// Whether SIGSTOP holds it.
+    pub fn is_stopped(&self) -> bool {
+        let Some(child) = &self.child else { return false };
+        let stat = fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap_or_default();
+        // The state follows the name, which may hold anything but ends with the last parenthesis.
+        stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'))
     }
 
     /// Kills it if it runs, and starts it on the port that it had. Waits until it is ready.

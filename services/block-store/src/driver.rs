@@ -18,6 +18,7 @@ use endio_api::{
     convert::{grant_from_proto, reason_to_wire, token_from_proto},
 };
 use endio_chassis::shutdown::Shutdown;
+use endio_failpoints::{Bug, Point, is_planted, reach};
 use endio_state_machine::gate::{
     Admit, Cleared, FlightId, Gate, GateLimits, Outcome, PunchTurn, Registration,
 };
@@ -178,6 +179,7 @@ impl Driver {
             );
             return self.finish(flight, segment, Err(Reason::ChecksumMismatch));
         }
+        reach(Point::StoreAdmitted);
         let wait = info_span!(parent: &segment.span, "wait");
         let job = Box::new(Job { flight, segment, data, wait });
         if let Err(job) = self.stages.submit(job) {
@@ -208,6 +210,7 @@ impl Driver {
         let repeats = state.repeats.remove(&flight).unwrap_or_default();
         let turns = state.take_in(cleared);
         drop(state);
+        reach(Point::StoreReleaseQueued);
         let done = wire::bio_done(Some(&segment.wire), outcome, "");
         for reply in std::iter::once(segment.reply).chain(repeats) {
             reply.send(done.clone());
@@ -252,7 +255,9 @@ impl Driver {
             warn!(pblk = request.pblk, blocks = request.blocks, %error, "blocks cannot be read");
             return answer(Some(Reason::IoError), "the device failed to read");
         }
-        if let Some(block) = wire::first_mismatch(&data, &request.crc32c) {
+        if let Some(block) = wire::first_mismatch(&data, &request.crc32c)
+            && !is_planted(Bug::ReadSkipsChecksum)
+        {
             let bad_pblk = request.pblk + block as u64;
             self.metrics.bad_blocks.inc();
             warn!(pblk = bad_pblk, "a block does not match its checksum");
@@ -292,6 +297,7 @@ impl Driver {
         state.is_ready_due = false;
         let turns = state.take_in(cleared);
         drop(state);
+        reach(Point::StoreRegistered);
         self.metrics.sessions.inc();
         self.start_punches(turns);
         self.changed.notify_one();
@@ -326,6 +332,7 @@ impl Driver {
         let cleared = state.gate.fence(fence, io_ends, volumes)?;
         let turns = state.take_in(cleared);
         drop(state);
+        reach(Point::StoreFenced);
         self.start_punches(turns);
         self.changed.notify_one();
         Ok(())
@@ -374,6 +381,10 @@ impl Driver {
             messages.extend(state.gate.epoch().map(outbox::ready));
         }
         messages.extend(state.outbox.take(max));
+        drop(state);
+        if !messages.is_empty() {
+            reach(Point::StoreMessagesTaken);
+        }
         messages
     }
 

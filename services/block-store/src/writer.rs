@@ -13,6 +13,7 @@ use std::{
     time::Instant,
 };
 
+use endio_failpoints::{Bug, Point, is_planted, reach, reach_io};
 use endio_state_machine::gate::{FlightId, PunchTurn};
 use endio_store::block::{TrackedDevice, WriteTicket};
 use endio_types::Reason;
@@ -112,6 +113,7 @@ fn write_loop(driver: &Driver) {
         drop(span);
         drop(data);
         driver.metrics.wrote(began.elapsed());
+        let result = result.and_then(|ticket| reach_io(Point::StoreWritten).map(|()| ticket));
         match result {
             Ok(ticket) => {
                 let flush =
@@ -141,7 +143,9 @@ fn flush_loop(driver: &Driver) {
             return;
         }
         let began = Instant::now();
-        let result = driver.device.flush();
+        let is_lying = is_planted(Bug::StoreSkipsFlush);
+        let result = if is_lying { Ok(()) } else { driver.device.flush() };
+        reach(Point::StoreFlushed);
         driver.metrics.flushed(began.elapsed());
         let failure = result.as_ref().err().map(reason_of);
         if let Err(error) = result {
@@ -175,6 +179,7 @@ fn punch_loop(driver: &Driver) {
                 tracing::warn!(pblk, blocks, %error, "blocks cannot be punched");
             }
         }
+        reach(Point::StorePunched);
         driver.punched(&turn);
     }
 }

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use endio_chassis::server::Readiness;
 use endio_chassis::shutdown::Shutdown;
 use endio_chassis::telemetry;
+use endio_failpoints::{Bug, Point, is_planted, reach};
 use endio_state_machine::machine::{
     Input, Machine, MachineError, Output, Refusal, ReplyBody, ReplyTo, StoreSession,
     WritebackSession,
@@ -124,6 +125,7 @@ impl Driver {
         let replayed = (next_seq - 1).saturating_sub(from);
         let recovery_ms = started.elapsed().as_millis() as u64;
         tracing::info!(replayed, recovery_ms, rebuilt, epoch = machine.epoch().0, "recovered");
+        reach(Point::ConversionRecovered);
         let committer = Committer::start(journal, next_seq - 1).map_err(DriverError::Thread)?;
         Ok(Self {
             machine,
@@ -155,6 +157,7 @@ impl Driver {
         while self.durable()? < epoch_seq {
             self.commit_progress().await?;
         }
+        reach(Point::ConversionEpoch);
         readiness.set_ready().await;
         let mut queue = Vec::new();
         let mut stop_by: Option<Instant> = None;
@@ -262,6 +265,7 @@ impl Driver {
 
     /// Sends records to the committer and effects to where they may go now.
     fn settle(&mut self, began: Instant) -> Result<(), DriverError> {
+        reach(Point::ConversionTurn);
         let epoch = self.machine.epoch().0;
         let mut group = Vec::with_capacity(self.out.records.len());
         for (seq, record) in self.out.records.drain(..) {
@@ -277,12 +281,16 @@ impl Driver {
             self.metrics.converted_blocks.add(batch.blocks);
             self.outbox.batch(&batch);
         }
+        reach(Point::ConversionSubmitted);
         let now_ms = self.now();
         for effect in self.out.effects.drain(..) {
             self.outbox.push(effect, began, now_ms);
         }
-        let durable = self.durable()?;
+        let is_early = is_planted(Bug::ConversionSendsEarly);
+        let durable = if is_early { u64::MAX } else { self.durable()? };
+        reach(Point::ConversionEffects);
         self.outbox.release(durable, &mut self.calls, &self.metrics);
+        reach(Point::ConversionSent);
         Ok(())
     }
 

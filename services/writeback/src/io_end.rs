@@ -18,6 +18,7 @@ use endio_api::blockstore::Bio;
 use endio_api::conversion::{BeginIo, Completion, Lane, ReleaseSubmitter, Segment};
 use endio_chassis::backoff::{Backoff, Delays};
 use endio_chassis::telemetry;
+use endio_failpoints::{Point, reach};
 use endio_types::{BLOCK_SIZE, LblkRange, Reason};
 use futures_util::StreamExt as _;
 use futures_util::future::BoxFuture;
@@ -193,7 +194,9 @@ impl Submitter {
             // The log cannot be made durable: the write must not be released.
             flight.missed = Some(Missed { failure, store: 0, is_retryable: false });
         }
+        reach(Point::WritebackGateOpen);
         flight.release().await;
+        reach(Point::WritebackReleased);
         flight.completion(granted).await
     }
 
@@ -224,11 +227,13 @@ impl Submitter {
         };
         let begun = async {
             self.session.up().await;
+            reach(Point::WritebackBegin);
             self.session.begin(request).await
         };
         let begun = tokio::time::timeout_at(job.deadline, begun.instrument(span.clone())).await;
         match begun {
             Ok(Ok(granted)) => {
+                reach(Point::WritebackBegun);
                 let io_end = granted.begun.submitter.as_ref().map_or(0, |token| token.io_end);
                 span.record("io_end", io_end);
                 Ok(granted)
@@ -281,7 +286,10 @@ impl Flight<'_> {
             bio.traceparent = telemetry::traceparent(&span);
             let store = bio.token.as_ref().map_or(0, |token| token.store);
             match self.submitter.stores.write(bio).instrument(span.clone()).await {
-                Ok(sent) => self.bios.push(Box::pin(segment_done(store, sent, span))),
+                Ok(sent) => {
+                    self.bios.push(Box::pin(segment_done(store, sent, span)));
+                    reach(Point::WritebackBioSent);
+                }
                 Err(failure) => {
                     telemetry::fail(&span, &failure.detail);
                     self.missed = Some(Missed { failure, store, is_retryable: true });
@@ -341,6 +349,7 @@ impl Flight<'_> {
             tokio::select! {
                 biased;
                 done = &mut granted.done => {
+                    reach(Point::WritebackCompleted);
                     let ended = self.ended(done.ok());
                     if let Err(missed) = &ended {
                         telemetry::fail(&span, &missed.failure.detail);

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use endio_failpoints::{Bug, is_planted};
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::dirty::CleanRun;
 use endio_state_machine::writeback::sessions::RequestKey;
@@ -52,6 +53,9 @@ impl Log {
         write: &WriteRecord,
         payload: &[&[u8]],
     ) -> Result<Lsn, CacheLogError> {
+        if is_planted(Bug::LogSkipsAppend) && write.blocks.start.0.is_multiple_of(8) {
+            return Ok(self.inner.last_lsn());
+        }
         self.inner.append_write(write, payload)
     }
 
@@ -149,7 +153,8 @@ impl Log {
             let oldest = {
                 let _order = log.order();
                 let last = log.inner.last_lsn();
-                oldest().unwrap_or_else(|| last.next())
+                let needed = oldest().filter(|_| !is_planted(Bug::TrimTooMuch));
+                needed.unwrap_or_else(|| last.next())
             };
             let (used, bound) = log.inner.usage_bytes();
             if used > bound / 2 {

@@ -160,6 +160,7 @@ impl Superblock {
             self.sequence = self.sequence.checked_add(1).ok_or(SuperblockError::Exhausted)?;
             file.write_all_at(&self.encode(), self.sequence % 2 * SLOT_BYTES as u64)?;
             file.sync_data()?;
+            endio_failpoints::reach(endio_failpoints::Point::StoreSuperblockSlot);
         }
         Ok(())
     }

@@ -31,6 +31,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
+use endio_failpoints::{Bug, Point, is_planted, reach};
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::dirty::CleanRun;
 use endio_state_machine::writeback::sessions::{RequestKey, SessionLimits, SessionTable};
@@ -94,7 +95,8 @@ impl CacheLog {
             durable: Lsn(0),
             lost: None,
         });
-        let power_lost = !before.clean && before.boot_id != boot_id;
+        let is_blind = is_planted(Bug::BootIdIgnored);
+        let power_lost = !before.clean && before.boot_id != boot_id && !is_blind;
         let mut sessions = SessionTable::new(SessionLimits {
             sessions_max: options.sessions_max,
             ..SessionLimits::default()
@@ -275,7 +277,11 @@ impl CacheLog {
     /// Flushes all there is now; returns its newest record.
     fn flush(&self) -> Result<Lsn, CacheLogError> {
         let target = self.writer().take_unsynced()?;
+        reach(Point::LogFlush);
         let flush = || {
+            if is_planted(Bug::LogSkipsFlush) {
+                return Ok(());
+            }
             for (name, file) in &target.files {
                 file.sync().map_err(|source| (name.as_str(), source))?;
             }
@@ -287,6 +293,7 @@ impl CacheLog {
         };
         let outcome = flush()
             .map_err(|(name, source)| CacheLogError::Io { path: self.disk.path(name), source });
+        reach(Point::LogFlushed);
         let mut writer = self.writer();
         if let Err(error) = outcome {
             writer.poison(format!("a flush failed: {error}"));
@@ -345,6 +352,7 @@ impl CacheLog {
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
                 other => other.map_err(io)?,
             }
+            reach(Point::LogTrimmed);
             // One by one: a crash must not leave a hole between segments.
             if let Err(source) = self.disk.sync_dir() {
                 // The next flush of the directory would succeed without having done it.

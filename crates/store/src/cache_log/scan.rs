@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use endio_failpoints::{Point, reach};
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::sessions::SessionTable;
 use endio_types::Millis;
@@ -71,7 +72,9 @@ pub(super) fn write_state(disk: &dyn Disk, state: &State) -> Result<(), CacheLog
         let file = disk.create(STATE_NEW)?;
         file.write_at(0, crc.as_bytes(), &[&body])?;
         file.sync()?;
+        reach(Point::LogStateWritten);
         disk.rename(STATE_NEW, STATE)?;
+        reach(Point::LogStateRenamed);
         disk.sync_dir()
     };
     write().map_err(|source| CacheLogError::Io { path: disk.path(STATE), source })

@@ -259,6 +259,7 @@ fn begin_segment(
     let header = with_payload(Header::plain(Kind::Snapshot), &[&payload])?;
     let header = Header { lsn, durable, ..header };
     let file = disk.create(&name).map_err(|source| write_error(disk, &name, source))?;
+    endio_failpoints::reach(endio_failpoints::Point::LogSegmentCreated);
     if let Err(source) = file.write_at(0, &header.encode(tag), &[&payload]) {
         if let Err(error) = disk.remove(&name) {
             return Err(CacheLogError::Poisoned(format!("{name} cannot be removed: {error}")));

@@ -1,6 +1,7 @@
 //! The canary vouches for the table of chunks after a clean stop. It lies outside sled, is written
 //! when sled is closed, and is gone, durably, before sled is touched again.
 
+use endio_failpoints::{Point, reach};
 use serde::{Deserialize, Serialize};
 
 use super::shared::Shared;
@@ -53,6 +54,7 @@ impl Canary {
         let bytes = vfs.read(names::CANARY, 0, 4096).map_err(fail)?;
         vfs.remove(names::CANARY).map_err(fail)?;
         vfs.sync_dir().map_err(fail)?;
+        reach(Point::CanaryTaken);
         Ok(Self::decode(&bytes).ok_or_else(|| "the canary file is damaged".into()))
     }
 }

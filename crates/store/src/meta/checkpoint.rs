@@ -14,6 +14,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use endio_failpoints::{Point, reach};
 use endio_state_machine::chunk::{CHUNK_BYTES_MAX, ChunkId};
 use endio_state_machine::extent_map::successor;
 use endio_types::VolumeId;
@@ -154,6 +155,7 @@ impl Checkpointer {
         running.put(&crc32c::crc32c(snapshot).to_le_bytes());
         running.write_out(&self.shared)?;
         self.shared.checkpoint_began();
+        reach(Point::CheckpointBegun);
         self.running = Some(running);
         Ok(())
     }
@@ -221,10 +223,12 @@ impl Checkpointer {
         running.put(&running.crc.to_le_bytes());
         running.write_out(&self.shared)?;
         running.sync(&self.shared)?;
+        reach(Point::CheckpointSynced);
         let name = checkpoint_name(running.seq);
         let vfs = &self.shared.vfs;
         let fail = |error| self.shared.fail("rename a checkpoint to", &name, error);
         vfs.rename(names::CHECKPOINT_NEW, &name).map_err(fail)?;
+        reach(Point::CheckpointRenamed);
         vfs.sync_dir().map_err(fail)?;
         self.shared.checkpoint_finished(running.bytes);
         self.drop_old()?;
@@ -235,8 +239,11 @@ impl Checkpointer {
     fn drop_old(&self) -> Result<(), MetaError> {
         let vfs = self.shared.vfs.as_ref();
         let names = vfs.list().map_err(|error| fault(vfs, "list", ".", error))?;
-        let remove =
-            |name: &str| vfs.remove(name).map_err(|error| fault(vfs, "remove", name, error));
+        let remove = |name: &str| {
+            vfs.remove(name).map_err(|error| fault(vfs, "remove", name, error))?;
+            reach(Point::CheckpointDropped);
+            Ok(())
+        };
         let mut seqs: Vec<u64> = names.iter().filter_map(|name| checkpoint_seq(name)).collect();
         seqs.sort_unstable_by(|a, b| b.cmp(a));
         for seq in seqs.iter().skip(KEEP) {

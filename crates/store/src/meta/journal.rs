@@ -12,6 +12,7 @@ use std::io;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use endio_failpoints::{Bug, Point, is_planted, reach, reach_io};
 
 use super::api::Record;
 use super::canary::write_durably;
@@ -151,7 +152,11 @@ impl Journal {
     fn write_group(&mut self) -> Result<(), MetaError> {
         append_all(&self.shared, self.file.as_mut(), &self.name, &self.buffer)?;
         let fail = |error| self.shared.fail("sync", &self.name, error);
-        self.file.sync_data().map_err(fail)?;
+        reach_io(Point::JournalWritten).map_err(fail)?;
+        if !is_planted(Bug::JournalSkipsSync) {
+            self.file.sync_data().map_err(fail)?;
+        }
+        reach(Point::JournalSynced);
         let bytes = self.buffer.len() as u64;
         self.len += bytes;
         self.durable = self.last;
@@ -202,7 +207,11 @@ fn new_segment(shared: &Shared, first: u64) -> Result<(Box<dyn VfsFile>, String)
     let mut file = created.map_err(|error| shared.fail("create", &name, error))?;
     append_all(shared, file.as_mut(), &name, &segment_header(shared.database, first))?;
     file.sync_data().map_err(|error| shared.fail("sync", &name, error))?;
-    shared.vfs.sync_dir().map_err(|error| shared.fail("sync the directory of", &name, error))?;
+    reach(Point::JournalSegmentCreated);
+    if !is_planted(Bug::JournalSkipsDirectory) {
+        let fail = |error| shared.fail("sync the directory of", &name, error);
+        shared.vfs.sync_dir().map_err(fail)?;
+    }
     Ok((file, name))
 }
 

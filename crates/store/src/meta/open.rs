@@ -4,6 +4,7 @@ use std::hash::{BuildHasher, Hasher};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use endio_failpoints::{Bug, is_planted};
 use endio_state_machine::chunk::{Chunk, ChunkId};
 
 use super::api::{DirLock, MetaOptions, MetaStore, Recovered};
@@ -108,6 +109,7 @@ fn open(
 
     let kept = match canary {
         Ok(canary) => reuse(&shared, engine, &checkpoints, &canary)?,
+        Err(_) if is_planted(Bug::CanaryIgnored) => believe(&shared, engine, &checkpoints)?,
         Err(reason) => Err(reason),
     };
     let (opened, rebuilt) = match kept {
@@ -254,6 +256,18 @@ fn reuse(
         )));
     }
     Ok(verify(engine, canary).map(|backend| Opened { head, found, backend, chunks: canary.chunks }))
+}
+
+/// A planted bug: the table as it is, with nothing that vouches for it.
+fn believe(
+    shared: &Arc<Shared>,
+    engine: &dyn Engine,
+    checkpoints: &[u64],
+) -> Result<Result<Opened, String>, MetaError> {
+    let vfs = shared.vfs.as_ref();
+    let head = newest(vfs, checkpoints, |name| read_head(vfs, name, shared.database))?;
+    let found = find(vfs, shared.database, head.as_ref().map_or(0, |head| head.seq))?;
+    Ok(engine.open().map(|backend| Opened { head, found, backend, chunks: 0 }))
 }
 
 /// Checks the files before the store reads them, and every chunk after.

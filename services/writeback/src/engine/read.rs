@@ -11,6 +11,7 @@ use endio_api::blockstore::ReadRequest;
 use endio_api::common::{Extent, ExtentState, Place, ReadGrant};
 use endio_api::conversion::{LookupRequest, LookupResponse};
 use endio_chassis::telemetry;
+use endio_failpoints::{Bug, is_planted};
 use endio_types::{BLOCK_BYTES, BLOCK_SIZE, ByteRange, LblkRange, Reason};
 use futures_util::future::try_join_all;
 use tokio::time::Instant;
@@ -286,7 +287,19 @@ impl Engine {
             crc32c: crc32c.to_vec(),
             traceparent: telemetry::traceparent(&Span::current()),
         };
-        self.stores.read(place.store, request).await
+        let data = self.stores.read(place.store, request).await?;
+        if is_planted(Bug::ReadSkipsChecksum) {
+            return Ok(data);
+        }
+        match data.chunks(BLOCK_SIZE).zip(crc32c).position(|(b, crc)| crc32c::crc32c(b) != *crc) {
+            None => Ok(data),
+            // Its own check passed, or it lies: what was written is known here, not there.
+            Some(block) => {
+                let (store, pblk) = (place.store, place.pblk + skip + block as u64);
+                let detail = format!("store {store} sent another block {pblk} than was written");
+                Err(Failure::new(Reason::ChecksumMismatch, detail))
+            }
+        }
     }
 }
 

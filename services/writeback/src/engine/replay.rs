@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use endio_failpoints::{Bug, Point, is_planted, reach};
 use endio_store::cache_log::{Replay, ReplayedWrite};
 use endio_types::{BLOCK_BYTES, BLOCK_SIZE, LblkRange, Reason};
 use tokio::time::Instant;
@@ -22,6 +23,7 @@ impl Engine {
     /// The log cannot be read. A volume that is somebody else's by now loses its data, and the log
     /// says so.
     pub async fn replay(self: &Arc<Self>, mut replay: Replay) -> Result<(), Failure> {
+        reach(Point::WritebackReplay);
         let power_lost = replay.power_lost();
         self.dedupe.restore(replay.sessions().clone(), power_lost);
         let mut writes = Writes::new();
@@ -75,7 +77,8 @@ impl Engine {
             Ok(opened) if opened.volume.id == id => {
                 let volume = Arc::new(Volume::new(opened, self.credit_policy()));
                 self.put_back(&volume, &data);
-                if may_have_lost {
+                reach(Point::WritebackReplayed);
+                if may_have_lost && !is_planted(Bug::LossUntold) {
                     let detail = "acknowledged writes may be missing since a power loss";
                     volume.state().errors.set(Failure::new(Reason::LostWrites, detail));
                 }

@@ -100,7 +100,10 @@ impl Engine {
             None if state.dirty.pending_up_to(lsn) => {
                 Err(Failure::new(Reason::IoError, "a write-out failed and is tried again"))
             }
-            None => Ok(waited_for),
+            None => {
+                endio_failpoints::reach(endio_failpoints::Point::WritebackFsynced);
+                Ok(waited_for)
+            }
         }
     }
 

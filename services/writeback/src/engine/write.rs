@@ -5,6 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use endio_api::conversion::{Completion, Lane};
 use endio_chassis::telemetry;
+use endio_failpoints::{Bug, Point, is_planted, reach};
 use endio_state_machine::writeback::credit::Take;
 use endio_state_machine::writeback::throttle::Verdict;
 use endio_store::cache_log::{CacheLogError, WriteRecord};
@@ -164,6 +165,9 @@ impl Engine {
         range: LblkRange,
         deadline: Instant,
     ) -> Result<(), Failure> {
+        if is_planted(Bug::ForgetSkipped) {
+            return Ok(());
+        }
         if volume.state().dirty.touches(range) {
             self.flush_range(volume, range, deadline).await?;
         }
@@ -171,6 +175,7 @@ impl Engine {
             let clean = volume.state().last_clean;
             self.log.durable(clean).await?;
         }
+        reach(Point::WritebackForgot);
         Ok(())
     }
 
@@ -240,6 +245,7 @@ impl Write {
             0
         } else if self.op.direct {
             let convert_us = self.direct().await?;
+            reach(Point::WritebackDirectDone);
             self.note_done(admission);
             self.engine.metrics.writes_direct.inc();
             convert_us
@@ -294,6 +300,7 @@ impl Write {
                 return Err(failure);
             }
         };
+        reach(Point::WritebackCached);
         engine.dirtied(volume.id, used);
         if let Some(admission) = admission {
             admission.applied(self.op.data.len() as u64);
@@ -417,7 +424,9 @@ impl Write {
         if let Err(gone) = volume.usable() {
             return Ok(Err(gone));
         }
+        reach(Point::WritebackAccepted);
         let lsn = engine.log.append_write(&record, &[whole.as_ref()])?;
+        reach(Point::WritebackLogged);
         let mut state = volume.state();
         let end = self.end_bytes();
         let used = match state.dirty.insert(*blocks, lsn, end, cached) {

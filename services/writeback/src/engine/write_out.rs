@@ -146,6 +146,7 @@ impl Engine {
             state.dirty_since = None;
         }
         drop(state);
+        endio_failpoints::reach(endio_failpoints::Point::WritebackClean);
         self.metrics.write_outs.inc();
         self.undirtied(volume.id, blocks);
         volume.changed();

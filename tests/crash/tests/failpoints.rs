@@ -1,0 +1,258 @@
+//! Processes that end, stop or fail exactly between two steps of a write.
+//!
+//! Every point of `crates/failpoints` is a place where a process is killed in the middle of work, and
+//! then everything is read back under the oracle. A point that the work never reaches fails the test.
+#![allow(clippy::unwrap_used)]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use endio_failpoints::Point;
+use endio_testkit::client::Client;
+use endio_testkit::cluster::{Cluster, Options, Who};
+use endio_testkit::seed::{self, Rng};
+use endio_testkit::workload::{Mix, Workload};
+use tokio::task::{JoinHandle, block_in_place};
+use tokio::time::sleep;
+
+const VOLUME_BYTES: u64 = 8 << 20;
+const PATIENCE: Duration = Duration::from_secs(120);
+/// Longest wait until work has reached a point.
+const REACHED_WAIT: Duration = Duration::from_secs(60);
+/// After that long without reaching the point, something else is disturbed to provoke it.
+const NUDGE: Duration = Duration::from_secs(2);
+/// Longer than the lease of these clusters, which is two seconds.
+const BEYOND_THE_LEASE_MS: u64 = 3500;
+
+struct Rig {
+    cluster: Cluster,
+    load: Option<Workload>,
+    rng: Rng,
+}
+
+/// Small segments and checkpoints, so that rotations, trims and checkpoints happen all the time.
+fn options() -> Options {
+    let mut options = Options { capacity: "256MiB".to_owned(), ..Options::default() };
+    for (name, value) in [
+        ("ENDIO_CONVERSION_CHECKPOINT_JOURNAL_BYTES", "65536"),
+        ("ENDIO_WRITEBACK_LOG_SEGMENT_BYTES", "1048576"),
+        ("ENDIO_WRITEBACK_WRITE_OUT_AFTER_MS", "100"),
+    ] {
+        options.env.push((name.to_owned(), value.to_owned()));
+    }
+    options
+}
+
+async fn rig(test: &str) -> Rig {
+    let mut rng = Rng::new(seed::announce("endio-crash-tests", test));
+    let cluster = block_in_place(|| Cluster::start(options())).unwrap();
+    let client = cluster.client().with_patience(PATIENCE);
+    client.create("vol1", VOLUME_BYTES, 1).await.unwrap();
+    // Something of everything: each point must be on the way of some request.
+    let mix = Mix { direct: 30, dsync: 10, zeroes: 10, fsync: 5, ..Mix::draw(&mut rng) };
+    let mix = Mix { depth: mix.depth.max(4), write_cells_max: 256, ..mix };
+    let load = Workload::new(client, "vol1", VOLUME_BYTES, rng.fork()).with_mix(mix);
+    Rig { cluster, load: Some(load), rng }
+}
+
+/// Work that goes on until it is told to end.
+struct Running {
+    stop: Arc<AtomicBool>,
+    task: JoinHandle<anyhow::Result<Workload>>,
+}
+
+impl Running {
+    fn start(mut load: Workload) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let is_over = Arc::clone(&stop);
+        let task = tokio::spawn(async move {
+            while !is_over.load(Ordering::Relaxed) {
+                load.run(20).await?;
+            }
+            load.drain().await?;
+            Ok(load)
+        });
+        Self { stop, task }
+    }
+
+    async fn end(self) -> anyhow::Result<Workload> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.task.await?
+    }
+}
+
+fn who(point: Point) -> Who {
+    match point.process() {
+        "conversion" => Who::Conversion,
+        "store" => Who::Store(0),
+        _ => Who::Writeback(0),
+    }
+}
+
+/// Passed seldom: only the first passages are waited for.
+fn is_rare(point: Point) -> bool {
+    let rare = ["segment", "trimmed", "checkpoint", "fenced", "punched", "flush", "forgot", "slot"];
+    point.is_of_start() || rare.iter().any(|part| point.name().contains(part))
+}
+
+impl Rig {
+    /// Arms a point in its process, which is started anew in the middle of work.
+    async fn arm(&mut self, point: Point, action: &str) -> Running {
+        let from = match (point.is_of_start(), is_rare(point)) {
+            (true, _) => 1,
+            (false, true) => self.rng.between(1, 2),
+            (false, false) => self.rng.between(1, 60),
+        };
+        let running = Running::start(self.load.take().expect("no round is running"));
+        // Something dirty is in the log, something is in flight.
+        sleep(Duration::from_millis(self.rng.below(150))).await;
+        let rule = format!("{}={action}@{from}", point.name());
+        eprintln!("{rule}");
+        let process = self.cluster.process(who(point));
+        process.set_env("ENDIO_FAILPOINTS", Some(&rule));
+        if point == Point::CanaryTaken {
+            // Only a clean stop leaves a canary behind.
+            let stopped = block_in_place(|| process.stop(PATIENCE));
+            assert!(stopped.is_some_and(|status| status.success()), "{stopped:?}");
+        }
+        // It may end before it is ready: that is what some points are for.
+        let _ = block_in_place(|| process.restart());
+        running
+    }
+
+    /// Waits until the process has ended by itself.
+    async fn wait_for_its_end(&mut self, point: Point) {
+        let began = Instant::now();
+        let mut nudged = began;
+        while self.cluster.process(who(point)).is_running() {
+            let waited = began.elapsed();
+            assert!(
+                waited < REACHED_WAIT,
+                "no work reaches {} (binaries without the feature failpoints?)",
+                point.name()
+            );
+            if nudged.elapsed() > NUDGE {
+                nudged = Instant::now();
+                self.nudge(point);
+            }
+            sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// A point of the start needs another start, a fence needs a takeover.
+    fn nudge(&mut self, point: Point) {
+        let whom = if point.is_of_start() { who(point) } else { Who::Writeback(0) };
+        if point.process() != "writeback" || point.is_of_start() {
+            let _ = block_in_place(|| self.cluster.process(whom).restart());
+        }
+    }
+
+    async fn recover(&mut self, point: Point, running: Running) {
+        let process = self.cluster.process(who(point));
+        process.set_env("ENDIO_FAILPOINTS", None);
+        block_in_place(|| process.restart()).unwrap();
+        let name = point.name();
+        let ended = running.end().await;
+        let mut load = ended.unwrap_or_else(|error| panic!("after {name}: {error:#}"));
+        load.verify().await.unwrap_or_else(|error| panic!("after {name}: {error:#}"));
+        self.load = Some(load);
+    }
+
+    async fn end(mut self) {
+        let client: Client = self.cluster.client().with_patience(PATIENCE);
+        client.fsync("vol1").await.unwrap();
+        block_in_place(|| {
+            self.cluster.kill_all();
+            self.cluster.start_all()
+        })
+        .unwrap();
+        self.load.as_mut().unwrap().verify().await.unwrap();
+        client.settles().await.unwrap();
+        self.cluster.no_panic().unwrap();
+    }
+}
+
+/// Rounds for each point: one, and more on demand.
+fn rounds() -> u64 {
+    seed::number("ENDIO_FAILPOINT_ROUNDS", 1)
+}
+
+async fn die_at_every_point_of(process: &str, test: &str) {
+    let mut rig = rig(test).await;
+    let mut deaths = 0;
+    for _ in 0..rounds() {
+        for point in Point::ALL.iter().filter(|point| point.process() == process) {
+            let began = Instant::now();
+            let running = rig.arm(*point, "kill").await;
+            rig.wait_for_its_end(*point).await;
+            rig.recover(*point, running).await;
+            eprintln!("  {:?}", began.elapsed());
+            deaths += 1;
+        }
+    }
+    rig.end().await;
+    eprintln!("{deaths} deaths between two steps");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_writeback_that_dies_between_any_two_steps_loses_nothing() {
+    let test = "a_writeback_that_dies_between_any_two_steps_loses_nothing";
+    die_at_every_point_of("writeback", test).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_block_store_that_dies_between_any_two_steps_loses_nothing() {
+    let test = "a_block_store_that_dies_between_any_two_steps_loses_nothing";
+    die_at_every_point_of("store", test).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_conversion_that_dies_between_any_two_steps_loses_nothing() {
+    let test = "a_conversion_that_dies_between_any_two_steps_loses_nothing";
+    die_at_every_point_of("conversion", test).await;
+}
+
+/// A process stops (SIGSTOP) between two steps, for shorter or longer than its lease, and goes on
+/// as if nothing had happened.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_process_that_stops_between_two_steps_and_goes_on_harms_nothing() {
+    let test = "a_process_that_stops_between_two_steps_and_goes_on_harms_nothing";
+    let mut rig = rig(test).await;
+    let points: Vec<Point> = Point::ALL.iter().copied().filter(|point| !is_rare(*point)).collect();
+    for _ in 0..seed::number("ENDIO_CRASH_ROUNDS", 10) * 3 / 10 {
+        let point = points[usize::try_from(rig.rng.below(points.len() as u64)).unwrap()];
+        let running = rig.arm(point, "stop").await;
+        let began = Instant::now();
+        while !rig.cluster.process(who(point)).is_stopped() {
+            assert!(began.elapsed() < REACHED_WAIT, "no work reaches {}", point.name());
+            sleep(Duration::from_millis(10)).await;
+        }
+        // Long enough for others to give it up, or just not.
+        sleep(Duration::from_millis(rig.rng.below(BEYOND_THE_LEASE_MS))).await;
+        rig.cluster.process(who(point)).resume();
+        rig.recover(point, running).await;
+    }
+    rig.end().await;
+}
+
+/// Writes of a store fail, one in five: they begin again on other blocks, and nothing is lost. A
+/// commit of conversion fails: the process ends rather than go on with a guess.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn failed_writes_begin_again_and_a_failed_commit_ends_conversion() {
+    let mut rig = rig("failed_writes_begin_again_and_a_failed_commit_ends_conversion").await;
+    let running = Running::start(rig.load.take().unwrap());
+    let store = rig.cluster.process(Who::Store(0));
+    store.set_env("ENDIO_FAILPOINTS", Some("store-written=error%5"));
+    block_in_place(|| store.restart()).unwrap();
+    let mut load = running.end().await.unwrap();
+    load.run(300).await.unwrap();
+    load.drain().await.unwrap();
+    load.verify().await.unwrap();
+    assert!(rig.cluster.process(Who::Store(0)).log().contains("could not be written"));
+    rig.load = Some(load);
+    let running = rig.arm(Point::JournalWritten, "error").await;
+    rig.wait_for_its_end(Point::JournalWritten).await;
+    rig.recover(Point::JournalWritten, running).await;
+    rig.end().await;
+}
