@@ -67,6 +67,9 @@ pub struct Config {
     pub log_bytes_max: u64,
     /// Bytes of one segment of the cache log. At least 1 MiB.
     pub log_segment_bytes: u64,
+    /// Runs of blocks of a volume's map that are remembered for reads, some 150 bytes each, and 4
+    /// for each block. Too small: reads ask conversion. Too large: memory. 0: none; at most 2^24.
+    pub map_entries_per_volume: usize,
     /// Sessions of retrying clients remembered.
     pub sessions_max: usize,
     /// A session is not forgotten before it was idle so long, in ms.
@@ -130,6 +133,7 @@ impl Default for Config {
             credit_step_blocks: 4_096,
             log_bytes_max: 2 << 30,
             log_segment_bytes: 64 << 20,
+            map_entries_per_volume: 1 << 18,
             sessions_max: 2_048,
             session_idle_min_ms: 600_000,
             volumes_max: 4_096,
@@ -180,6 +184,7 @@ impl Validate for Config {
         within("credit_high_blocks", self.credit_high_blocks, self.credit_low_blocks, 1 << 30);
         within("log_segment_bytes", self.log_segment_bytes, MIB, 1 << 34);
         within("log_bytes_max", self.log_bytes_max, 4 * self.log_segment_bytes, 1 << 44);
+        within("map_entries_per_volume", self.map_entries_per_volume as u64, 0, 1 << 24);
         within("sessions_max", self.sessions_max as u64, 1, 1 << 20);
         within("volumes_max", self.volumes_max as u64, 1, 65_536);
         within("retry_first_ms", self.retry_first_ms, 1, self.retry_max_ms);

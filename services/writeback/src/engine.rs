@@ -43,6 +43,7 @@ use crate::metrics::Metrics;
 use crate::session::Session;
 use crate::stores::Stores;
 use crate::table::Table;
+use crate::volume::VolumeLimits;
 
 /// Stages of a service's life.
 pub(crate) const STARTING: u8 = 0;
@@ -110,12 +111,13 @@ impl Engine {
         Instant::now() + Duration::from_millis(self.config.io_timeout_ms)
     }
 
-    pub(crate) fn credit_policy(&self) -> CreditPolicy {
-        CreditPolicy {
+    pub(crate) fn volume_limits(&self) -> VolumeLimits {
+        let credit = CreditPolicy {
             low_blocks: self.config.credit_low_blocks,
             high_blocks: self.config.credit_high_blocks,
             step_blocks: self.config.credit_step_blocks,
-        }
+        };
+        VolumeLimits { credit, map_entries_max: self.config.map_entries_per_volume }
     }
 
     pub(crate) fn throttle(&self) -> MutexGuard<'_, Throttle> {

@@ -15,10 +15,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use endio_api::blockstore::Bio;
+use endio_api::common::{Extent, ExtentState, Place};
 use endio_api::conversion::{BeginIo, Completion, Lane, ReleaseSubmitter, Segment};
 use endio_chassis::backoff::{Backoff, Delays};
 use endio_chassis::telemetry;
 use endio_failpoints::{Point, reach};
+use endio_state_machine::writeback::map_cache::Part;
 use endio_types::{BLOCK_SIZE, LblkRange, Reason};
 use futures_util::StreamExt as _;
 use futures_util::future::BoxFuture;
@@ -78,6 +80,14 @@ impl Job {
     }
 }
 
+/// A job that is converted, durably.
+pub(crate) struct Written {
+    /// As conversion said.
+    pub done: Completion,
+    /// What the map says of the job's blocks now; empty where that is not known for certain.
+    pub parts: Vec<Part<Arc<Extent>>>,
+}
+
 /// What has to be durable before the submitter's token is released.
 pub(crate) type Gate<'a> = BoxFuture<'a, Result<(), Failure>>;
 
@@ -130,7 +140,7 @@ impl Submitter {
     /// # Errors
     /// The last attempt's failure when the job's deadline has passed, or at once where trying again
     /// cannot help. Nothing of the job is in flight then, or its session is gone.
-    pub(crate) async fn write(&self, job: &Job, gate: Gate<'_>) -> Result<Completion, Failure> {
+    pub(crate) async fn write(&self, job: &Job, gate: Gate<'_>) -> Result<Written, Failure> {
         let _room = self.room(job).await?;
         let crcs: Vec<u32> = job.data.chunks(BLOCK_SIZE).map(crc32c::crc32c).collect();
         let (first, max) = self.limits.backoff;
@@ -175,7 +185,7 @@ impl Submitter {
         attempt: u32,
         avoid: &[u32],
         gate: &mut Option<Gate<'_>>,
-    ) -> Result<Completion, Missed> {
+    ) -> Result<Written, Missed> {
         let granted = self.begin(job, attempt, avoid).await?;
         let mut flight = Flight {
             submitter: self,
@@ -197,7 +207,11 @@ impl Submitter {
         reach(Point::WritebackGateOpen);
         flight.release().await;
         reach(Point::WritebackReleased);
-        flight.completion(granted).await
+        let parts = placed(job, &granted.begun.segments, crcs);
+        let done = flight.completion(granted).await?;
+        let converted: u64 = done.converted.chunks_exact(2).map(|pair| pair[1]).sum();
+        let parts = if converted == job.blocks() { parts } else { Vec::new() };
+        Ok(Written { done, parts })
     }
 
     async fn begin(&self, job: &Job, attempt: u32, avoid: &[u32]) -> Result<Granted, Missed> {
@@ -393,6 +407,42 @@ impl Flight<'_> {
             })),
         }
     }
+}
+
+/// What the map will say of a job's blocks once it is converted. Written for volumes that are
+/// written by redirection: every block gets the place that was granted for it.
+fn placed(job: &Job, segments: &[Segment], crcs: &[u32]) -> Vec<Part<Arc<Extent>>> {
+    let mut parts = Vec::new();
+    let mut range = job.ranges.iter().copied();
+    let mut rest = range.next();
+    for first in segments.iter().filter(|segment| segment.replica == 0) {
+        let copies = segments.iter().filter(|s| s.offset_blocks == first.offset_blocks);
+        let places: Vec<(u32, u64)> =
+            copies.filter_map(|s| s.token.as_ref()).map(|t| (t.store, t.pblk)).collect();
+        let mut done = 0;
+        let mut left = first.token.as_ref().map_or(0, |token| u64::from(token.blocks));
+        while let Some(at) = rest.filter(|_| left > 0) {
+            let len = at.len.min(left);
+            let from = first.offset_blocks as usize + done as usize;
+            let crc32c = crcs.get(from..from + len as usize).unwrap_or_default().to_vec();
+            let place = |(store, pblk): &(u32, u64)| Place { store: *store, pblk: pblk + done };
+            let extent = Extent {
+                lblk: at.start.0,
+                blocks: u32::try_from(len).unwrap_or(u32::MAX),
+                state: ExtentState::Written.into(),
+                places: places.iter().map(place).collect(),
+                crc32c,
+            };
+            parts.push((LblkRange::new(at.start.0, len), Some(Arc::new(extent))));
+            done += len;
+            left -= len;
+            rest = match at.len > len {
+                true => Some(LblkRange::new(at.start.0 + len, at.len - len)),
+                false => range.next(),
+            };
+        }
+    }
+    parts
 }
 
 async fn segment_done(store: u32, sent: Sent, span: Span) -> (u32, Result<(), Failure>) {

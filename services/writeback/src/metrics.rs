@@ -19,6 +19,8 @@ pub struct Metrics {
     pub attempts_failed: Counter,
     /// Requests that had been applied before.
     pub duplicates: Counter,
+    /// Questions to conversion about the map of a volume.
+    pub look_ups: Counter,
     /// Reads that went to another replica.
     pub reads_repaired: Counter,
     /// Dirty bytes, all volumes.
@@ -41,6 +43,7 @@ impl Default for Metrics {
             write_outs: registry.counter("write_outs", &[]),
             attempts_failed: registry.counter("attempts_failed", &[]),
             duplicates: registry.counter("duplicates", &[]),
+            look_ups: registry.counter("look_ups", &[]),
             reads_repaired: registry.counter("reads_repaired", &[]),
             dirty_bytes: registry.gauge("dirty_bytes", &[]),
             write_time: registry.histogram("write_time", &[]),

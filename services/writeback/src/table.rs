@@ -66,6 +66,8 @@ impl Events for Table {
             }
             // Reads under an older epoch are refused from now on: the next look-up brings another.
             state.grant = None;
+            // Whatever an older session had asked for has ended by now, one way or the other.
+            state.map.reset();
             let ask = state.credit.reset();
             state.credit_reset = Some(ask.request);
             resets.push(Reserve {

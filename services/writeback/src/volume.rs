@@ -7,11 +7,12 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use endio_api::common::ReadGrant;
+use endio_api::common::{Extent, ReadGrant};
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::credit::{Credit, CreditPolicy};
 use endio_state_machine::writeback::dirty::DirtyMap;
 use endio_state_machine::writeback::errseq::{Cursor, ErrSeq};
+use endio_state_machine::writeback::map_cache::{ChangeId, MapCache, Part};
 use endio_types::{BLOCK_BYTES, ByteRange, LblkRange, Reason, VOLUME_BYTES_MAX};
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -69,6 +70,8 @@ pub struct State {
     pub told: Cursor,
     /// Write-outs up to this record are wanted now.
     pub flush_up_to: Lsn,
+    /// What is known of the map.
+    pub map: MapCache<Arc<Extent>>,
     /// Write-outs under way.
     pub write_outs: usize,
     /// The newest record that says that blocks of this volume are converted.
@@ -87,6 +90,15 @@ pub struct State {
     pub gone: Option<Failure>,
 }
 
+/// Bounds of one volume.
+#[derive(Debug, Clone, Copy)]
+pub struct VolumeLimits {
+    /// How much credit is asked for.
+    pub credit: CreditPolicy,
+    /// Runs of blocks of the map that are remembered.
+    pub map_entries_max: usize,
+}
+
 /// What conversion said when the volume was opened.
 pub struct Opened {
     /// The volume.
@@ -97,7 +109,7 @@ pub struct Opened {
 
 impl Volume {
     /// A volume that was opened just now, with nothing dirty.
-    pub fn new(opened: Opened, credit: CreditPolicy) -> Self {
+    pub fn new(opened: Opened, limits: VolumeLimits) -> Self {
         let Opened { volume, grant } = opened;
         let errors = ErrSeq::new();
         let told = errors.sample();
@@ -113,12 +125,13 @@ impl Volume {
                 durable_size_bytes: volume.size_bytes,
                 dirty: DirtyMap::new(),
                 dirty_since: None,
-                credit: Credit::new(credit),
+                credit: Credit::new(limits.credit),
                 credit_reset: None,
                 errors,
                 error_count: 0,
                 told,
                 flush_up_to: Lsn(0),
+                map: MapCache::new(if volume.in_place { 0 } else { limits.map_entries_max }),
                 write_outs: 0,
                 last_clean: Lsn(0),
                 rest_until: None,
@@ -193,6 +206,12 @@ impl Volume {
         Ok(bytes.blocks())
     }
 
+    /// A change of the map of these blocks is about to be asked for.
+    pub fn map_changes(self: &Arc<Self>, ranges: Vec<LblkRange>) -> MapChanging {
+        let id = self.state().map.begin(ranges);
+        MapChanging { volume: Arc::clone(self), id: Some(id) }
+    }
+
     /// Registers a read: blocks that it finds in a map stay untouched until it has ended.
     pub fn read_begins(self: &Arc<Self>) -> ReadUnderWay {
         let mut state = self.state();
@@ -223,6 +242,29 @@ impl State {
     /// Dirty bytes: versions that wait and versions under writeback.
     pub fn dirty_bytes(&self) -> u64 {
         (self.dirty.waiting_blocks() + self.dirty.in_flight_blocks()) * BLOCK_BYTES
+    }
+}
+
+/// A change of the map that was asked for. Dropping it gives it up: it may take effect at any time.
+pub struct MapChanging {
+    volume: Arc<Volume>,
+    id: Option<ChangeId>,
+}
+
+impl MapChanging {
+    /// It has ended, or died with the session in which it was asked for.
+    pub fn ended(mut self, parts: Vec<Part<Arc<Extent>>>) {
+        if let Some(id) = self.id.take() {
+            self.volume.state().map.end(id, parts);
+        }
+    }
+}
+
+impl Drop for MapChanging {
+    fn drop(&mut self) {
+        if let Some(id) = self.id.take() {
+            self.volume.state().map.give_up(id);
+        }
     }
 }
 

@@ -6,6 +6,7 @@
 pub mod credit;
 pub mod dirty;
 pub mod errseq;
+pub mod map_cache;
 pub mod range_lock;
 pub mod sessions;
 pub mod throttle;

@@ -187,11 +187,14 @@ impl Change {
             let request = request.clone();
             async move { client.change_map(request).await }
         };
+        let changing = volume.map_changes(vec![range]);
+        // Without an answer it may have been carried out, or may yet be.
         let changed = engine.conversion.call(self.deadline, call).await;
         if let Err(failure) = &changed {
             engine.heed(volume, failure);
         }
         let changed = changed?;
+        changing.ended(Vec::new());
         volume.state().saw_map(changed.map_version);
         Ok(changed.blocks_changed)
     }

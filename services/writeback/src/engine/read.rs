@@ -1,7 +1,8 @@
 //! Reads: the dirty cache over the map, the map over the stores.
 //!
 //! The dirty cache is looked at first and the map after it: what is clean at the first look is in
-//! the map by then. The blocks that a map names stay untouched while the read is registered, so a
+//! the map by then. What is known of the map needs no look-up (see `map_cache`); if a read fails, it
+//! is looked up all the same. The blocks that a map names stay untouched while the read is registered, so a
 //! read sees old or new and never what somebody else put there since.
 
 use std::sync::Arc;
@@ -21,8 +22,11 @@ use super::Engine;
 use crate::failure::Failure;
 use crate::volume::Volume;
 
-/// Most blocks that are looked up and read at once.
+/// Most blocks that are read at once.
 pub(super) const READ_BLOCKS_MAX: u64 = 256;
+/// Blocks of the map that a read learns at once, with those around it: as many as conversion keeps
+/// together.
+const LEARN_BLOCKS: u64 = 1024;
 
 /// A read as it was asked for.
 #[derive(Debug, Clone)]
@@ -140,12 +144,18 @@ impl Engine {
             Err(_) => return Err(Failure::new(Reason::Limit, "too many bytes of reads in flight")),
         };
         let mut pause = std::time::Duration::from_millis(self.config.retry_first_ms);
+        let mut trusts_cache = true;
         loop {
-            let failure = match self.try_read(volume, range, deadline).await {
+            let failure = match self.try_read(volume, range, &mut trusts_cache, deadline).await {
                 Ok(runs) => return Ok(runs),
                 Err(failure) => failure,
             };
             volume.usable()?;
+            if std::mem::take(&mut trusts_cache) {
+                // Whatever is wrong with the blocks, first of all they must be the right ones.
+                volume.state().map.forget(range);
+                continue;
+            }
             // What a fence, a restart or a moved block refuses, a new look-up mends.
             let passes = matches!(
                 failure.reason,
@@ -170,6 +180,7 @@ impl Engine {
         &self,
         volume: &Arc<Volume>,
         range: LblkRange,
+        trusts_cache: &mut bool,
         deadline: Instant,
     ) -> Result<Vec<Run>, Failure> {
         let _registered = volume.read_begins();
@@ -183,11 +194,16 @@ impl Engine {
         runs.sort_by_key(|run| run.range.start);
         let (Some(first), Some(last)) = (gaps.first(), gaps.last()) else { return Ok(runs) };
         let hull = LblkRange::new(first.start.0, last.end() - first.start.0);
-        let map = self.look_up(volume, hull, deadline).await?;
-        let grant = map.read_grant.clone().ok_or_else(Failure::fenced)?;
+        let (grant, map) = match known(volume, &gaps).filter(|_| *trusts_cache) {
+            Some(known) => known,
+            None => {
+                *trusts_cache = false;
+                self.learn(volume, hull, deadline).await?
+            }
+        };
         let mut wanted = Vec::new();
-        for gap in &gaps {
-            for (part, extent) in parts(&map.extents, *gap) {
+        for (part, extent) in &map {
+            for part in gaps.iter().filter_map(|gap| gap.intersection(*part)) {
                 match extent {
                     Some(extent) => wanted.push(self.read_extent(volume, &grant, part, extent)),
                     None => {
@@ -202,6 +218,32 @@ impl Engine {
         Ok(runs)
     }
 
+    /// Asks for the map of a range, and remembers what is around it, too.
+    async fn learn(
+        &self,
+        volume: &Arc<Volume>,
+        hull: LblkRange,
+        deadline: Instant,
+    ) -> Result<(ReadGrant, Map), Failure> {
+        let (ticket, asked) = {
+            let state = volume.state();
+            let end = state.durable_size_bytes.div_ceil(BLOCK_BYTES);
+            let start = hull.start.0 / LEARN_BLOCKS * LEARN_BLOCKS;
+            let end = hull.end().next_multiple_of(LEARN_BLOCKS).min(end).max(hull.end());
+            let around = LblkRange::new(start, end - start);
+            (state.map.ticket(), if volume.in_place { hull } else { around })
+        };
+        let found = self.look_up(volume, asked, deadline).await?;
+        let grant = found.read_grant.ok_or_else(Failure::fenced)?;
+        let parts = parts(&found.extents, asked);
+        let parts = parts.into_iter().map(|(part, extent)| (part, extent.cloned().map(Arc::new)));
+        let map: Map = parts.collect();
+        let mut state = volume.state();
+        state.grant = Some(grant.clone());
+        state.map.learn(ticket, map.iter().cloned());
+        Ok((grant, map))
+    }
+
     /// The map of a range now.
     pub(super) async fn look_up(
         &self,
@@ -209,6 +251,7 @@ impl Engine {
         range: LblkRange,
         deadline: Instant,
     ) -> Result<LookupResponse, Failure> {
+        self.metrics.look_ups.inc();
         let request = LookupRequest {
             volume: volume.id,
             generation: volume.generation,
@@ -301,6 +344,18 @@ impl Engine {
             }
         }
     }
+}
+
+/// Parts of a range with the written extent that holds them; none: they read as zeroes.
+type Map = Vec<(LblkRange, Option<Arc<Extent>>)>;
+
+/// The map of some ranges without asking conversion. What it names stays untouched while the read
+/// is registered, which it is already.
+fn known(volume: &Volume, ranges: &[LblkRange]) -> Option<(ReadGrant, Map)> {
+    let state = volume.state();
+    let grant = state.grant.clone()?;
+    let found: Option<Vec<Map>> = ranges.iter().map(|range| state.map.find(*range)).collect();
+    Some((grant, found?.concat()))
 }
 
 /// Runs of the range that the dirty cache has.

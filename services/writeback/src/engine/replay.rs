@@ -75,7 +75,7 @@ impl Engine {
         };
         let lost = match opened {
             Ok(opened) if opened.volume.id == id => {
-                let volume = Arc::new(Volume::new(opened, self.credit_policy()));
+                let volume = Arc::new(Volume::new(opened, self.volume_limits()));
                 self.put_back(&volume, &data);
                 reach(Point::WritebackReplayed);
                 if may_have_lost && !is_planted(Bug::LossUntold) {

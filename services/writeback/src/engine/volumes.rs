@@ -75,7 +75,7 @@ impl Engine {
             return Err(Failure::new(Reason::Limit, "too many volumes are open here"));
         }
         let opened = self.open_at_conversion(name, force).await?;
-        let volume = Arc::new(Volume::new(opened, self.credit_policy()));
+        let volume = Arc::new(Volume::new(opened, self.volume_limits()));
         // Data of an earlier generation that was let go must not come back at a replay.
         if self.log.holds(volume.id, LblkRange::new(0, u64::MAX)) {
             self.log.append_closed(volume.id)?;
@@ -252,11 +252,13 @@ impl Engine {
             let request = request.clone();
             async move { client.resize_volume(request).await }
         };
+        let changing = volume.map_changes(vec![LblkRange::new(0, u64::MAX)]);
         let resized = self.conversion.call(deadline, call).await;
         if let Err(failure) = &resized {
             self.heed(volume, failure);
         }
         let described = resized?;
+        changing.ended(Vec::new());
         let mut state = volume.state();
         state.size_bytes = described.size_bytes;
         state.durable_size_bytes = described.size_bytes;

@@ -121,6 +121,7 @@ impl Engine {
             state.direct_bytes += bytes;
             if volume.growable { state.size_after(end_bytes) } else { 0 }
         };
+        let changing = volume.map_changes(vec![range]);
         let job = Job {
             volume: volume.id,
             name: Arc::clone(&volume.name),
@@ -134,6 +135,12 @@ impl Engine {
             span: Span::current(),
         };
         let outcome = self.submitter.write(&job, std::future::ready(Ok(())).boxed()).await;
+        let (outcome, parts) = match outcome {
+            Ok(written) => (Ok(written.done), written.parts),
+            Err(failure) => (Err(failure), Vec::new()),
+        };
+        // Before anybody is told: whoever saw the write end reads it.
+        changing.ended(parts);
         let mut state = volume.state();
         state.direct_bytes -= bytes;
         if let Ok(done) = &outcome {

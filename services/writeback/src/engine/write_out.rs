@@ -84,13 +84,20 @@ impl Engine {
         volume: &Arc<Volume>,
         gathered: Gathered,
     ) -> Result<(), Failure> {
+        let ranges = gathered.picks.iter().map(|picked| picked.range).collect();
+        let changing = volume.map_changes(ranges);
         let job = self.write_out_job(volume, &gathered);
         // The log's flush goes beside the stores' and not after them.
         self.log.want_durable(gathered.max_lsn());
         let gate = self.log.durable(gathered.max_lsn()).boxed();
         match self.submitter.write(&job, gate).await {
-            Ok(done) => self.written_out(volume, &gathered, &done),
+            Ok(written) => {
+                // Before the blocks are clean: a read that misses the cache finds them.
+                changing.ended(written.parts);
+                self.written_out(volume, &gathered, &written.done)
+            }
             Err(failure) => {
+                changing.ended(Vec::new());
                 telemetry::fail(&job.span, &failure.detail);
                 self.not_written_out(volume, &gathered, &failure);
                 Err(failure)

@@ -300,3 +300,23 @@ async fn writes_begin_again_when_conversion_restarts() {
     }
     client.settles().await.unwrap();
 }
+
+/// Behaviour 53. What is known of the map is read without asking conversion, until it changes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn known_blocks_are_read_while_conversion_is_away_and_a_change_is_seen_at_once() {
+    let (mut stack, client) = stack().await;
+    write(&client, 0, &[1; 8192], WriteMode::Direct).await;
+    write(&client, 8192, &[2; 4096], WriteMode::Buffered).await;
+    client.fsync("vol1").await.unwrap();
+    assert_eq!(client.read("vol1", 0, 16384).await.unwrap()[12288..], [0; 4096]);
+    write(&client, 4096, &[3; 8192], WriteMode::Direct).await;
+    client.io().trim(range(0, 4096)).await.unwrap();
+    let now = [vec![0; 4096], vec![3; 8192], vec![0; 4096]].concat();
+    assert!(client.read("vol1", 0, 16384).await.unwrap() == now);
+    stack.conversion.stop().await;
+    assert!(client.read("vol1", 0, 16384).await.unwrap() == now, "within the store's lease");
+    stack.conversion.restart().await;
+    assert!(client.read("vol1", 0, 16384).await.unwrap() == now);
+    write(&client, 0, &[4; 4096], WriteMode::Direct).await;
+    assert_eq!(client.read("vol1", 0, 4096).await.unwrap()[..], [4; 4096]);
+}
