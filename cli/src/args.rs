@@ -85,9 +85,19 @@ pub(crate) enum Command {
 pub(crate) struct AttachArgs {
     /// Volume.
     pub(crate) volume: String,
-    /// Where the writeback service listens for NBD clients (`--nbd-listen`).
-    #[arg(long, env = "ENDIO_NBD", default_value = "127.0.0.1:10809")]
-    pub(crate) nbd: endio_nbd::NbdAddr,
+    /// Where NBD clients reach the writeback service, IP:PORT or unix:PATH, if not where it says
+    /// itself.
+    #[arg(long, env = "ENDIO_NBD")]
+    pub(crate) nbd: Option<endio_nbd::NbdAddr>,
+    /// Attach it read-only.
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    /// Directory with ca-cert.pem, client-cert.pem and client-key.pem, for a server with TLS.
+    #[arg(long)]
+    pub(crate) tls_certificates: Option<PathBuf>,
+    /// Start the kernel's client (nbd-client) on the first free /dev/nbdN instead; needs root.
+    #[arg(long)]
+    pub(crate) run: bool,
 }
 
 /// Everything in one process.
@@ -106,6 +116,13 @@ pub(crate) struct UpArgs {
     /// show a certificate that this authority signed.
     #[arg(long, requires = "nbd_listen")]
     pub(crate) nbd_tls: Option<PathBuf>,
+    /// Let NBD clients in without TLS too; what `--nbd-allow` restricts stays out of their reach.
+    #[arg(long, requires = "nbd_tls")]
+    pub(crate) nbd_tls_optional: bool,
+    /// Volumes that the certificate of this common name may open, such as alice=vol1,vol2@ro or
+    /// admin=*; may be repeated. Without any, every certificate opens every volume.
+    #[arg(long, requires = "nbd_tls", value_name = "NAME=VOLUMES", value_parser = allowed)]
+    pub(crate) nbd_allow: Vec<(String, Vec<String>)>,
     /// Block-stores, 1 to 16; as many as the largest number of replicas you want, up to 3, and more
     /// for room.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=16))]
@@ -113,6 +130,16 @@ pub(crate) struct UpArgs {
     /// Capacity of each new block-store; space is taken from the disk as it is used.
     #[arg(long)]
     pub(crate) capacity: Option<ByteSize>,
+}
+
+/// Reads `NAME=VOLUME,VOLUME`.
+fn allowed(text: &str) -> Result<(String, Vec<String>), String> {
+    let (name, volumes) = text.split_once('=').ok_or("expected NAME=VOLUME,VOLUME")?;
+    let volumes: Vec<String> = volumes.split(',').map(str::to_owned).collect();
+    if name.is_empty() || volumes.iter().any(String::is_empty) {
+        return Err("expected NAME=VOLUME,VOLUME".to_owned());
+    }
+    Ok((name.to_owned(), volumes))
 }
 
 /// Volumes.

@@ -38,6 +38,11 @@ impl Client {
         Self::new(&self.endpoint)
     }
 
+    /// Where the service is.
+    pub(crate) fn endpoint(&self) -> &str {
+        &self.endpoint
+    }
+
     /// The channel.
     pub(crate) fn channel(&self) -> Channel {
         self.channel.clone()

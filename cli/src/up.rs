@@ -86,7 +86,11 @@ pub(crate) async fn run(args: UpArgs) -> Outcome {
         data_dir: args.data_dir,
         listen: address(&args.grpc_listen)?,
         nbd_listen: args.nbd_listen.as_deref().map(address).transpose()?,
-        nbd_tls: args.nbd_tls.as_deref().map(tls_files),
+        nbd_tls: args.nbd_tls.as_deref().map(|directory| NbdTls {
+            required: !args.nbd_tls_optional,
+            clients: args.nbd_allow.iter().cloned().collect(),
+            ..tls_files(directory)
+        }),
         stores: args.stores,
         capacity_bytes: args.capacity.map(|size| size.bytes()),
     };

@@ -27,6 +27,20 @@ grpc=$(field grpc) nbd=$(field nbd)
 "$endio" --endpoint "$grpc" volume create disk --size 64MiB >/dev/null || failed=1
 "$here/run.sh" "$nbd" disk endio:state "$length" || failed=1
 
+# What `endio attach` says is run as it stands, as far as the programs are there.
+"$endio" --endpoint "$grpc" attach disk >"$work/attach" || failed=1
+truncate -s 64M "$work/disk.img"
+for program in nbdinfo qemu-img fio; do
+    line=$(grep "^$program" "$work/attach" | tail -1)
+    command -v $program >/dev/null || { echo "skip attach: $program is not installed"; continue; }
+    if (cd "$work" && eval "${line/--size=64m/--size=2m}" >"$work/line" 2>&1); then
+        echo "ok   $line"
+    else
+        echo "FAIL $line: $(tail -5 "$work/line")"
+        failed=1
+    fi
+done
+
 "$endio" --endpoint "$grpc" volume create big --size 2TiB >/dev/null || failed=1
 export PATH="/usr/bin:/bin:$PATH"
 if command -v nbdsh >/dev/null; then
@@ -60,15 +74,16 @@ for name, change in (("trim", h.trim), ("zero", h.zero)):
 P
     # A client that never flushes has no cache before it; one that has flushed has.
     cat >"$work/cache.py" <<'P'
+import errno, subprocess
 HOLE, DELAYED, UNWRITTEN, WRITTEN, IN_FLIGHT = range(5)
 def state(c, at):
     found = []
     c.block_status(4096, at, lambda name, o, entries, e: found.extend(entries))
     return found[1]
-def client():
+def client(how=""):
     c = nbd.NBD()
     c.add_meta_context("endio:state")
-    c.connect_uri(URI)
+    c.connect_uri(URI + how)
     return c
 a, b = client(), client()
 a.trim(1 << 20, 0)
@@ -89,9 +104,57 @@ assert state(a, 4096) == WRITTEN and state(a, 16384) == WRITTEN
 a.zero(4096, 0, nbd.CMD_FLAG_NO_HOLE)
 a.trim(4096, 4096)
 assert state(a, 0) == UNWRITTEN and state(a, 4096) == HOLE
+# A direct write is in flight until it has been converted.
+seen = set()
+for at in range(64):
+    buffer = nbd.Buffer.from_bytearray(bytearray(1 << 20))
+    cookie = b.aio_pwrite(buffer, 32 << 20, flags=nbd.CMD_FLAG_FUA)
+    while not b.aio_command_completed(cookie):
+        found = []
+        b.block_status(4096, 32 << 20, lambda name, o, entries, e: found.extend(entries))
+        seen.add(found[1])
+    if IN_FLIGHT in seen:
+        break
+assert IN_FLIGHT in seen and seen <= {HOLE, IN_FLIGHT, WRITTEN}, seen
+# CACHE takes ranges of any length, also beyond what it reads.
+b.cache(60 << 20, 0)
+# Read-only: nothing changes, under libnbd's checks and without them.
+ro = client("@ro")
+assert ro.is_read_only() and ro.pread(4, 8192) == b"3333"
+ro.set_strict_mode(0)
+for change in (lambda: ro.pwrite(b"x", 8192), lambda: ro.trim(4096, 8192), lambda: ro.zero(1, 8192)):
+    try:
+        change()
+    except nbd.Error as error:
+        assert error.errnum == errno.EPERM, error
+    else:
+        raise AssertionError("a read-only export was changed")
+assert b.pread(4, 8192) == b"3333"
+# Single: the next connection takes the place of the one before, and of no other.
+one = client("@single")
+assert not one.can_multi_conn()
+one.pwrite(b"one", 20480)
+two = client("@single")
+assert two.pread(3, 20480) == b"one"
+try:
+    one.pwrite(b"late", 20480)
+except nbd.Error:
+    pass
+else:
+    raise AssertionError("a connection that was replaced still writes")
+assert two.pread(3, 20480) == b"one" and b.pread(3, 20480) == b"one"
+# A volume that grows: who connects again is told, who stays goes on as before.
+old = a.get_size()
+subprocess.check_call([ENDIO, "--endpoint", GRPC, "volume", "resize", "disk", "--size", "80MiB"],
+                      stdout=subprocess.DEVNULL)
+new = client()
+assert (a.get_size(), new.get_size()) == (old, 80 << 20)
+new.pwrite(b"new", old)
+assert new.pread(3, old) == b"new" and a.pread(4, 8192) == b"3333"
+print("ok   read-only, single, in flight, cache, a new size after reconnecting", flush=True)
 print("ok   write-through until the first FLUSH, which covers all connections", flush=True)
 P
-    nbdsh -c "URI = 'nbd://$nbd/disk'; exec(open('$work/cache.py').read())" || failed=1
+    nbdsh -c "URI = 'nbd://$nbd/disk'; ENDIO = '$endio'; GRPC = '$grpc'; exec(open('$work/cache.py').read())" || failed=1
     nbdsh -u "nbd://$nbd/big" -c "DATA = '$work/data'; exec(open('$work/big.py').read())" ||
         failed=1
 else

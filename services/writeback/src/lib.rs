@@ -6,6 +6,7 @@
 //!
 //! A service is a library that is given its listener, its dialer and its recorder: see [`start`].
 
+pub mod access;
 mod config;
 mod conversion;
 mod dedupe;
@@ -153,6 +154,9 @@ pub async fn start(config: Config, deps: Deps) -> Result<Running, StartError> {
     let Deps { listener, dialer, recorder, shutdown } = deps;
     let url = listener.url().to_owned();
     let nbd = nbd::bind(&config).await.map_err(StartError::Nbd)?;
+    let mut config = config;
+    // Clients ask for the port that was chosen.
+    config.nbd_listen = nbd.as_ref().map(nbd::Bound::listen_addr);
     let opening = config.clone();
     let opened = tokio::task::spawn_blocking(move || driver::open(&opening));
     let opened = opened.await.map_err(StartError::Interrupted)??;

@@ -7,33 +7,38 @@
 //! | TRIM, WRITE_ZEROES | a change of the map, durable on return |
 //! | BLOCK_STATUS | the states of extents, delayed data over them |
 //!
+//! The name of an export also says how the volume is opened: see [`name`].
+//!
 //! A connection keeps the volume as it was when it attached: if the volume is taken over, closed or
 //! deleted meanwhile, its requests fail until the client connects again.
 
-mod access;
+mod name;
+mod status;
+mod tls;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
-use endio_api::common::{Extent as Mapped, ExtentState};
 use endio_chassis::net::ListenAddr;
-use endio_nbd::consts::allocation;
 use endio_nbd::tls::{Tls, TlsError, TlsFiles};
 use endio_nbd::{
     Client, Errno, Export, ExportInfo, Exports, Extent, Fault, Limits, Listed, ListenError,
     NbdAddr, NbdListener, OpenError, Piece, Purpose, Server, ZeroOptions,
 };
-use endio_types::{BLOCK_BYTES, ByteRange, LblkRange, Reason};
+use endio_types::{ByteRange, Reason};
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use tokio::task::JoinHandle;
 
-pub use access::NbdTls;
+pub use tls::NbdTls;
 
+use crate::access::Access;
 use crate::config::Config;
 use crate::engine::{Engine, Observer, RangeKind, RangeOp, ReadOp, WriteOp};
 use crate::failure::Failure;
 use crate::volume::Volume;
+use name::How;
 
 /// The metadata context that tells the state of extents.
 pub const STATE_CONTEXT: &str = "endio:state";
@@ -58,8 +63,8 @@ const WRITE_BYTES: usize = 3 << 20;
 const READ_BYTES: u64 = 1 << 20;
 /// Reads of one request under way.
 const READS_AHEAD: usize = 4;
-/// Look-ups of the map for one question; a client asks again behind what it was told.
-const LOOK_UPS_MAX: usize = 64;
+/// Most bytes that one CACHE reads: more would only push out what was read first.
+const CACHE_BYTES_MAX: u64 = 32 << 20;
 /// A client may wait for the service to recover before it is told of an export.
 const HANDSHAKE_MS: u64 = 60_000;
 
@@ -120,6 +125,14 @@ impl Bound {
         self.listener.address().clone()
     }
 
+    /// The same for clients that run elsewhere in the file system.
+    pub(crate) fn listen_addr(&self) -> ListenAddr {
+        match self.listener.address() {
+            NbdAddr::Tcp(address) => ListenAddr::Tcp(address.to_string()),
+            NbdAddr::Unix(path) => ListenAddr::Unix(absolute(path)),
+        }
+    }
+
     /// Serves until [`Serving::stop`].
     pub(crate) fn serve(self, engine: &Arc<Engine>) -> Serving {
         let limits = Limits { handshake_ms: HANDSHAKE_MS, ..Limits::default() };
@@ -131,6 +144,10 @@ impl Bound {
         let accepting = tokio::spawn(self.listener.serve(server.clone()));
         Serving { server, accepting }
     }
+}
+
+fn absolute(path: &Path) -> std::path::PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
 /// The running server.
@@ -156,9 +173,9 @@ struct Volumes {
 }
 
 impl Volumes {
-    fn allows(&self, client: &Client, volume: &str) -> bool {
+    fn access(&self, client: &Client, volume: &str) -> Option<Access> {
         let tls = self.engine.config.nbd_tls.as_ref();
-        tls.is_none_or(|tls| tls.allows(client.certificate.as_ref(), volume))
+        tls.map_or(Some(Access::ReadWrite), |tls| tls.access(client, volume))
     }
 
     /// The only volume that the client sees, if there is one.
@@ -180,24 +197,26 @@ impl Exports for Volumes {
         purpose: Purpose,
     ) -> Result<Arc<dyn Export>, OpenError> {
         self.engine.takes_work_soon().await.map_err(refused)?;
+        let (name, how) = name::parse(name).ok_or(OpenError::Unknown)?;
         let name = match name {
             "" => self.default_volume(client).await?,
             name => name.to_owned(),
         };
-        if !self.allows(client, &name) {
-            return Err(OpenError::Denied("the certificate is not for this volume".to_owned()));
-        }
+        let denied = || OpenError::Denied("the certificate is not for this volume".to_owned());
+        let access = self.access(client, &name).ok_or_else(denied)?;
         let described = self.engine.describe(&name).await.map_err(refused)?;
-        let mut info = ExportInfo::new(name.as_str(), described.size_bytes);
+        let mut info = ExportInfo::new(name::canonical(&name, how), described.size_bytes);
         info.description = format!("endio volume with {} replica(s)", described.replicas);
         // fsync covers the volume, and reads see what any connection wrote.
         info.can_multi_conn = true;
+        info.is_single = how == How::Single;
+        info.is_read_only = how == How::ReadOnly || access == Access::ReadOnly;
         info.contexts = vec![STATE_CONTEXT.to_owned()];
         let volume = match purpose {
             Purpose::Describe => None,
             Purpose::Attach => Some(self.engine.volume(&name).await.map_err(refused)?),
         };
-        let observer = Observer::default();
+        let observer = Observer::of(identity(client));
         if let Some(volume) = &volume {
             observer.watch(volume);
             info.size = volume.state().size_bytes;
@@ -210,12 +229,25 @@ impl Exports for Volumes {
     async fn list(&self, client: &Client) -> Result<Vec<Listed>, OpenError> {
         self.engine.takes_work_soon().await.map_err(refused)?;
         let volumes = self.engine.list().await.map_err(refused)?;
-        let listed = volumes.into_iter().filter(|volume| self.allows(client, &volume.name));
+        let listed =
+            volumes.into_iter().filter(|volume| self.access(client, &volume.name).is_some());
         let listed = listed.map(|volume| Listed {
             description: format!("{} bytes", volume.size_bytes),
             name: volume.name,
         });
         Ok(listed.collect())
+    }
+}
+
+/// Who a client is over its connections: its certificate's name, or else where it comes from.
+fn identity(client: &Client) -> String {
+    let certificate = client.certificate.as_ref();
+    match certificate.and_then(|certificate| certificate.common_name.as_deref()) {
+        Some(name) => format!("certificate {name}"),
+        None => match client.address.parse::<std::net::SocketAddr>() {
+            Ok(address) => format!("address {}", address.ip()),
+            Err(_) => client.address.clone(),
+        },
     }
 }
 
@@ -314,6 +346,18 @@ impl Export for VolumeExport {
         Ok(())
     }
 
+    async fn cache(&self, offset: u64, length: u64) -> Result<(), Fault> {
+        let volume = self.volume()?;
+        let reads =
+            parts(offset, length.min(CACHE_BYTES_MAX), READ_BYTES).map(|bytes| async move {
+                let op = ReadOp { bytes, traceparent: String::new() };
+                // What is read is in the memory of its block-store from then on.
+                self.engine.read(volume, &op).await.map(drop)
+            });
+        let read = stream::iter(reads).buffered(READS_AHEAD).try_for_each(|()| async { Ok(()) });
+        read.await.map_err(fault)
+    }
+
     async fn block_status(
         &self,
         context: &str,
@@ -321,69 +365,9 @@ impl Export for VolumeExport {
         length: u64,
         extents_max: usize,
     ) -> Result<Vec<Extent>, Fault> {
-        let volume = self.volume()?;
-        let range = volume.check(ByteRange { offset, len: length }, false).map_err(fault)?;
-        let is_allocation = context == allocation::CONTEXT;
-        let mut extents: Vec<Extent> = Vec::new();
-        let mut add = |blocks: u64, flags: u64| {
-            let told = extents.len();
-            match extents.last_mut() {
-                Some(last) if last.flags == flags => last.length += blocks * BLOCK_BYTES,
-                _ if told > extents_max => {}
-                _ => extents.push(Extent { length: blocks * BLOCK_BYTES, flags }),
-            }
-            told > extents_max
-        };
-        let mut at = range.start.0;
-        'look: for _ in 0..LOOK_UPS_MAX {
-            let found = self.engine.extents(volume, range, at).await.map_err(fault)?;
-            let Some((found, next)) = found else { break };
-            for extent in &found {
-                for (blocks, flags) in flags_of(volume, extent, is_allocation) {
-                    // One extent more than wanted: then the last one wanted is whole.
-                    if add(blocks, flags) {
-                        break 'look;
-                    }
-                }
-            }
-            at = next;
-        }
-        extents.truncate(extents_max);
-        if let Some(first) = extents.first_mut() {
-            // The first block begins before an unaligned offset.
-            first.length -= offset % BLOCK_BYTES;
-        }
-        Ok(extents)
+        let bytes = ByteRange { offset, len: length };
+        status::extents(&self.engine, self.volume()?, context, bytes, extents_max).await
     }
-}
-
-/// Runs of blocks of an extent with their flags in one of the two contexts.
-fn flags_of(volume: &Volume, extent: &Mapped, is_allocation: bool) -> Vec<(u64, u64)> {
-    let blocks = u64::from(extent.blocks);
-    let flags = match (extent.state(), is_allocation) {
-        (ExtentState::Hole, true) => allocation::HOLE | allocation::ZERO,
-        (ExtentState::Unwritten, true) => allocation::ZERO,
-        (_, true) => 0,
-        (ExtentState::Hole, false) => state::HOLE,
-        (ExtentState::Unwritten, false) => state::UNWRITTEN,
-        (ExtentState::Written | ExtentState::Unspecified, false) => state::WRITTEN,
-        (ExtentState::Delayed, false) => return delayed(volume, extent),
-    };
-    vec![(blocks, flags)]
-}
-
-/// Delayed blocks, those apart that are on their way.
-fn delayed(volume: &Volume, extent: &Mapped) -> Vec<(u64, u64)> {
-    let volume_state = volume.state();
-    let range = LblkRange::new(extent.lblk, u64::from(extent.blocks));
-    if volume_state.dirty.in_flight(range).is_empty() {
-        return vec![(range.len, state::DELAYED)];
-    }
-    let flags = |lblk| match volume_state.dirty.in_flight(LblkRange::new(lblk, 1)).is_empty() {
-        true => state::DELAYED,
-        false => state::IN_FLIGHT,
-    };
-    (range.start.0..range.end()).map(|lblk| (1, flags(lblk))).collect()
 }
 
 /// A range cut at multiples of `step` bytes.

@@ -3,7 +3,7 @@
 //! One mutex guards the state; it is never held across an await or I/O. Whoever waits for the
 //! state to change waits on [`Volume::wait`], which cannot miss a change.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
@@ -66,6 +66,9 @@ pub struct State {
     pub errors: ErrSeq<Failure>,
     /// Counts the failed write-outs.
     pub error_count: u64,
+    /// Acknowledged writes may be missing since a power loss: what everybody who comes back is told
+    /// once, whenever that is.
+    pub loss: Option<Loss>,
     /// What callers of the unary Fsync were told; they have no identity of their own.
     pub told: Cursor,
     /// Write-outs up to this record are wanted now.
@@ -86,6 +89,8 @@ pub struct State {
     pub grant: Option<ReadGrant>,
     /// Bytes of direct writes under way.
     pub direct_bytes: u64,
+    /// First block and number of blocks of the direct writes under way; their locks keep them apart.
+    pub direct: BTreeMap<u64, u64>,
     /// Why the volume is not usable here any more.
     pub gone: Option<Failure>,
 }
@@ -97,6 +102,34 @@ pub struct VolumeLimits {
     pub credit: CreditPolicy,
     /// Runs of blocks of the map that are remembered.
     pub map_entries_max: usize,
+}
+
+/// A loss of acknowledged writes, and who was told of it.
+pub struct Loss {
+    why: Failure,
+    told: BTreeSet<String>,
+}
+
+/// Observers remembered as told; beyond, somebody may be told twice.
+const TOLD_MAX: usize = 4_096;
+
+impl Loss {
+    /// Nobody was told.
+    pub fn new(why: Failure) -> Self {
+        Self { why, told: BTreeSet::new() }
+    }
+
+    /// What this observer has to be told, once.
+    pub fn tell(&mut self, who: &str) -> Option<Failure> {
+        if self.told.contains(who) {
+            return None;
+        }
+        if self.told.len() >= TOLD_MAX {
+            self.told.clear();
+        }
+        self.told.insert(who.to_owned());
+        Some(self.why.clone())
+    }
 }
 
 /// What conversion said when the volume was opened.
@@ -129,6 +162,7 @@ impl Volume {
                 credit_reset: None,
                 errors,
                 error_count: 0,
+                loss: None,
                 told,
                 flush_up_to: Lsn(0),
                 map: MapCache::new(if volume.in_place { 0 } else { limits.map_entries_max }),
@@ -139,6 +173,7 @@ impl Volume {
                 map_version: volume.map_version,
                 grant,
                 direct_bytes: 0,
+                direct: BTreeMap::new(),
                 gone: None,
             }),
             changed: Notify::new(),
@@ -232,6 +267,17 @@ impl State {
     /// The oldest map version that a read may still use.
     pub fn oldest_read(&self) -> u64 {
         self.reads.first_key_value().map_or(self.map_version, |(version, _)| *version)
+    }
+
+    /// Blocks of direct writes under way that touch a range.
+    pub fn direct_in(&self, range: LblkRange) -> impl Iterator<Item = LblkRange> + '_ {
+        // The writes do not overlap, so only the last one before the range reaches into it.
+        let before = self.direct.range(..range.start.0).next_back();
+        let within = self.direct.range(range.start.0..range.end());
+        before
+            .into_iter()
+            .chain(within)
+            .filter_map(move |(start, len)| LblkRange::new(*start, *len).intersection(range))
     }
 
     /// Size that a write of blocks up to `end_bytes` makes durable; 0: it does not extend.

@@ -515,6 +515,11 @@ impl<D: Clone> DirtyMap<D> {
         self.overlapping(range).filter_map(|(_, b)| b.flight.as_ref().map(|f| f.io)).collect()
     }
 
+    /// Blocks of a range that a write-out under way carries, ascending.
+    pub fn blocks_in_flight(&self, range: LblkRange) -> impl Iterator<Item = u64> + '_ {
+        self.overlapping(range).filter(|(_, block)| block.flight.is_some()).map(|(lblk, _)| lblk)
+    }
+
     /// Whether a range has any version, waiting or in flight.
     pub fn touches(&self, range: LblkRange) -> bool {
         self.overlapping(range).next().is_some()

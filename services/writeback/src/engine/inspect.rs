@@ -9,7 +9,8 @@ use endio_api::conversion::{
     ListStoresResponse,
 };
 use endio_api::traces::span_to_proto;
-use endio_api::writeback::{CheckResponse, StatusResponse, VolumeStatus};
+use endio_api::writeback::{CheckResponse, NbdListener, NbdTls, StatusResponse, VolumeStatus};
+use endio_chassis::net::ListenAddr;
 use endio_chassis::recorder::SpanQuery;
 use endio_types::{BLOCK_BYTES, ByteRange, LblkRange, Reason};
 use tokio::time::{Duration, Instant};
@@ -106,7 +107,19 @@ impl Engine {
             dirty_bytes_max: self.config.dirty_bytes_max,
             log_bytes: self.log.usage_bytes().0,
             volumes: self.table.all().iter().map(of).collect(),
+            nbd: self.nbd_listeners(),
         }
+    }
+
+    fn nbd_listeners(&self) -> Vec<NbdListener> {
+        let tls = match &self.config.nbd_tls {
+            None => NbdTls::Off,
+            Some(tls) if tls.required => NbdTls::Required,
+            Some(_) => NbdTls::Optional,
+        };
+        let listener =
+            |address: &ListenAddr| NbdListener { address: address.to_string(), tls: tls.into() };
+        self.config.nbd_listen.iter().map(listener).collect()
     }
 
     /// io_ends in flight, from conversion.

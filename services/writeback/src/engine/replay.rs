@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::Engine;
 use crate::failure::Failure;
-use crate::volume::{CachedBlock, Volume};
+use crate::volume::{CachedBlock, Loss, Volume};
 
 /// A write of the log, read back.
 type Writes = BTreeMap<u64, Vec<ReplayedWrite>>;
@@ -80,7 +80,10 @@ impl Engine {
                 reach(Point::WritebackReplayed);
                 if may_have_lost && !is_planted(Bug::LossUntold) {
                     let detail = "acknowledged writes may be missing since a power loss";
-                    volume.state().errors.set(Failure::new(Reason::LostWrites, detail));
+                    let lost = Failure::new(Reason::LostWrites, detail);
+                    let mut state = volume.state();
+                    state.errors.set(lost.clone());
+                    state.loss = Some(Loss::new(lost));
                 }
                 return self.adopt(volume).await;
             }

@@ -16,12 +16,22 @@ use crate::failure::Failure;
 use crate::volume::{State, Volume};
 
 /// Somebody who is told each error of a volume once: a Submit stream, an NBD connection.
+///
+/// An observer with a name is known again when it comes back: of a loss of acknowledged writes it is
+/// told once, even if others were told before it came. One that was not there before the loss is told
+/// too, because nobody can tell it apart.
 #[derive(Default)]
 pub struct Observer {
+    who: Option<String>,
     cursors: Mutex<BTreeMap<(u64, u64), Cursor>>,
 }
 
 impl Observer {
+    /// An observer that is known again under this name.
+    pub fn of(who: String) -> Self {
+        Self { who: Some(who), ..Self::default() }
+    }
+
     /// Errors of the volume from now on are told to this observer. Idempotent.
     pub fn watch(&self, volume: &Volume) {
         let now = volume.state().errors.sample();
@@ -35,7 +45,12 @@ impl Observer {
         let mut cursors = self.cursors.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (volume.id, volume.generation);
         let cursor = cursors.entry(key).or_insert_with(|| state.errors.sample());
-        state.errors.check(cursor)
+        let error = state.errors.check(cursor);
+        let loss = match (&self.who, &mut state.loss) {
+            (Some(who), Some(loss)) => loss.tell(who),
+            _ => None,
+        };
+        error.or(loss)
     }
 }
 

@@ -119,6 +119,7 @@ impl Engine {
         let size_after_bytes = {
             let mut state = volume.state();
             state.direct_bytes += bytes;
+            state.direct.insert(range.start.0, range.len);
             if volume.growable { state.size_after(end_bytes) } else { 0 }
         };
         let changing = volume.map_changes(vec![range]);
@@ -143,6 +144,7 @@ impl Engine {
         changing.ended(parts);
         let mut state = volume.state();
         state.direct_bytes -= bytes;
+        state.direct.remove(&range.start.0);
         if let Ok(done) = &outcome {
             state.saw_map(done.map_version);
             state.durable_size_bytes = state.durable_size_bytes.max(done.size_bytes);
