@@ -23,6 +23,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         &["types", "state-machine", "api", "store", "chassis", "nbd", "failpoints"],
     ),
     ("bench", &["types", "api", "chassis"]),
+    ("bench/pure", &["types", "state-machine", "api", "store", "nbd"]),
     (
         "cli",
         &[
