@@ -20,9 +20,7 @@ use endio_state_machine::record::Snapshot;
 use endio_state_machine::token::TokenKey;
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::dirty::{DirtyMap, PickLimit};
-use endio_types::{
-    BLOCK_BYTES, BLOCK_SIZE, IO_END_RANGES_MAX, Incarnation, LblkRange, Millis,
-};
+use endio_types::{BLOCK_BYTES, BLOCK_SIZE, IO_END_RANGES_MAX, Incarnation, LblkRange, Millis};
 
 const WRITEBACK: WritebackSession = WritebackSession(1);
 const STORE: StoreSession = StoreSession(2);
@@ -181,8 +179,9 @@ impl<T: ChunkTable> Rig<T> {
             drop_blocks: 0,
         };
         let effects = self.feed(vec![Input::Writeback { session: WRITEBACK, message }])?;
-        let is_refused =
-            |kind: &EffectKind| matches!(kind, EffectKind::Writeback(_, ToWriteback::Refused { .. }));
+        let is_refused = |kind: &EffectKind| {
+            matches!(kind, EffectKind::Writeback(_, ToWriteback::Refused { .. }))
+        };
         if effects.iter().any(is_refused) { Err(anyhow!("no credit")) } else { Ok(()) }
     }
 
@@ -243,9 +242,8 @@ impl<T: ChunkTable> Rig<T> {
         let inputs = inputs.collect::<Result<Vec<_>, _>>()?;
         let effects = self.feed(inputs)?;
         let told = self.tell(effects)?;
-        let completed = told.iter().filter(|told| {
-            matches!(told, Told::Completion(done) if done.reason == 0)
-        });
+        let completed =
+            told.iter().filter(|told| matches!(told, Told::Completion(done) if done.reason == 0));
         match completed.count() {
             count if count == expected => Ok(()),
             count => Err(anyhow!("{count} of {expected} writes completed")),
@@ -385,8 +383,10 @@ impl<T: ChunkTable> Rig<T> {
             self.machine.committed(seq).map_err(|error| anyhow!("the machine: {error}"))?;
         }
         for effect in out.effects {
-            if let EffectKind::Store(_, ToStore::Registered { store, epoch, key, lease_ms, floor }) =
-                effect.kind
+            if let EffectKind::Store(
+                _,
+                ToStore::Registered { store, epoch, key, lease_ms, floor },
+            ) = effect.kind
             {
                 let lease_ms = lease_ms.into();
                 let registration =
