@@ -215,7 +215,7 @@ class Endio(Server):
 
     def telemetry(self, prefix):
         ratio = str(self.trace_ratio)
-        return {"RUST_LOG": "warn", f"{prefix}__telemetry__trace_ratio": ratio}
+        return {"RUST_LOG": "warn", f"{prefix}__telemetry__trace__ratio": ratio}
 
     def start(self):
         conversion = self.spawn(

@@ -112,6 +112,9 @@ pub(crate) struct UpArgs {
     /// Where NBD clients attach: HOST:PORT or unix:PATH.
     #[arg(long)]
     pub(crate) nbd_listen: Option<String>,
+    /// Where /metrics, /healthz and /readyz are served over HTTP, e.g. 127.0.0.1:7410.
+    #[arg(long)]
+    pub(crate) metrics_listen: Option<String>,
     /// Directory with ca-cert.pem, server-cert.pem and server-key.pem: NBD clients must use TLS and
     /// show a certificate that this authority signed.
     #[arg(long, requires = "nbd_listen")]

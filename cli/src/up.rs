@@ -17,11 +17,13 @@ use std::{
 
 use endio_api::{conversion::ListStoresRequest, writeback::StatusRequest};
 use endio_chassis::{
+    admin,
     net::{Dialer, DialerConfig, ListenAddr, Listener},
     recorder::Recorder,
     report,
     shutdown::Shutdown,
     telemetry::{self, TelemetryConfig},
+    trace::TraceConfig,
 };
 use endio_writeback::nbd::NbdTls;
 use serde_json::json;
@@ -97,6 +99,8 @@ pub(crate) async fn run(args: UpArgs) -> Outcome {
     let stop = Shutdown::new();
     stop.on_signals().map_err(|error| failed(what, &error))?;
     let stack = start(&plan, stop.clone()).await?;
+    let metrics = admin::serve_if(args.metrics_listen.as_deref()).await;
+    let metrics = metrics.map_err(|error| failed("serve metrics", &error))?;
     let ready = tokio::select! {
         ready = stack.ready() => ready,
         () = stop.requested() => Ok(()),
@@ -106,9 +110,13 @@ pub(crate) async fn run(args: UpArgs) -> Outcome {
         return Err(failure);
     }
     if !stop.is_requested() {
-        stack.report(&plan.data_dir).map_err(|error| failed("report the addresses", &error))?;
+        stack
+            .report(&plan.data_dir, metrics)
+            .map_err(|error| failed("report the addresses", &error))?;
     }
-    stack.wait().await
+    let outcome = stack.wait().await;
+    telemetry::flush(telemetry::FLUSH_PATIENCE).await;
+    outcome
 }
 
 /// Starts all services. They listen when this returns; see [`Stack::ready`].
@@ -120,8 +128,10 @@ pub(crate) async fn start(plan: &Plan, stop: Shutdown) -> Outcome<Stack> {
     std::fs::create_dir_all(&plan.data_dir).map_err(|error| failed(&what(), &error))?;
     // The log of a laptop says what needs a look; RUST_LOG=info says everything.
     let log_filter = if std::env::var_os("RUST_LOG").is_some() { "" } else { "warn" }.to_owned();
-    let recorder = telemetry::init(&TelemetryConfig { log_filter, ..TelemetryConfig::default() })
-        .map_err(|error| failed(&what(), &error))?;
+    // One laptop has no collector that a trace could be looked up in later: all are recorded.
+    let trace = TraceConfig { ratio: 1.0, ..TraceConfig::default() };
+    let config = TelemetryConfig { log_filter, trace, ..TelemetryConfig::default() };
+    let recorder = telemetry::init(&config, "endio").map_err(|error| failed(&what(), &error))?;
     // Bound first: of two `endio up`, the second fails before it touches the data.
     let front = Listener::bind(&plan.listen).await.map_err(|error| {
         failed(&what(), &error).help("is another `endio up` running? choose --grpc-listen")
@@ -278,7 +288,7 @@ impl Stack {
     }
 
     /// One line of JSON on stdout for programs, a few lines on stderr for people.
-    fn report(&self, data_dir: &Path) -> std::io::Result<()> {
+    fn report(&self, data_dir: &Path, metrics: Option<String>) -> std::io::Result<()> {
         let data_dir = data_dir.canonicalize().unwrap_or_else(|_| data_dir.to_owned());
         report::ready(
             "endio",
@@ -287,6 +297,7 @@ impl Stack {
                 ("conversion", json!(self.conversion)),
                 ("stores", json!(self.stores)),
                 ("nbd", json!(self.nbd)),
+                ("metrics", json!(metrics)),
                 ("data_dir", json!(data_dir)),
             ],
         )?;

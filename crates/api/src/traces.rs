@@ -1,10 +1,14 @@
 //! The trace recorder of a process as a gRPC service; every service of this project serves it.
 
+use std::collections::HashSet;
+
 use endio_chassis::recorder::{RecordedSpan, Recorder, SpanQuery};
 use tonic::{Request, Response, Status};
 
 use crate::common::traces_server::{Traces, TracesServer};
-use crate::common::{ListSpansRequest, ListSpansResponse, Span};
+use crate::common::{
+    KeepTracesRequest, KeepTracesResponse, ListSpansRequest, ListSpansResponse, Span,
+};
 
 /// Answers questions about one recorder.
 #[derive(Clone, Debug)]
@@ -50,6 +54,30 @@ impl Traces for RecorderTraces {
         }
         Ok(Response::new(self.list(&request)))
     }
+
+    async fn keep_traces(
+        &self,
+        request: Request<KeepTracesRequest>,
+    ) -> Result<Response<KeepTracesResponse>, Status> {
+        keep(request.get_ref()).map(Response::new)
+    }
+}
+
+/// Most traces of one request to keep them.
+const KEEP_MAX: usize = 1_024;
+
+/// Records what this process remembers of these traces.
+///
+/// # Errors
+/// The ids are too many, or not 16 bytes long.
+pub fn keep(request: &KeepTracesRequest) -> Result<KeepTracesResponse, Status> {
+    if request.trace_ids.len() > KEEP_MAX {
+        return Err(crate::status::malformed("trace_ids", "must be at most 1024"));
+    }
+    let id = |bytes: &bytes::Bytes| bytes.as_ref().try_into().map(u128::from_be_bytes);
+    let ids: Result<HashSet<u128>, _> = request.trace_ids.iter().map(id).collect();
+    let ids = ids.map_err(|_| crate::status::malformed("trace_ids", "must be 16 bytes each"))?;
+    Ok(KeepTracesResponse { spans: endio_chassis::trace::keep(&ids) as u64 })
 }
 
 /// A recorded span for the wire.

@@ -1,15 +1,13 @@
 //! A bounded in-memory store of finished spans: the trace of a write can always be asked for.
 
-use std::borrow::Cow;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 
-use opentelemetry::trace::{SpanContext, SpanId, Status, TraceId};
-use opentelemetry::{KeyValue, Value};
-use opentelemetry_sdk::trace::SpanData;
 use serde::{Deserialize, Serialize};
+
+use crate::trace::Record;
 
 /// Bounds of a [`Recorder`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -102,7 +100,7 @@ impl Recorder {
     }
 
     /// Adds a finished span and makes room for it if necessary.
-    pub fn record(&self, span: SpanData) {
+    pub fn record(&self, span: Arc<Record>) {
         let mut dead = Vec::new();
         self.store().record(span, &mut dead);
         // The memory of dropped traces is given back here, outside the lock.
@@ -118,7 +116,7 @@ impl Recorder {
         if query.trace_id.is_empty() {
             return self.store().search(query, limit);
         }
-        TraceId::from_hex(&query.trace_id)
+        u128::from_str_radix(&query.trace_id, 16)
             .map_or_else(|_| Vec::new(), |trace_id| self.store().trace(trace_id, query, limit))
     }
 
@@ -152,10 +150,10 @@ const NOTABLE_SHARE: (usize, usize) = (3, 4);
 #[derive(Debug)]
 struct Store {
     config: RecorderConfig,
-    traces: HashMap<TraceId, Trace>,
+    traces: HashMap<u128, Trace>,
     /// Traces by age of their first span; a trace is in one of the two.
-    ordinary: BTreeMap<u64, TraceId>,
-    notable: BTreeMap<u64, TraceId>,
+    ordinary: BTreeMap<u64, u128>,
+    notable: BTreeMap<u64, u128>,
     next_age: u64,
     spans: usize,
     bytes: usize,
@@ -169,7 +167,7 @@ struct Trace {
     age: u64,
     is_notable: bool,
     bytes: usize,
-    spans: Vec<SpanData>,
+    spans: Vec<Arc<Record>>,
 }
 
 impl Store {
@@ -188,10 +186,10 @@ impl Store {
         }
     }
 
-    fn record(&mut self, span: SpanData, dead: &mut Vec<Trace>) {
-        let id = span.span_context.trace_id();
+    fn record(&mut self, span: Arc<Record>, dead: &mut Vec<Trace>) {
+        let id = span.context.trace;
         let is_notable = self.is_notable(&span);
-        let bytes = weight(&span);
+        let bytes = span.weight();
         let trace = self.traces.entry(id).or_insert_with(|| {
             self.next_age += 1;
             self.ordinary.insert(self.next_age, id);
@@ -217,11 +215,11 @@ impl Store {
         }
     }
 
-    fn is_notable(&self, span: &SpanData) -> bool {
+    fn is_notable(&self, span: &Record) -> bool {
         let slow = Duration::from_millis(self.config.slow_ms);
-        let is_slow = duration(span) >= slow;
-        let is_retried = number(span, "attempt").is_some_and(|attempt| attempt > 1);
-        is_slow || is_retried || has_error(span)
+        let is_slow = span.duration() >= slow;
+        let is_retried = span.number("attempt").is_some_and(|attempt| attempt > 1);
+        is_slow || is_retried || span.error.is_some()
     }
 
     fn drop_one(&mut self) -> Option<Trace> {
@@ -247,133 +245,65 @@ impl Store {
         Some(trace)
     }
 
-    fn trace(&self, id: TraceId, query: &SpanQuery, limit: usize) -> Vec<RecordedSpan> {
+    fn trace(&self, id: u128, query: &SpanQuery, limit: usize) -> Vec<RecordedSpan> {
         let Some(trace) = self.traces.get(&id) else { return Vec::new() };
         let mut spans: Vec<_> = trace.spans.iter().filter(|span| matches(span, query)).collect();
-        spans.sort_by_key(|span| span.start_time);
-        spans.into_iter().take(limit).map(RecordedSpan::from).collect()
+        spans.sort_by_key(|span| span.start_ns);
+        spans.into_iter().take(limit).map(|span| RecordedSpan::from(&**span)).collect()
     }
 
     fn search(&self, query: &SpanQuery, limit: usize) -> Vec<RecordedSpan> {
-        let is_wanted = |span: &&SpanData| {
-            (!query.roots_only || span.parent_span_id == SpanId::INVALID) && matches(span, query)
-        };
+        let is_wanted =
+            |span: &&Arc<Record>| (!query.roots_only || span.parent == 0) && matches(span, query);
         let all = self.traces.values().flat_map(|trace| &trace.spans);
         let mut spans: Vec<_> = all.filter(is_wanted).collect();
-        spans.sort_by_key(|span| Reverse(span.start_time));
+        spans.sort_by_key(|span| Reverse(span.start_ns));
         spans.truncate(limit);
         if !query.roots_only {
             spans.reverse();
         }
-        spans.into_iter().map(RecordedSpan::from).collect()
+        spans.into_iter().map(|span| RecordedSpan::from(&**span)).collect()
     }
 }
 
-impl From<&SpanData> for RecordedSpan {
-    fn from(span: &SpanData) -> Self {
-        let parent = span.parent_span_id;
-        let is_told = |key: &str| key != TARGET;
-        let attributes = span.attributes.iter().filter(|pair| is_told(pair.key.as_str()));
-        let start = span.start_time.duration_since(UNIX_EPOCH).unwrap_or_default();
+impl From<&Record> for RecordedSpan {
+    fn from(span: &Record) -> Self {
+        let attributes = span.attributes();
         Self {
-            trace_id: span.span_context.trace_id().to_string(),
-            span_id: span.span_context.span_id().to_string(),
-            parent_span_id: if parent == SpanId::INVALID {
-                String::new()
-            } else {
-                parent.to_string()
+            trace_id: span.context.trace_id(),
+            span_id: span.context.span_id(),
+            parent_span_id: match span.parent {
+                0 => String::new(),
+                parent => format!("{parent:016x}"),
             },
-            name: span.name.to_string(),
-            service: service(span).into_owned(),
-            start_unix_ns: nanos(start),
-            duration_ns: nanos(duration(span)),
+            name: span.name.to_owned(),
+            service: span.service.to_owned(),
+            start_unix_ns: span.start_ns,
+            duration_ns: span.end_ns.saturating_sub(span.start_ns),
             attributes: attributes
-                .map(|pair| (pair.key.to_string(), pair.value.to_string()))
+                .map(|(key, value)| (key.to_owned(), value.text().into_owned()))
                 .collect(),
-            links: span.links.iter().map(|link| link.span_context.trace_id().to_string()).collect(),
-            error: error(span),
+            links: span.links.iter().map(|link| link.trace_id()).collect(),
+            error: span.error.as_deref().unwrap_or_default().to_owned(),
         }
     }
 }
 
-/// The attribute in which the tracing layer leaves the target of a span.
-const TARGET: &str = "target";
-
-/// The service of a span: the crate of its target, without our prefix.
-fn service(span: &SpanData) -> Cow<'_, str> {
-    service_of(attribute(span, TARGET).map_or(Cow::Borrowed(""), Value::as_str))
-}
-
-fn service_of(target: Cow<'_, str>) -> Cow<'_, str> {
-    let krate = target.split("::").next().unwrap_or("");
-    match krate.strip_prefix("endio_") {
-        Some(service) => Cow::Owned(service.replace('_', "-")),
-        None => Cow::Owned(krate.to_owned()),
-    }
-}
-
-fn matches(span: &SpanData, query: &SpanQuery) -> bool {
-    let is_text = |key, text: &str| attribute(span, key).is_some_and(|v| v.as_str() == text);
-    if !query.volume.is_empty() && !is_text("volume", &query.volume) {
+fn matches(span: &Record, query: &SpanQuery) -> bool {
+    let is_volume = || span.attribute("volume").is_some_and(|v| v.text() == query.volume);
+    if !query.volume.is_empty() && !is_volume() {
         return false;
     }
-    if query.io_end != 0 && number(span, "io_end") != Some(query.io_end) {
+    if query.io_end != 0 && span.number("io_end") != Some(query.io_end) {
         return false;
     }
     if let Some(offset) = query.offset_bytes {
-        let (Some(start), Some(length)) = (number(span, "offset"), number(span, "length")) else {
+        let (Some(start), Some(length)) = (span.number("offset"), span.number("length")) else {
             return false;
         };
         if offset < start || offset - start >= length {
             return false;
         }
     }
-    query.service.is_empty() || service(span) == query.service
-}
-
-fn attribute<'a>(span: &'a SpanData, key: &str) -> Option<&'a Value> {
-    span.attributes.iter().find(|pair| pair.key.as_str() == key).map(|pair| &pair.value)
-}
-
-/// Numbers above `i64::MAX` and ids behind newtypes arrive as text.
-fn number(span: &SpanData, key: &str) -> Option<u64> {
-    match attribute(span, key)? {
-        Value::I64(value) => u64::try_from(*value).ok(),
-        value => value.as_str().parse().ok(),
-    }
-}
-
-fn has_error(span: &SpanData) -> bool {
-    matches!(span.status, Status::Error { .. })
-        || attribute(span, "error").is_some_and(|value| !value.as_str().is_empty())
-}
-
-fn error(span: &SpanData) -> String {
-    match &span.status {
-        Status::Error { description } if !description.is_empty() => description.to_string(),
-        Status::Error { .. } => "error".to_owned(),
-        _ => attribute(span, "error").map(ToString::to_string).unwrap_or_default(),
-    }
-}
-
-fn duration(span: &SpanData) -> Duration {
-    span.end_time.duration_since(span.start_time).unwrap_or_default()
-}
-
-fn nanos(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
-}
-
-/// Bytes that the span keeps in memory, roughly: its own size and what it owns.
-fn weight(span: &SpanData) -> usize {
-    let text =
-        |value: &Value| if let Value::String(text) = value { text.as_str().len() } else { 0 };
-    let pairs = |pairs: &[KeyValue]| {
-        size_of_val(pairs) + pairs.iter().map(|pair| text(&pair.value)).sum::<usize>()
-    };
-    let events: usize = span.events.iter().map(|event| pairs(&event.attributes)).sum();
-    size_of::<SpanData>()
-        + pairs(&span.attributes)
-        + events
-        + span.links.len() * size_of::<SpanContext>() * 2
+    query.service.is_empty() || span.service == query.service
 }

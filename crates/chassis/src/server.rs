@@ -4,6 +4,7 @@ mod guard;
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use prost::Message as _;
@@ -86,6 +87,7 @@ pub struct ServerOptions {
 pub struct Readiness {
     reporter: HealthReporter,
     services: Arc<[String]>,
+    is_ready: Arc<AtomicBool>,
 }
 
 impl Readiness {
@@ -93,7 +95,8 @@ impl Readiness {
     /// (the empty name). All are not serving.
     pub async fn new(services: &[&str]) -> Self {
         let names = std::iter::once("").chain(services.iter().copied()).map(str::to_owned);
-        let readiness = Self { reporter: HealthReporter::new(), services: names.collect() };
+        let (reporter, services) = (HealthReporter::new(), names.collect());
+        let readiness = Self { reporter, services, is_ready: Arc::default() };
         readiness.set_not_ready().await;
         readiness
     }
@@ -108,7 +111,14 @@ impl Readiness {
         self.set(ServingStatus::NotServing).await;
     }
 
+    /// What probes are answered now.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.is_ready.load(Ordering::Relaxed)
+    }
+
     async fn set(&self, status: ServingStatus) {
+        self.is_ready.store(status == ServingStatus::Serving, Ordering::Relaxed);
         for service in self.services.iter() {
             self.reporter.set_service_status(service, status).await;
         }

@@ -1,11 +1,12 @@
 //! One bio from its stream to its answers.
 
+use std::time::{Duration, Instant};
+
 use endio_api::{blockstore, common, conversion, convert::reason_to_wire};
-use endio_chassis::telemetry;
+use endio_chassis::trace::Span;
 use endio_state_machine::token::Token;
 use endio_types::{BLOCK_SIZE, Reason};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
-use tracing::{Span, info_span};
 
 /// Where the answers of a stream go, and the shares of the stream's budget that an answer holds
 /// until the transport takes it.
@@ -44,23 +45,32 @@ pub(crate) struct Segment {
     pub(crate) wire: common::Token,
     pub(crate) crc32c: Vec<u32>,
     pub(crate) span: Span,
+    /// Of the writer, for conversion: a span that was recorded even if this process ends now.
+    pub(crate) traceparent: String,
+    /// When the leg that it is in began.
+    pub(crate) leg_began: Instant,
     pub(crate) reply: Reply<blockstore::BioDone>,
+}
+
+impl Segment {
+    /// How long the leg lasted that ends now; the next one begins.
+    pub(crate) fn next_leg(&mut self) -> Duration {
+        let now = Instant::now();
+        now.duration_since(std::mem::replace(&mut self.leg_began, now))
+    }
 }
 
 /// The span of a segment, under the write that it belongs to.
 pub(crate) fn segment_span(token: &common::Token, traceparent: &str) -> Span {
-    let span = info_span!(
-        "segment",
-        volume = token.volume,
-        io_end = token.io_end,
-        segment = token.segment,
-        store = token.store,
-        pblk = token.pblk,
-        blocks = token.blocks,
-        length = u64::from(token.blocks) * BLOCK_SIZE as u64,
-    );
-    telemetry::set_parent(&span, traceparent);
-    span
+    crate::TRACER
+        .leg("segment", traceparent)
+        .with("volume", token.volume)
+        .with("io_end", token.io_end)
+        .with("segment", token.segment)
+        .with("store", token.store)
+        .with("pblk", token.pblk)
+        .with("blocks", token.blocks)
+        .with("length", u64::from(token.blocks) * BLOCK_SIZE as u64)
 }
 
 /// The release that tells conversion how the segment ended.
@@ -73,6 +83,6 @@ pub(crate) fn release(
         token: Some(segment.wire.clone()),
         reason: reason_to_wire(outcome.err()),
         crc32c: if outcome.is_ok() { crc32c } else { Vec::new() },
-        traceparent: telemetry::traceparent(&segment.span),
+        traceparent: segment.traceparent.clone(),
     }
 }

@@ -61,6 +61,9 @@ pub struct Config {
     pub server: ServerConfig,
     /// Logs and traces.
     pub telemetry: TelemetryConfig,
+    /// Where `/metrics`, `/healthz` and `/readyz` are served over HTTP, e.g. 127.0.0.1:7410; `None`:
+    /// nowhere. It asks nobody who they are: keep it on loopback or a private network.
+    pub metrics_listen: Option<String>,
 }
 
 impl Default for Config {
@@ -86,6 +89,7 @@ impl Default for Config {
             drain_timeout_ms: 10_000,
             server: ServerConfig::default(),
             telemetry: TelemetryConfig::default(),
+            metrics_listen: None,
         }
     }
 }
@@ -113,6 +117,9 @@ pub struct Flags {
     /// Capacity, e.g. 8GiB, 512MiB or bytes; may grow from start to start.
     #[arg(long = "capacity", value_name = "SIZE")]
     pub capacity_bytes: Option<ByteSize>,
+    /// Where /metrics, /healthz and /readyz are served, e.g. 127.0.0.1:7412; port 0 chooses one.
+    #[arg(long, value_name = "ADDR")]
+    pub metrics_listen: Option<String>,
 }
 
 impl Config {
@@ -172,6 +179,7 @@ mod tests {
             conversion: Some("http://c:1".to_owned()),
             advertise: Some("http://a:1".to_owned()),
             capacity_bytes: Some(ByteSize(8192)),
+            metrics_listen: Some("127.0.0.1:0".to_owned()),
         };
         let loaded = endio_chassis::config::load(None, "ENDIO_BLOCK_STORE_TEST_", &flags);
         let expected = Config {
@@ -180,6 +188,7 @@ mod tests {
             conversion: "http://c:1".to_owned(),
             advertise: Some("http://a:1".to_owned()),
             capacity_bytes: Some(8192),
+            metrics_listen: Some("127.0.0.1:0".to_owned()),
             ..Config::default()
         };
         assert_eq!(loaded.ok(), Some(expected));

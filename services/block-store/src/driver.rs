@@ -17,7 +17,7 @@ use endio_api::{
     conversion::StoreMessage,
     convert::{grant_from_proto, reason_to_wire, token_from_proto},
 };
-use endio_chassis::shutdown::Shutdown;
+use endio_chassis::{metrics::Gauge, shutdown::Shutdown};
 use endio_failpoints::{Bug, Point, is_planted, reach};
 use endio_state_machine::gate::{
     Admit, Cleared, FlightId, Gate, GateLimits, Outcome, PunchTurn, Registration,
@@ -28,7 +28,7 @@ use endio_types::{
 };
 use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
-use tracing::{info_span, warn};
+use tracing::warn;
 
 use crate::{
     bio::{self, Reply, Segment},
@@ -165,7 +165,8 @@ impl Driver {
         drop(state);
         let Some(wire) = token else { return };
         let span = bio::segment_span(&wire, &traceparent);
-        let segment = Segment { token: domain, wire, crc32c, span, reply };
+        let leg_began = Instant::now();
+        let segment = Segment { token: domain, wire, crc32c, span, traceparent, leg_began, reply };
         self.begin(flight, segment, data);
     }
 
@@ -180,8 +181,8 @@ impl Driver {
             return self.finish(flight, segment, Err(Reason::ChecksumMismatch));
         }
         reach(Point::StoreAdmitted);
-        let wait = info_span!(parent: &segment.span, "wait");
-        let job = Box::new(Job { flight, segment, data, wait });
+        segment.span.phase("wait");
+        let job = Box::new(Job { flight, segment, data });
         if let Err(job) = self.stages.submit(job) {
             self.finish(job.flight, job.segment, Err(Reason::Draining));
         }
@@ -193,10 +194,11 @@ impl Driver {
             Ok(()) => self.metrics.segments.inc(),
             Err(reason) => {
                 self.metrics.failed_segments.inc();
-                endio_chassis::telemetry::fail(&segment.span, reason.name());
+                segment.span.fail(reason.name());
             }
         }
-        let span = info_span!(parent: &segment.span, "release");
+        segment.span.phase("release");
+        let span = segment.span.clone();
         let crc32c = std::mem::take(&mut segment.crc32c);
         let release = bio::release(&segment, crc32c, outcome);
         let mut state = self.state();
@@ -315,9 +317,12 @@ impl Driver {
     /// Conversion answered a release.
     pub(crate) fn released(&self, io_end: u64, segment: u32) {
         let mut state = self.state();
-        state.outbox.answered((io_end, segment));
+        let began = state.outbox.answered((io_end, segment));
         self.metrics.unanswered.set(state.outbox.unanswered() as i64);
         drop(state);
+        if let Some((took, span)) = began {
+            self.metrics.legs.release.record_of(took, span.sampled());
+        }
         self.changed.notify_one();
     }
 
@@ -433,6 +438,34 @@ impl Driver {
             flushes: self.device.flushes(),
             segments: self.metrics.segments.value(),
         }
+    }
+
+    /// Sets the gauges that are only looked at when somebody reads the metrics, as long as the driver
+    /// lives.
+    pub(crate) fn show_gauges(self: &Arc<Self>) {
+        let registry = &self.metrics.registry;
+        let gauge = |name, help| registry.gauge(name, help, &[]);
+        let in_flight = gauge("endio_block_store_in_flight", "Bios under way");
+        let capacity = gauge("endio_block_store_capacity_bytes", "Capacity");
+        let used = gauge("endio_block_store_used_bytes", "What the file occupies");
+        let incarnation = gauge("endio_block_store_incarnation", "Grows with each start");
+        let epoch = gauge("endio_block_store_cluster_epoch", "Of its registration; 0: none");
+        let flushes =
+            registry.counter("endio_block_store_flushes_total", "Flushes of the device", &[]);
+        let driver = Arc::downgrade(self);
+        registry.before_reading(move || {
+            let Some(driver) = driver.upgrade() else { return false };
+            let now = driver.describe();
+            let set = |gauge: &Gauge, value: u64| gauge.set(value.try_into().unwrap_or(i64::MAX));
+            set(&in_flight, now.in_flight.into());
+            set(&capacity, now.capacity_blocks * BLOCK_SIZE as u64);
+            set(&used, now.used_blocks * BLOCK_SIZE as u64);
+            set(&incarnation, now.incarnation);
+            set(&epoch, now.cluster_epoch);
+            flushes.add(now.flushes.saturating_sub(flushes.value()));
+            true
+        });
+        registry.expose();
     }
 
     /// Blocks in use; 0 if the device does not say. Asks the file system's memory, not the disk.

@@ -11,13 +11,8 @@ use endio_api::{
         Bio, BioDone, DescribeRequest, DescribeResponse, ReadDone, ReadRequest,
         block_store_server::BlockStore,
     },
-    common::{ListSpansRequest, ListSpansResponse, Span, traces_server::Traces},
     convert::reason_to_wire,
     status,
-};
-use endio_chassis::{
-    recorder::{RecordedSpan, Recorder, SpanQuery},
-    telemetry,
 };
 use endio_state_machine::gate::FlightId;
 use endio_types::{BLOCK_BYTES, IO_END_BLOCKS_MAX};
@@ -25,7 +20,6 @@ use futures_util::{Stream, StreamExt as _, stream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
-use tracing::info_span;
 
 use crate::{
     bio::{Answer, Permits, Reply},
@@ -166,65 +160,17 @@ async fn start_read(driver: &Arc<Driver>, request: ReadRequest, reply: Reply<Rea
         }
     };
     let reading = Reading { driver: Arc::clone(driver), flight };
-    let span = info_span!(
-        "segment",
-        pblk = request.pblk,
-        blocks = request.blocks,
-        length = u64::from(request.blocks) * BLOCK_BYTES,
-    );
-    telemetry::set_parent(&span, &request.traceparent);
+    let span = crate::TRACER
+        .leg("segment", &request.traceparent)
+        .with("pblk", request.pblk)
+        .with("blocks", request.blocks)
+        .with("length", u64::from(request.blocks) * BLOCK_BYTES);
     tokio::task::spawn_blocking(move || {
-        let done = span.in_scope(|| reading.driver.read(&request));
+        let done = reading.driver.read(&request);
         if done.reason != 0 {
-            telemetry::fail(&span, &done.message);
+            span.fail(&done.message);
         }
         drop((reading, turn, span));
         reply.send(done);
     });
-}
-
-/// The Traces service over the in-memory recorder.
-#[derive(Clone)]
-pub(crate) struct TracesService {
-    pub(crate) recorder: Recorder,
-}
-
-#[tonic::async_trait]
-impl Traces for TracesService {
-    async fn list_spans(
-        &self,
-        request: Request<ListSpansRequest>,
-    ) -> Result<Response<ListSpansResponse>, Status> {
-        let request = request.into_inner();
-        let query = SpanQuery {
-            trace_id: request.trace_id,
-            roots_only: request.roots_only,
-            service: SERVICE.to_owned(),
-            volume: request.volume,
-            offset_bytes: request.offset_bytes,
-            io_end: request.io_end,
-            limit: request.limit as usize,
-        };
-        let spans = self.recorder.query(&query).into_iter().map(span).collect();
-        let dropped = self.recorder.dropped();
-        Ok(Response::new(ListSpansResponse { spans, dropped }))
-    }
-}
-
-/// Name under which the recorder keeps this crate's spans.
-const SERVICE: &str = "block-store";
-
-fn span(recorded: RecordedSpan) -> Span {
-    Span {
-        trace_id: recorded.trace_id,
-        span_id: recorded.span_id,
-        parent_span_id: recorded.parent_span_id,
-        name: recorded.name,
-        service: recorded.service,
-        start_unix_ns: recorded.start_unix_ns,
-        duration_ns: recorded.duration_ns,
-        attributes: recorded.attributes.into_iter().collect(),
-        links: recorded.links,
-        error: recorded.error,
-    }
 }

@@ -21,14 +21,15 @@ mod writer;
 use std::{io, sync::Arc, time::Duration};
 
 use endio_api::{
-    DESCRIPTORS, blockstore::block_store_server::BlockStoreServer,
-    common::traces_server::TracesServer,
+    DESCRIPTORS, blockstore::block_store_server::BlockStoreServer, traces::RecorderTraces,
 };
 use endio_chassis::{
+    admin,
     net::{Dialer, Listener},
     recorder::Recorder,
     server::{self, Readiness, ServeError, ServerOptions},
     shutdown::Shutdown,
+    trace::Tracer,
 };
 use endio_store::block::{
     BlockDevice, OpenBlockFile, OpenBlockFileError, Superblock, TrackedDevice,
@@ -42,10 +43,13 @@ pub use metrics::Metrics;
 
 use crate::{
     driver::Driver,
-    grpc::{BlockStoreService, MESSAGE_BYTES_MAX, TracesService},
+    grpc::{BlockStoreService, MESSAGE_BYTES_MAX},
     session::Session,
     writer::Writer,
 };
+
+/// Makes the spans of this service.
+pub(crate) const TRACER: Tracer = Tracer::new("block-store");
 
 /// Pause between two looks at what a stop still waits for.
 const DRAIN_LOOK: Duration = Duration::from_millis(5);
@@ -158,6 +162,8 @@ pub async fn start_on(
     let driver = Arc::new(Driver::new(&config, device, superblock, shutdown.clone()));
     let writer = Writer::start(&driver, config.writer_threads).map_err(StartError::Threads)?;
     let readiness = Readiness::new(&["endio.blockstore.v1.BlockStore"]).await;
+    admin::watch("block-store", &readiness);
+    driver.show_gauges();
     info!(
         uuid = superblock.uuid_hex(),
         incarnation = superblock.incarnation.0,
@@ -177,7 +183,7 @@ pub async fn start_on(
     let blocks = BlockStoreServer::new(BlockStoreService { driver: Arc::clone(&driver) })
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
-    let routes = Routes::new(blocks).add_service(TracesServer::new(TracesService { recorder }));
+    let routes = Routes::new(blocks).add_service(RecorderTraces::server(recorder, "block-store"));
     let options = ServerOptions { config: config.server.clone(), descriptors: vec![DESCRIPTORS] };
     let server = server::serve(options, listener, routes, readiness.clone(), shutdown);
     let life = Life {

@@ -3,7 +3,7 @@
 use clap::Parser as _;
 use endio_block_store::{Config, Deps, Flags, start};
 use endio_chassis::{
-    config,
+    admin, config,
     net::{Dialer, Listener},
     report,
     shutdown::Shutdown,
@@ -14,14 +14,16 @@ use endio_chassis::{
 async fn main() -> anyhow::Result<()> {
     let flags = Flags::parse();
     let config: Config = config::load(flags.config.as_deref(), "ENDIO_BLOCK_STORE_", &flags)?;
-    let recorder = telemetry::init(&config.telemetry)?;
+    let recorder = telemetry::init(&config.telemetry, "endio-block-store")?;
     config::log_effective(&config);
     let shutdown = Shutdown::new();
     shutdown.on_signals()?;
+    let metrics = admin::serve_if(config.metrics_listen.as_deref()).await?;
     let listener = Listener::bind(&config.listen).await?;
     let dialer = Dialer::default();
     let running = start(config, Deps { listener, dialer, recorder, shutdown }).await?;
-    report::ready("block-store", &running.url(), &[])?;
-    running.wait().await?;
-    Ok(())
+    report::ready("block-store", &running.url(), &[("metrics", metrics.into())])?;
+    let outcome = running.wait().await;
+    telemetry::flush(telemetry::FLUSH_PATIENCE).await;
+    Ok(outcome?)
 }

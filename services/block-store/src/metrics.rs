@@ -1,6 +1,4 @@
-//! What this service counts.
-
-use std::time::Duration;
+//! What this service counts; docs/OBSERVABILITY.md lists it.
 
 use endio_chassis::metrics::{Counter, Gauge, Histogram, Registry};
 
@@ -31,37 +29,62 @@ pub struct Metrics {
     pub(crate) failed_punches: Counter,
     /// Releases without an answer.
     pub(crate) unanswered: Gauge,
-    write: Histogram,
-    flush: Histogram,
+    pub(crate) legs: Legs,
+}
+
+/// Times of the legs of a segment here.
+#[derive(Clone, Debug)]
+pub(crate) struct Legs {
+    pub(crate) wait: Histogram,
+    pub(crate) write: Histogram,
+    pub(crate) flush: Histogram,
+    pub(crate) release: Histogram,
 }
 
 impl Metrics {
     pub(crate) fn new() -> Self {
         let registry = Registry::default();
-        let counter = |name| registry.counter(name, &[]);
+        let counter = |name, help| registry.counter(name, help, &[]);
+        let segments = |outcome| {
+            let labels = [("outcome", outcome)];
+            registry.counter("endio_block_store_segments_total", "Segments that ended", &labels)
+        };
+        let leg = |leg| registry.histogram("endio_leg_seconds", "Legs of a write", &[("leg", leg)]);
         Self {
-            refused: counter("block_store_refused_total"),
-            segments: counter("block_store_segments_total"),
-            failed_segments: counter("block_store_failed_segments_total"),
-            lost_segments: counter("block_store_lost_segments_total"),
-            repeats: counter("block_store_repeats_total"),
-            bad_blocks: counter("block_store_bad_blocks_total"),
-            reads: counter("block_store_reads_total"),
-            refused_releases: counter("block_store_refused_releases_total"),
-            sessions: counter("block_store_sessions_total"),
-            failed_punches: counter("block_store_failed_punches_total"),
-            unanswered: registry.gauge("block_store_unanswered_releases", &[]),
-            write: registry.histogram("block_store_write_seconds", &[]),
-            flush: registry.histogram("block_store_flush_seconds", &[]),
+            refused: counter("endio_block_store_refused_total", "Bios and reads refused"),
+            segments: segments("ok"),
+            failed_segments: segments("failed"),
+            lost_segments: segments("lost"),
+            repeats: counter(
+                "endio_block_store_repeats_total",
+                "Repeated tokens answered with the first outcome",
+            ),
+            bad_blocks: counter(
+                "endio_block_store_checksum_errors_total",
+                "Blocks whose checksum did not match",
+            ),
+            reads: counter("endio_block_store_reads_total", "Reads answered with data"),
+            refused_releases: counter(
+                "endio_block_store_refused_releases_total",
+                "Releases that conversion refused",
+            ),
+            sessions: counter("endio_block_store_sessions_total", "Registrations"),
+            failed_punches: counter(
+                "endio_block_store_failed_punches_total",
+                "Ranges that could not be given back",
+            ),
+            unanswered: registry.gauge(
+                "endio_block_store_unanswered_releases",
+                "Releases without an answer",
+                &[],
+            ),
+            legs: Legs {
+                wait: leg("wait"),
+                write: leg("write"),
+                flush: leg("flush"),
+                release: leg("release"),
+            },
             registry,
         }
-    }
-
-    pub(crate) fn wrote(&self, took: Duration) {
-        self.write.record(took);
-    }
-
-    pub(crate) fn flushed(&self, took: Duration) {
-        self.flush.record(took);
     }
 }

@@ -1,12 +1,13 @@
 //! What conversion has not been told yet, or has not answered.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::time::{Duration, Instant};
 
 use endio_api::conversion::{
     FenceDone, PunchDone, SegmentRelease, StoreMessage, StoreReady, store_message::Message,
 };
+use endio_chassis::trace::Span;
 use endio_types::{ClusterEpoch, IoEndId};
-use tracing::Span;
 
 /// io_end and segment.
 pub(crate) type Key = (u64, u32);
@@ -21,8 +22,9 @@ pub(crate) struct Outbox {
 #[derive(Debug)]
 struct Held {
     release: SegmentRelease,
-    /// From the end of the segment to conversion's answer.
-    _span: Span,
+    /// Ends with conversion's answer.
+    span: Span,
+    began: Instant,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -35,7 +37,7 @@ enum Item {
 impl Outbox {
     /// Keeps a release until it is answered.
     pub(crate) fn release(&mut self, key: Key, release: SegmentRelease, span: Span) {
-        if self.unanswered.insert(key, Held { release, _span: span }).is_none() {
+        if self.unanswered.insert(key, Held { release, span, began: Instant::now() }).is_none() {
             self.queue.push_back(Item::Release(key));
         }
     }
@@ -48,9 +50,9 @@ impl Outbox {
         self.queue.push_back(Item::PunchDone(punch));
     }
 
-    /// A release was answered. False: it was not waited for.
-    pub(crate) fn answered(&mut self, key: Key) -> bool {
-        self.unanswered.remove(&key).is_some()
+    /// A release was answered: how long that took, and its span. `None`: it was not waited for.
+    pub(crate) fn answered(&mut self, key: Key) -> Option<(Duration, Span)> {
+        self.unanswered.remove(&key).map(|held| (held.began.elapsed(), held.span))
     }
 
     /// io_ends below have ended; nobody waits for their releases.

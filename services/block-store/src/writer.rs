@@ -10,14 +10,12 @@ use std::{
     io,
     sync::Arc,
     thread::{self, JoinHandle},
-    time::Instant,
 };
 
 use endio_failpoints::{Bug, Point, is_planted, reach, reach_io};
 use endio_state_machine::gate::{FlightId, PunchTurn};
 use endio_store::block::{TrackedDevice, WriteTicket};
 use endio_types::Reason;
-use tracing::{Span, info_span};
 
 use crate::{bio::Segment, driver::Driver, queue::Queue};
 
@@ -27,8 +25,6 @@ pub(crate) struct Job {
     pub(crate) flight: FlightId,
     pub(crate) segment: Segment,
     pub(crate) data: bytes::Bytes,
-    /// Open while the job is queued.
-    pub(crate) wait: Span,
 }
 
 #[derive(Debug)]
@@ -36,7 +32,6 @@ struct Written {
     flight: FlightId,
     segment: Segment,
     ticket: WriteTicket,
-    flush: Span,
 }
 
 /// The queues between the stages.
@@ -105,20 +100,17 @@ impl Writer {
 
 fn write_loop(driver: &Driver) {
     while let Some(job) = driver.stages.bios.pop() {
-        let Job { flight, segment, data, wait } = *job;
-        drop(wait);
-        let began = Instant::now();
-        let span = info_span!(parent: &segment.span, "write", length = data.len());
-        let result = span.in_scope(|| driver.device.write_at(segment.token.pblk, &data));
-        drop(span);
+        let Job { flight, mut segment, data } = *job;
+        driver.metrics.legs.wait.record_of(segment.next_leg(), segment.span.sampled());
+        segment.span.phase("write");
+        let result = driver.device.write_at(segment.token.pblk, &data);
         drop(data);
-        driver.metrics.wrote(began.elapsed());
+        driver.metrics.legs.write.record_of(segment.next_leg(), segment.span.sampled());
         let result = result.and_then(|ticket| reach_io(Point::StoreWritten).map(|()| ticket));
         match result {
             Ok(ticket) => {
-                let flush =
-                    info_span!(parent: &segment.span, "flush", group = tracing::field::Empty);
-                let written = Box::new(Written { flight, segment, ticket, flush });
+                segment.span.phase("flush");
+                let written = Box::new(Written { flight, segment, ticket });
                 if let Err(written) = driver.stages.written.push(written) {
                     driver.finish(written.flight, written.segment, Err(Reason::Draining));
                 }
@@ -142,11 +134,9 @@ fn flush_loop(driver: &Driver) {
         if group.is_empty() {
             return;
         }
-        let began = Instant::now();
         let is_lying = is_planted(Bug::StoreSkipsFlush);
         let result = if is_lying { Ok(()) } else { driver.device.flush() };
         reach(Point::StoreFlushed);
-        driver.metrics.flushed(began.elapsed());
         let failure = result.as_ref().err().map(reason_of);
         if let Err(error) = result {
             tracing::error!(
@@ -157,9 +147,9 @@ fn flush_loop(driver: &Driver) {
         }
         let size = group.len();
         for written in group {
-            let Written { flight, segment, ticket, flush } = *written;
-            flush.record("group", size);
-            drop(flush);
+            let Written { flight, mut segment, ticket } = *written;
+            driver.metrics.legs.flush.record_of(segment.next_leg(), segment.span.sampled());
+            segment.span.set("group", size);
             let outcome = outcome(&driver.device, ticket, failure);
             if outcome.is_err() {
                 driver.metrics.lost_segments.inc();

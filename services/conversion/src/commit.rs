@@ -5,7 +5,9 @@
 
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
+use endio_chassis::metrics::Histogram;
 use endio_store::meta::{Journal, JournalHandle, MetaError};
 use tokio::sync::{oneshot, watch};
 
@@ -40,13 +42,13 @@ pub(crate) struct Committer {
 
 impl Committer {
     /// Starts the thread over a recovered journal whose last record is `durable`.
-    pub(crate) fn start(journal: Journal, durable: u64) -> std::io::Result<Self> {
+    pub(crate) fn start(journal: Journal, durable: u64, time: Histogram) -> std::io::Result<Self> {
         let (orders, queue) = sync_channel(GROUPS_MAX);
         let (tell, progress) = watch::channel(Ok(durable));
         let handle = journal.handle();
         let thread = std::thread::Builder::new()
             .name("endio-commit".to_owned())
-            .spawn(move || run(journal, &queue, &tell))?;
+            .spawn(move || run(journal, &queue, &tell, &time))?;
         Ok(Self { orders: Some(orders), progress, journal: handle, thread: Some(thread) })
     }
 
@@ -89,9 +91,14 @@ impl Committer {
     }
 }
 
-fn run(mut journal: Journal, queue: &Receiver<Order>, tell: &watch::Sender<Progress>) {
+fn run(
+    mut journal: Journal,
+    queue: &Receiver<Order>,
+    tell: &watch::Sender<Progress>,
+    time: &Histogram,
+) {
     while let Ok(first) = queue.recv() {
-        if let Err(error) = serve(&mut journal, first, queue, tell) {
+        if let Err(error) = serve(&mut journal, first, queue, tell, time) {
             drop(tell.send_replace(Err(describe(&error))));
             return;
         }
@@ -103,7 +110,9 @@ fn serve(
     first: Order,
     queue: &Receiver<Order>,
     tell: &watch::Sender<Progress>,
+    time: &Histogram,
 ) -> Result<(), MetaError> {
+    let began = Instant::now();
     let mut next = Some(first);
     for _ in 0..GROUPS_PER_COMMIT_MAX {
         match next.take() {
@@ -124,9 +133,10 @@ fn serve(
         next = queue.try_recv().ok();
     }
     let last = journal.commit()?;
+    time.record(began.elapsed());
     drop(tell.send_replace(Ok(last)));
     match next {
-        Some(order) => serve(journal, order, queue, tell),
+        Some(order) => serve(journal, order, queue, tell, time),
         None => Ok(()),
     }
 }

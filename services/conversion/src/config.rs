@@ -38,6 +38,28 @@ pub struct Config {
     pub server: ServerConfig,
     /// Log and traces.
     pub telemetry: TelemetryConfig,
+    /// Where `/metrics`, `/healthz` and `/readyz` are served over HTTP, e.g. 127.0.0.1:7411; `None`:
+    /// nowhere. It asks nobody who they are: keep it on loopback or a private network.
+    pub metrics_listen: Option<String>,
+}
+
+/// Owns volumes, the extent map, free space and the ledger of io_ends.
+#[derive(Clone, Debug, Default, clap::Parser, Serialize)]
+#[command(name = "endio-conversion", version)]
+pub struct Flags {
+    /// Configuration file (TOML). Environment: `ENDIO_CONVERSION_KEY`.
+    #[arg(long)]
+    #[serde(skip)]
+    pub config: Option<PathBuf>,
+    /// Directory of the metadata.
+    #[arg(long)]
+    pub data_dir: Option<PathBuf>,
+    /// Address to listen on, e.g. 127.0.0.1:7401; port 0 chooses one.
+    #[arg(long)]
+    pub listen: Option<ListenAddr>,
+    /// Where /metrics, /healthz and /readyz are served, e.g. 127.0.0.1:7411; port 0 chooses one.
+    #[arg(long, value_name = "ADDR")]
+    pub metrics_listen: Option<String>,
 }
 
 impl Default for Config {
@@ -55,6 +77,7 @@ impl Default for Config {
             limits: Limits::default(),
             server: ServerConfig::default(),
             telemetry: TelemetryConfig::default(),
+            metrics_listen: None,
         }
     }
 }

@@ -16,7 +16,6 @@ use std::time::{Duration, Instant};
 
 use endio_chassis::server::Readiness;
 use endio_chassis::shutdown::Shutdown;
-use endio_chassis::telemetry;
 use endio_failpoints::{Bug, Point, is_planted, reach};
 use endio_state_machine::machine::{
     Input, Machine, MachineError, Output, Refusal, ReplyBody, ReplyTo, StoreSession,
@@ -37,6 +36,9 @@ use outbox::Outbox;
 
 /// Longest sleep without a deadline: bounds how late a full metadata disk is noticed.
 const IDLE_MAX: Duration = Duration::from_millis(500);
+
+/// Pause between two looks at the gauges.
+const SHOW_EVERY: Duration = Duration::from_millis(500);
 
 /// Why the driver cannot start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -81,6 +83,8 @@ pub(crate) struct Driver {
     calls: BTreeMap<ReplyTo, oneshot::Sender<Result<ReplyBody, Refusal>>>,
     next_id: u64,
     is_degraded: bool,
+    /// When the gauges were set last.
+    shown_at: Instant,
     metrics: Metrics,
     config: Config,
 }
@@ -126,7 +130,8 @@ impl Driver {
         let recovery_ms = started.elapsed().as_millis() as u64;
         tracing::info!(replayed, recovery_ms, rebuilt, epoch = machine.epoch().0, "recovered");
         reach(Point::ConversionRecovered);
-        let committer = Committer::start(journal, next_seq - 1).map_err(DriverError::Thread)?;
+        let committer = Committer::start(journal, next_seq - 1, metrics.commit.clone())
+            .map_err(DriverError::Thread)?;
         Ok(Self {
             machine,
             out,
@@ -138,6 +143,7 @@ impl Driver {
             calls: BTreeMap::new(),
             next_id: 1,
             is_degraded: false,
+            shown_at: started,
             metrics,
             config,
         })
@@ -210,12 +216,25 @@ impl Driver {
             self.machine.drain(now, &mut self.out).map_err(DriverError::Machine)?;
         }
         self.settle(began)?;
+        self.show_gauges();
         let seq = self.machine.seq();
         let snapshot = || self.machine.snapshot();
         self.checkpoints.begin_if_due(&self.committer, seq, snapshot)?;
         self.checkpoints.step(self.machine.table_mut(), durable)?;
         self.checkpoints.copied_up_to(seq);
         Ok(())
+    }
+
+    /// Copies into the metrics what is only looked at now and then.
+    fn show_gauges(&mut self) {
+        if self.shown_at.elapsed() >= SHOW_EVERY {
+            self.shown_at = Instant::now();
+            let now = self.now();
+            let machine = &self.machine;
+            let epoch = machine.epoch().0;
+            self.metrics.show(&machine.gauges(now), &machine.counters(), epoch, self.is_degraded);
+            self.metrics.show_stores(&machine.stores(now));
+        }
     }
 
     fn event(&mut self, event: Event) -> Result<(), DriverError> {
@@ -401,13 +420,4 @@ fn database(id: u64) -> DatabaseId {
     database[..8].copy_from_slice(&id.to_le_bytes());
     database[8..].copy_from_slice(&id.to_le_bytes());
     database
-}
-
-/// Re-exported for the outbox: a span whose parent came over the wire, or none.
-pub(crate) fn remote_span(span: tracing::Span, traceparent: &str) -> Option<tracing::Span> {
-    if traceparent.is_empty() {
-        return None;
-    }
-    telemetry::set_parent(&span, traceparent);
-    Some(span)
 }

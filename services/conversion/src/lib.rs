@@ -13,17 +13,22 @@ mod metrics;
 
 use endio_api::conversion::conversion_server::ConversionServer;
 use endio_api::traces::RecorderTraces;
+use endio_chassis::admin;
 use endio_chassis::metrics::Registry;
 use endio_chassis::net::{Dialer, Incoming, Listener};
 use endio_chassis::recorder::Recorder;
 use endio_chassis::server::{Readiness, ServeError, ServerOptions, serve};
 use endio_chassis::shutdown::Shutdown;
+use endio_chassis::trace::Tracer;
 use endio_store::meta::{DiskMeta, MetaOptions, MetaStore};
 use tokio::sync::{mpsc, oneshot};
 use tonic::service::Routes;
 
-pub use config::Config;
+pub use config::{Config, Flags};
 pub use driver::DriverError;
+
+/// Makes the spans of this service.
+pub(crate) const TRACER: Tracer = Tracer::new("conversion");
 
 /// Messages of a session carry batches of releases with checksums; one of 4 MiB of data has 4 KiB
 /// of them. Larger messages are refused.
@@ -109,6 +114,7 @@ pub async fn start(config: Config, deps: Deps) -> Result<Running, StartError> {
     let Deps { incoming, dialer: _, recorder, shutdown, store } = deps;
     let url = incoming.urls().first().cloned().unwrap_or_default();
     let readiness = Readiness::new(&["endio.conversion.v1.Conversion"]).await;
+    admin::watch("conversion", &readiness);
     let (events, queue) = mpsc::channel(config.input_queue_max);
     let handle = handle::Handle { events, session_queue_max: config.session_queue_max };
     let grpc = grpc::Grpc { handle };
@@ -138,7 +144,9 @@ async fn start_driver(
     let run = move || -> Result<(), StartError> {
         let store =
             store.unwrap_or_else(|| Box::new(DiskMeta::new(&config.data_dir, options(&config))));
-        let metrics = metrics::Metrics::new(&Registry::default());
+        let registry = Registry::default();
+        registry.expose();
+        let metrics = metrics::Metrics::new(&registry);
         let driver = match driver::Driver::open(config, store.as_ref(), metrics) {
             Ok(driver) => driver,
             Err(error) => {

@@ -105,6 +105,9 @@ pub struct Config {
     pub dialer: DialerConfig,
     /// Logs and traces.
     pub telemetry: TelemetryConfig,
+    /// Where `/metrics`, `/healthz` and `/readyz` are served over HTTP, e.g. 127.0.0.1:7410; `None`:
+    /// nowhere. It asks nobody who they are: keep it on loopback or a private network.
+    pub metrics_listen: Option<String>,
 }
 
 impl Default for Config {
@@ -155,6 +158,7 @@ impl Default for Config {
             },
             dialer: DialerConfig::default(),
             telemetry: TelemetryConfig::default(),
+            metrics_listen: None,
         }
     }
 }

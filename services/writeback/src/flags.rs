@@ -26,4 +26,7 @@ pub struct Flags {
     /// Address of the NBD export.
     #[arg(long)]
     pub nbd_listen: Option<ListenAddr>,
+    /// Where /metrics, /healthz and /readyz are served, e.g. 127.0.0.1:7410; port 0 chooses one.
+    #[arg(long, value_name = "ADDR")]
+    pub metrics_listen: Option<String>,
 }

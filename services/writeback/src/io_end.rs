@@ -18,7 +18,8 @@ use endio_api::blockstore::Bio;
 use endio_api::common::{Extent, ExtentState, Place};
 use endio_api::conversion::{BeginIo, Completion, Lane, ReleaseSubmitter, Segment};
 use endio_chassis::backoff::{Backoff, Delays};
-use endio_chassis::telemetry;
+use endio_chassis::metrics::Histogram;
+use endio_chassis::trace::{Span, Why};
 use endio_failpoints::{Point, reach};
 use endio_state_machine::writeback::map_cache::Part;
 use endio_types::{BLOCK_SIZE, LblkRange, Reason};
@@ -27,7 +28,6 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::Instant;
-use tracing::{Instrument as _, Span, info_span};
 
 use crate::failure::Failure;
 use crate::metrics::Metrics;
@@ -153,10 +153,13 @@ impl Submitter {
                 Ok(done) => return Ok(done),
                 Err(missed) => missed,
             };
-            self.metrics.attempts_failed.inc();
+            self.metrics.attempt_failed(missed.failure.reason);
             if !missed.is_retryable {
                 return Err(missed.failure);
             }
+            // What follows is recorded in all services: attempt 2 of the same trace.
+            job.span.set("attempt", attempt + 1);
+            job.span.keep(Why::Retried);
             note_store(&mut avoid, missed.store);
             pause(&mut pauses, &missed.failure, job.deadline).await?;
         }
@@ -215,16 +218,14 @@ impl Submitter {
     }
 
     async fn begin(&self, job: &Job, attempt: u32, avoid: &[u32]) -> Result<Granted, Missed> {
-        let span = info_span!(
-            parent: &job.span,
-            "begin",
-            volume = %job.name,
-            attempt,
-            lblk = job.first().start.0,
-            blocks = job.blocks(),
-            ranges = job.ranges.len(),
-            io_end = tracing::field::Empty,
-        );
+        let span = crate::TRACER
+            .child(&job.span, "begin")
+            .with("volume", &job.name)
+            .with("attempt", attempt)
+            .with("lblk", job.first().start.0)
+            .with("blocks", job.blocks())
+            .with("ranges", job.ranges.len());
+        let started = Instant::now();
         let request = BeginIo {
             request: 0,
             volume: job.volume,
@@ -236,7 +237,7 @@ impl Submitter {
             size_after_bytes: job.size_after_bytes,
             avoid_stores: avoid.to_vec(),
             attempt,
-            traceparent: telemetry::traceparent(&job.span),
+            traceparent: job.span.traceparent(),
             sync: job.sync,
         };
         let begun = async {
@@ -244,22 +245,23 @@ impl Submitter {
             reach(Point::WritebackBegin);
             self.session.begin(request).await
         };
-        let begun = tokio::time::timeout_at(job.deadline, begun.instrument(span.clone())).await;
+        let begun = tokio::time::timeout_at(job.deadline, begun).await;
+        self.metrics.legs.begin.record_of(started.elapsed(), span.sampled());
         match begun {
             Ok(Ok(granted)) => {
                 reach(Point::WritebackBegun);
                 let io_end = granted.begun.submitter.as_ref().map_or(0, |token| token.io_end);
-                span.record("io_end", io_end);
+                span.set("io_end", io_end);
                 Ok(granted)
             }
             Ok(Err(failure)) => {
-                telemetry::fail(&span, &failure.detail);
+                span.fail(&failure.detail);
                 let is_retryable = begins_again(job.lane, &failure);
                 Err(Missed { failure, store: 0, is_retryable })
             }
             Err(_) => {
                 let failure = timed_out(&Failure::conversion_away());
-                telemetry::fail(&span, &failure.detail);
+                span.fail(&failure.detail);
                 Err(Missed { failure, store: 0, is_retryable: false })
             }
         }
@@ -297,15 +299,16 @@ impl Flight<'_> {
                 return;
             };
             let (mut bio, span) = bio;
-            bio.traceparent = telemetry::traceparent(&span);
+            bio.traceparent = span.traceparent();
             let store = bio.token.as_ref().map_or(0, |token| token.store);
-            match self.submitter.stores.write(bio).instrument(span.clone()).await {
+            match self.submitter.stores.write(bio).await {
                 Ok(sent) => {
-                    self.bios.push(Box::pin(segment_done(store, sent, span)));
+                    let time = self.submitter.metrics.legs.bio.clone();
+                    self.bios.push(Box::pin(segment_done(store, sent, span, time)));
                     reach(Point::WritebackBioSent);
                 }
                 Err(failure) => {
-                    telemetry::fail(&span, &failure.detail);
+                    span.fail(&failure.detail);
                     self.missed = Some(Missed { failure, store, is_retryable: true });
                     return;
                 }
@@ -323,17 +326,15 @@ impl Flight<'_> {
         let end = first.checked_add(token.blocks as usize)?;
         let crc32c = crcs.get(first..end)?.to_vec();
         let data = self.job.data.slice(first * BLOCK_SIZE..end * BLOCK_SIZE);
-        let span = info_span!(
-            parent: &self.job.span,
-            "segment",
-            volume = %self.job.name,
-            io_end = token.io_end,
-            segment = token.segment,
-            attempt = self.attempt,
-            store = token.store,
-            lblk = segment.lblk,
-            blocks = token.blocks,
-        );
+        let span = crate::TRACER
+            .child(&self.job.span, "segment")
+            .with("volume", &self.job.name)
+            .with("io_end", token.io_end)
+            .with("segment", token.segment)
+            .with("attempt", self.attempt)
+            .with("store", token.store)
+            .with("lblk", segment.lblk)
+            .with("blocks", token.blocks);
         let bio = Bio { token: Some(token), data, crc32c, traceparent: String::new() };
         Some((bio, span))
     }
@@ -344,20 +345,19 @@ impl Flight<'_> {
             token: self.token.clone(),
             not_submitted: Vec::new(),
             abort: self.missed.is_some(),
-            traceparent: telemetry::traceparent(&self.job.span),
+            traceparent: self.job.span.traceparent(),
         };
         self.submitter.session.release(self.session, release).await;
     }
 
     /// Waits for the io_end's end. A bio that fails or whose stream breaks gives the io_end up.
     async fn completion(mut self, mut granted: Granted) -> Result<Completion, Missed> {
-        let span = info_span!(
-            parent: &self.job.span,
-            "completion",
-            volume = %self.job.name,
-            attempt = self.attempt,
-            io_end = self.token.as_ref().map_or(0, |token| token.io_end),
-        );
+        let span = crate::TRACER
+            .child(&self.job.span, "completion")
+            .with("volume", &self.job.name)
+            .with("attempt", self.attempt)
+            .with("io_end", self.token.as_ref().map_or(0, |token| token.io_end));
+        let started = Instant::now();
         let mut deadline = self.missed.is_none().then_some(self.job.deadline);
         loop {
             tokio::select! {
@@ -366,8 +366,10 @@ impl Flight<'_> {
                     reach(Point::WritebackCompleted);
                     let ended = self.ended(done.ok());
                     if let Err(missed) = &ended {
-                        telemetry::fail(&span, &missed.failure.detail);
+                        span.fail(&missed.failure.detail);
                     }
+                    let time = &self.submitter.metrics.legs.complete;
+                    time.record_of(started.elapsed(), span.sampled());
                     return ended;
                 }
                 Some((store, outcome)) = self.bios.next() => {
@@ -445,11 +447,18 @@ fn placed(job: &Job, segments: &[Segment], crcs: &[u32]) -> Vec<Part<Arc<Extent>
     parts
 }
 
-async fn segment_done(store: u32, sent: Sent, span: Span) -> (u32, Result<(), Failure>) {
+async fn segment_done(
+    store: u32,
+    sent: Sent,
+    span: Span,
+    time: Histogram,
+) -> (u32, Result<(), Failure>) {
+    let started = Instant::now();
     let outcome = sent.done().await;
     if let Err(failure) = &outcome {
-        telemetry::fail(&span, &failure.detail);
+        span.fail(&failure.detail);
     }
+    time.record_of(started.elapsed(), span.sampled());
     (store, outcome)
 }
 

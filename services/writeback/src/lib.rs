@@ -30,10 +30,12 @@ use std::io;
 use std::sync::Arc;
 
 use endio_api::DESCRIPTORS;
+use endio_chassis::admin;
 use endio_chassis::net::{Dialer, Listener, NetError};
 use endio_chassis::recorder::Recorder;
 use endio_chassis::server::{self, Readiness, ServeError, ServerOptions};
 use endio_chassis::shutdown::Shutdown;
+use endio_chassis::trace::Tracer;
 use endio_store::cache_log::CacheLogError;
 use tokio::task::{JoinError, JoinHandle};
 
@@ -45,6 +47,9 @@ pub use volume::Volume;
 
 use crate::driver::Life;
 use crate::engine::Engine;
+
+/// Makes the spans of this service.
+pub(crate) const TRACER: Tracer = Tracer::new("writeback");
 
 /// Largest message: a write of 3 MiB or a read of 4 MiB, with room for what is said about it.
 pub(crate) const MESSAGE_BYTES_MAX: usize = (4 << 20) + (256 << 10);
@@ -163,6 +168,9 @@ pub async fn start(config: Config, deps: Deps) -> Result<Running, StartError> {
     let options = ServerOptions { config: config.server.clone(), descriptors: vec![DESCRIPTORS] };
     let (engine, replay, session) = driver::build(config, opened, dialer, recorder)?;
     let readiness = Readiness::new(grpc::SERVICES).await;
+    admin::watch("writeback", &readiness);
+    engine.show_gauges();
+    tokio::spawn(Arc::clone(&engine).tell_kept());
     let routes = grpc::routes(&engine, &shutdown);
     let server = server::serve(options, listener, routes, readiness.clone(), shutdown.clone());
     let server = tokio::spawn(server);

@@ -2,21 +2,25 @@
 
 use clap::Parser as _;
 use endio_chassis::net::{Dialer, Listener};
-use endio_chassis::{config, report, shutdown::Shutdown, telemetry};
+use endio_chassis::{admin, config, report, shutdown::Shutdown, telemetry};
 use endio_writeback::{Config, Deps, Flags, start};
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let flags = Flags::parse();
     let config: Config = config::load(flags.config.as_deref(), "ENDIO_WRITEBACK", &flags)?;
-    let recorder = telemetry::init(&config.telemetry)?;
+    let recorder = telemetry::init(&config.telemetry, "endio-writeback")?;
     config::log_effective(&config);
     let shutdown = Shutdown::new();
     shutdown.on_signals()?;
+    let metrics = admin::serve_if(config.metrics_listen.as_deref()).await?;
     let listener = Listener::bind(&config.listen).await?;
     let dialer = Dialer::new(config.dialer.clone());
     let running = start(config, Deps { listener, dialer, recorder, shutdown }).await?;
-    let nbd = running.nbd_address().map(|address| ("nbd", address.into()));
-    report::ready("writeback", &running.url(), nbd.as_slice())?;
-    Ok(running.wait().await?)
+    let nbd = running.nbd_address();
+    let extra = [("nbd", nbd.into()), ("metrics", metrics.into())];
+    report::ready("writeback", &running.url(), &extra)?;
+    let outcome = running.wait().await;
+    telemetry::flush(telemetry::FLUSH_PATIENCE).await;
+    Ok(outcome?)
 }

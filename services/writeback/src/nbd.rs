@@ -223,6 +223,9 @@ impl Exports for Volumes {
         }
         let engine = Arc::clone(&self.engine);
         let has_flushed = AtomicBool::new(false);
+        if volume.is_some() {
+            engine.metrics.nbd_connections.add(1);
+        }
         Ok(Arc::new(VolumeExport { engine, info, volume, observer, has_flushed }))
     }
 
@@ -248,6 +251,14 @@ fn identity(client: &Client) -> String {
             Ok(address) => format!("address {}", address.ip()),
             Err(_) => client.address.clone(),
         },
+    }
+}
+
+impl Drop for VolumeExport {
+    fn drop(&mut self) {
+        if self.volume.is_some() {
+            self.engine.metrics.nbd_connections.add(-1);
+        }
     }
 }
 

@@ -139,6 +139,24 @@ impl Stores {
         Ok((answer.spans, answer.dropped))
     }
 
+    /// Asks one store to keep traces.
+    ///
+    /// # Errors
+    /// The store cannot be reached.
+    pub(crate) async fn keep(
+        &self,
+        store: u32,
+        request: endio_api::common::KeepTracesRequest,
+    ) -> Result<(), Failure> {
+        use endio_api::common::traces_client::TracesClient;
+        let url = self.client(store)?.url.clone();
+        let channel = self.dialer.channel(&url).map_err(|_| store_away())?;
+        let mut client = TracesClient::new(channel);
+        let kept = tokio::time::timeout(self.limits.connect, client.keep_traces(request)).await;
+        kept.map_err(|_| store_away())??;
+        Ok(())
+    }
+
     fn client(&self, store: u32) -> Result<Arc<Client>, Failure> {
         let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         clients.get(&store).cloned().ok_or_else(store_away)

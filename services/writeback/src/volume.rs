@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use endio_api::common::{Extent, ReadGrant};
+use endio_chassis::trace::Context;
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::credit::{Credit, CreditPolicy};
 use endio_state_machine::writeback::dirty::DirtyMap;
@@ -25,8 +26,8 @@ use crate::locks::Locks;
 pub struct CachedBlock {
     /// The bytes.
     pub data: Bytes,
-    /// W3C traceparent of the buffered write; empty: not sampled.
-    pub trace: Arc<str>,
+    /// Where the buffered write is in its trace; `None`: it is in none.
+    pub trace: Option<Context>,
 }
 
 /// A volume under one generation.

@@ -9,6 +9,7 @@ use endio_chassis::net::{Dialer, DialerConfig, ListenAddr, Listener};
 use endio_chassis::recorder::Recorder;
 use endio_chassis::shutdown::Shutdown;
 use endio_chassis::telemetry::{self, TelemetryConfig};
+use endio_chassis::trace::TraceConfig;
 use endio_store::block::{BlockDevice, MemoryDevice, Superblock};
 use endio_types::{Incarnation, Pblk, PblkRange};
 
@@ -19,7 +20,9 @@ pub(crate) const STOP_WAIT: Duration = Duration::from_secs(30);
 
 /// The one recorder of this process.
 pub fn recorder() -> Recorder {
-    telemetry::init(&TelemetryConfig::default()).expect("the default filter can be read")
+    let trace = TraceConfig { ratio: 1.0, ..TraceConfig::default() };
+    let config = TelemetryConfig { trace, ..TelemetryConfig::default() };
+    telemetry::init(&config, "endio-tests").expect("the default filter can be read")
 }
 
 pub(crate) fn dialer() -> Dialer {

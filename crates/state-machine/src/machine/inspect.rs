@@ -156,6 +156,21 @@ pub struct CheckReport {
     pub io_ends: u64,
 }
 
+/// How much there is of what comes and goes, for metrics.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Gauges {
+    /// io_ends that live.
+    pub io_ends: u64,
+    /// Released io_ends that wait for their batch, by lane: direct, write-out.
+    pub backlog: [u64; 2],
+    /// Writebacks whose lease runs.
+    pub writebacks: u64,
+    /// Aborted io_ends whose blocks wait for a store's acknowledgement, over all stores.
+    pub fences: u64,
+    /// Volumes.
+    pub volumes: u64,
+}
+
 /// Counters since start, for metrics.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Counters {

@@ -103,6 +103,19 @@ impl<T: ChunkTable> Machine<T> {
         infos.collect()
     }
 
+    /// How much there is of what comes and goes, for metrics.
+    pub fn gauges(&self, now: Millis) -> super::Gauges {
+        let runs =
+            |rt: &&super::state::WritebackRt| rt.lease.is_some_and(|lease| !lease.has_ended(now));
+        super::Gauges {
+            io_ends: self.ledger.iter().count() as u64,
+            backlog: [self.lanes[0].len() as u64, self.lanes[1].len() as u64],
+            writebacks: self.writebacks.values().filter(runs).count() as u64,
+            fences: self.stores.values().map(|rt| rt.wait_fence.len() as u64).sum(),
+            volumes: self.names.len() as u64,
+        }
+    }
+
     /// io_ends in flight by number, at most `limit`, and how many there are in all.
     pub fn io_ends(
         &self,

@@ -30,7 +30,7 @@ pub struct Store {
 }
 
 async fn deps() -> (Deps, Shutdown, Recorder) {
-    let recorder = telemetry::init(&telemetry::TelemetryConfig::default()).unwrap();
+    let recorder = telemetry::init(&telemetry::TelemetryConfig::default(), "test").unwrap();
     let listener = Listener::bind(&ListenAddr::loopback()).await.unwrap();
     let shutdown = Shutdown::new();
     let dialer = Dialer::default();

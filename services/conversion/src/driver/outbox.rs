@@ -4,18 +4,16 @@
 //! those that wait, order is kept.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use endio_chassis::telemetry;
+use endio_chassis::trace::{Context, Span};
 use endio_state_machine::machine::{
     ConvertedBatch, Durability, Effect, EffectKind, FromStore, FromWriteback, Input, MapView,
     Refusal, ReplyBody, ReplyTo, StoreSession, ToStore, ToWriteback, WritebackSession,
 };
 use endio_types::Millis;
 use tokio::sync::{mpsc, oneshot};
-use tracing::Span;
 
-use super::remote_span;
 use crate::handle::{Outgoing, Peer};
 use crate::metrics::Metrics;
 
@@ -25,7 +23,7 @@ enum Waiting {
         began: Instant,
         /// Of a completion: what the machine's clock had counted since the last release.
         waited_ms: u64,
-        _span: Option<Span>,
+        span: Span,
     },
     View(Box<MapView>, oneshot::Sender<Result<MapView, Refusal>>),
     /// Held until the batch is durable: its span ends then.
@@ -62,27 +60,18 @@ impl Outbox {
     pub(crate) fn push(&mut self, effect: Effect, began: Instant, now: Millis) {
         let (span, waited_ms) = match &effect.kind {
             EffectKind::Writeback(_, ToWriteback::Completion(done)) => {
-                let span = || {
-                    tracing::debug_span!(
-                        "convert",
-                        io_end = done.io_end.0,
-                        volume = done.volume.0,
-                        failed = done.failed.map(|reason| reason.name()),
-                    )
-                };
-                let span = if done.traceparent.is_empty() {
-                    None
-                } else {
-                    remote_span(span(), &done.traceparent)
-                };
-                if let (Some(span), Some(reason)) = (&span, done.failed) {
-                    telemetry::fail(span, reason.name());
+                let span = crate::TRACER
+                    .leg("convert", &done.traceparent)
+                    .with("io_end", done.io_end.0)
+                    .with("volume", done.volume.0);
+                if let Some(reason) = done.failed {
+                    span.fail(reason.name());
                 }
                 (span, now.0.saturating_sub(done.last_release_ms))
             }
-            _ => (None, 0),
+            _ => (Span::none(), 0),
         };
-        let waiting = Waiting::Effect { kind: effect.kind, began, waited_ms, _span: span };
+        let waiting = Waiting::Effect { kind: effect.kind, began, waited_ms, span };
         match effect.after {
             Durability::Now => self.now.push(waiting),
             Durability::Committed(seq) => self.wait(seq, waiting),
@@ -96,18 +85,12 @@ impl Outbox {
 
     /// One span for the whole batch, from now until it is durable, with a link to each write.
     pub(crate) fn batch(&mut self, batch: &ConvertedBatch) {
-        if batch.traceparents.is_empty() {
-            return;
-        }
-        let span = tracing::debug_span!(
-            "convert_batch",
-            io_ends = batch.io_ends.len(),
-            blocks = batch.blocks,
-            seq = batch.seq,
-        );
-        for traceparent in &batch.traceparents {
-            telemetry::link(&span, traceparent);
-        }
+        let sampled = batch.traceparents.iter().filter(|text| Context::says_sampled(text));
+        let span = crate::TRACER
+            .batch("convert_batch", sampled.filter_map(|text| Context::parse(text)))
+            .with("io_ends", batch.io_ends.len())
+            .with("blocks", batch.blocks)
+            .with("seq", batch.seq);
         self.wait(batch.seq, Waiting::Batch { _span: span });
     }
 
@@ -129,8 +112,8 @@ impl Outbox {
     }
 
     fn send(&mut self, waiting: Waiting, calls: &mut Calls, metrics: &Metrics) {
-        let (kind, began, waited_ms) = match waiting {
-            Waiting::Effect { kind, began, waited_ms, .. } => (kind, began, waited_ms),
+        let (kind, began, waited_ms, span) = match waiting {
+            Waiting::Effect { kind, began, waited_ms, span } => (kind, began, waited_ms, span),
             Waiting::View(view, reply) => return drop(reply.send(Ok(*view))),
             Waiting::Batch { .. } => return,
         };
@@ -144,8 +127,8 @@ impl Outbox {
             EffectKind::Writeback(session, message) => {
                 let convert_us =
                     (began.elapsed().as_micros() as u64).saturating_add(waited_ms * 1_000);
-                if matches!(message, ToWriteback::Completion(_)) {
-                    metrics.completions.inc();
+                if let ToWriteback::Completion(done) = &message {
+                    metrics.completed(done.failed, Duration::from_micros(convert_us), &span);
                 }
                 let is_last = matches!(message, ToWriteback::SessionRefused(_));
                 let sent = post(self.writebacks.get(&session), message, convert_us);
@@ -190,28 +173,31 @@ fn post<M>(peer: Option<&Peer<M>>, message: M, convert_us: u64) -> bool {
 }
 
 /// The span of a traced input: it lasts while the machine decides.
-pub(crate) fn input_span(input: &Input, traceparent: &str) -> Option<tracing::span::EnteredSpan> {
-    if traceparent.is_empty() {
-        return None;
+pub(crate) fn input_span(input: &Input, traceparent: &str) -> Span {
+    // Deciding takes microseconds: where a write is slow, it is not here, so these spans are made
+    // for sampled writes only.
+    if !Context::says_sampled(traceparent) {
+        return Span::none();
     }
-    let span = match input {
-        Input::Writeback { message: FromWriteback::Begin(begin), .. } => tracing::debug_span!(
-            "begin",
-            volume = begin.volume.0,
-            lblk = begin.lblk.0,
-            blocks = begin.blocks,
-            attempt = begin.attempt,
-        ),
+    match input {
+        Input::Writeback { message: FromWriteback::Begin(begin), .. } => crate::TRACER
+            .leg("begin", traceparent)
+            .with("volume", begin.volume.0)
+            .with("lblk", begin.lblk.0)
+            .with("blocks", begin.blocks)
+            .with("attempt", begin.attempt),
         Input::Writeback { message: FromWriteback::Release { token, abort, .. }, .. } => {
-            tracing::debug_span!("release", io_end = token.io_end.0, segment = 0, abort)
+            crate::TRACER
+                .leg("release", traceparent)
+                .with("io_end", token.io_end.0)
+                .with("segment", 0_u32)
+                .with("abort", *abort)
         }
-        Input::Store { message: FromStore::Release { token, .. }, .. } => tracing::debug_span!(
-            "release",
-            io_end = token.io_end.0,
-            segment = token.segment.0,
-            store = token.store.0,
-        ),
-        _ => return None,
-    };
-    remote_span(span, traceparent).map(Span::entered)
+        Input::Store { message: FromStore::Release { token, .. }, .. } => crate::TRACER
+            .leg("release", traceparent)
+            .with("io_end", token.io_end.0)
+            .with("segment", token.segment.0)
+            .with("store", token.store.0),
+        _ => Span::none(),
+    }
 }

@@ -3,13 +3,16 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use endio_api::common::{Extent, ExtentState, ListSpansRequest, ListSpansResponse, Span};
+use endio_api::common::{
+    Extent, ExtentState, KeepTracesRequest, ListSpansRequest, ListSpansResponse, Span,
+};
 use endio_api::conversion::{
     CheckRequest as MetadataCheck, ListIoEndsRequest, ListIoEndsResponse, ListStoresRequest,
     ListStoresResponse,
 };
 use endio_api::traces::span_to_proto;
 use endio_api::writeback::{CheckResponse, NbdListener, NbdTls, StatusResponse, VolumeStatus};
+use endio_chassis::metrics::Gauge;
 use endio_chassis::net::ListenAddr;
 use endio_chassis::recorder::SpanQuery;
 use endio_types::{BLOCK_BYTES, ByteRange, LblkRange, Reason};
@@ -26,6 +29,12 @@ use crate::volume::Volume;
 const EXTENT_BLOCKS_MAX: u64 = 65_536;
 /// Findings that a check names; one more says that there are more.
 const FINDINGS_MAX: usize = 1_000;
+/// Traces in one request to keep them.
+const KEEP_MAX: usize = 1_024;
+/// How long that request may take: what is kept is of use to people only.
+const KEEP_PATIENCE: Duration = Duration::from_secs(2);
+/// How long to wait before it.
+const KEEP_AFTER: Duration = Duration::from_millis(100);
 /// How long a question may take that waits for other services.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -120,6 +129,73 @@ impl Engine {
         let listener =
             |address: &ListenAddr| NbdListener { address: address.to_string(), tls: tls.into() };
         self.config.nbd_listen.iter().map(listener).collect()
+    }
+
+    /// Sets the gauges that are only looked at when somebody reads the metrics, as long as the
+    /// engine lives.
+    pub(crate) fn show_gauges(self: &Arc<Self>) {
+        let registry = &self.metrics.registry;
+        let gauge = |name, help| registry.gauge(name, help, &[]);
+        let limit = gauge("endio_writeback_dirty_limit_bytes", "Dirty bytes at which writers wait");
+        let log = gauge("endio_writeback_cache_log_bytes", "Bytes of the cache log");
+        let log_max = gauge("endio_writeback_cache_log_limit_bytes", "Its bound");
+        let volumes = gauge("endio_writeback_volumes_open", "Volumes open here");
+        let in_flight = gauge("endio_writeback_in_flight_bytes", "On their way to the stores");
+        let connected = gauge("endio_writeback_connected", "1: a session with conversion stands");
+        let epoch = gauge("endio_writeback_cluster_epoch", "Of that session; 0: none");
+        let engine = Arc::downgrade(self);
+        registry.before_reading(move || {
+            let Some(engine) = engine.upgrade() else { return false };
+            let set = |gauge: &Gauge, value: u64| gauge.set(value.try_into().unwrap_or(i64::MAX));
+            let status = engine.status();
+            set(&limit, status.dirty_bytes_max);
+            let (used, bound) = engine.log.usage_bytes();
+            set(&log, used);
+            set(&log_max, bound);
+            set(&volumes, status.volumes.len() as u64);
+            set(&in_flight, status.volumes.iter().map(|volume| volume.in_flight_bytes).sum());
+            set(&connected, status.connected.into());
+            set(&epoch, status.cluster_epoch);
+            true
+        });
+        registry.expose();
+    }
+
+    /// Tells the other services which traces that began here are kept, until the service stops.
+    pub(crate) async fn tell_kept(self: Arc<Self>) {
+        let Some(mut kept) = endio_chassis::trace::take_kept() else { return };
+        let mut traces = Vec::new();
+        loop {
+            tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return,
+                count = kept.recv_many(&mut traces, KEEP_MAX) => if count == 0 { return },
+            }
+            // Legs that have not ended yet are in the rings a little later.
+            tokio::time::sleep(KEEP_AFTER).await;
+            while traces.len() < KEEP_MAX
+                && let Ok(trace) = kept.try_recv()
+            {
+                traces.push(trace);
+            }
+            let ids = std::mem::take(&mut traces).into_iter();
+            let trace_ids = ids.map(|trace| trace.to_be_bytes().to_vec().into()).collect();
+            self.keep_at_peers(KeepTracesRequest { trace_ids }).await;
+        }
+    }
+
+    async fn keep_at_peers(&self, request: KeepTracesRequest) {
+        use endio_api::common::traces_client::TracesClient;
+        let mut client = TracesClient::new(self.conversion.channel());
+        let at_conversion = client.keep_traces(request.clone());
+        let at_conversion = tokio::time::timeout(KEEP_PATIENCE, at_conversion);
+        let stores = self.stores.ids().into_iter();
+        let at_stores = stores.map(|store| self.stores.keep(store, request.clone()));
+        let (told, stores_told) =
+            futures_util::join!(at_conversion, futures_util::future::join_all(at_stores));
+        if !matches!(told, Ok(Ok(_))) || stores_told.iter().any(Result::is_err) {
+            tracing::debug!("somebody was not told which traces to keep");
+        }
     }
 
     /// io_ends in flight, from conversion.

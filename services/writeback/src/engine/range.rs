@@ -4,17 +4,16 @@ use std::sync::Arc;
 
 use bytes::BytesMut;
 use endio_api::conversion::{ChangeMapRequest, MapChange};
-use endio_chassis::telemetry;
+use endio_chassis::trace::Span;
 use endio_types::{BLOCK_BYTES, ByteRange, LblkRange, Reason};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
-use tracing::{Instrument as _, Span, info_span};
 
-use super::write::trace_id;
 use super::{Engine, Piece};
 use crate::dedupe::{Admission, Admitted, Retry};
 use crate::failure::Failure;
 use crate::locks::Held;
+use crate::metrics::Kind;
 use crate::volume::Volume;
 
 /// What happens to the range.
@@ -62,6 +61,14 @@ struct Change {
 }
 
 impl RangeKind {
+    fn counted(self) -> Kind {
+        match self {
+            Self::Trim => Kind::Trim,
+            Self::Zero => Kind::WriteZeroes,
+            Self::Allocate => Kind::Allocate,
+        }
+    }
+
     fn on_the_wire(self) -> MapChange {
         match self {
             Self::Trim => MapChange::Trim,
@@ -79,14 +86,17 @@ impl Engine {
         volume: &Arc<Volume>,
         op: RangeOp,
     ) -> JoinHandle<Result<Ranged, Failure>> {
+        let started = Instant::now();
         let begun = self.place_range(volume, op);
         self.tasks.spawn(async move {
             let (change, admitted, held) = begun?;
+            let (engine, kind) = (Arc::clone(&change.engine), change.op.kind.counted());
             let span = change.span.clone();
-            let outcome = change.run(admitted, held).instrument(span.clone()).await;
+            let outcome = span.clone().scope(change.run(admitted, held)).await;
             if let Err(failure) = &outcome {
-                telemetry::fail(&span, &failure.detail);
+                span.fail(&failure.detail);
             }
+            engine.metrics.answered(kind, started.elapsed(), &span, outcome.is_ok());
             outcome
         })
     }
@@ -97,13 +107,16 @@ impl Engine {
         op: RangeOp,
     ) -> Result<(Change, Admitted, Option<Held>), Failure> {
         self.takes_work()?;
-        let (volume_name, offset, length) = (&volume.name, op.bytes.offset, op.bytes.len);
-        let span = match op.kind {
-            RangeKind::Trim => info_span!("trim", volume = %volume_name, offset, length),
-            RangeKind::Zero => info_span!("write_zeroes", volume = %volume_name, offset, length),
-            RangeKind::Allocate => info_span!("allocate", volume = %volume_name, offset, length),
+        let name = match op.kind {
+            RangeKind::Trim => "trim",
+            RangeKind::Zero => "write_zeroes",
+            RangeKind::Allocate => "allocate",
         };
-        telemetry::set_parent(&span, &op.traceparent);
+        let span = crate::TRACER
+            .entry(name, &op.traceparent)
+            .with("volume", &volume.name)
+            .with("offset", op.bytes.offset)
+            .with("length", op.bytes.len);
         let blocks = volume.check(op.bytes, false)?;
         let admitted = self.dedupe.admit(op.retry)?;
         let is_new = matches!(admitted, Admitted::New(_));
@@ -120,7 +133,7 @@ impl Change {
         if matches!(admitted, Admitted::Busy) {
             admitted = engine.dedupe.admit_in_turn(self.op.retry, self.deadline).await?;
         }
-        let trace_id = trace_id(&self.span);
+        let trace_id = self.span.trace_id();
         let admission = match admitted {
             Admitted::New(admission) => admission,
             Admitted::Duplicate(result) => {
@@ -181,7 +194,7 @@ impl Change {
             change: self.op.kind.on_the_wire().into(),
             lblk: range.start.0,
             blocks: range.len,
-            traceparent: telemetry::traceparent(&self.span),
+            traceparent: self.span.traceparent(),
         };
         let call = |mut client: crate::conversion::Client| {
             let request = request.clone();

@@ -11,15 +11,15 @@ use bytes::{Bytes, BytesMut};
 use endio_api::blockstore::ReadRequest;
 use endio_api::common::{Extent, ExtentState, Place, ReadGrant};
 use endio_api::conversion::{LookupRequest, LookupResponse};
-use endio_chassis::telemetry;
+use endio_chassis::trace::Span;
 use endio_failpoints::{Bug, is_planted};
 use endio_types::{BLOCK_BYTES, BLOCK_SIZE, ByteRange, LblkRange, Reason};
 use futures_util::future::try_join_all;
 use tokio::time::Instant;
-use tracing::{Instrument as _, Span, info_span};
 
 use super::Engine;
 use crate::failure::Failure;
+use crate::metrics::Kind;
 use crate::volume::Volume;
 
 /// Most blocks that are read at once.
@@ -85,19 +85,19 @@ impl Engine {
     /// `TIMED_OUT` where a store or conversion is away for the I/O timeout.
     pub async fn read(&self, volume: &Arc<Volume>, op: &ReadOp) -> Result<Vec<Piece>, Failure> {
         let started = Instant::now();
-        let span = info_span!(
-            "read", volume = %volume.name, offset = op.bytes.offset, length = op.bytes.len
-        );
-        telemetry::set_parent(&span, &op.traceparent);
+        let span = crate::TRACER
+            .entry("read", &op.traceparent)
+            .with("volume", &volume.name)
+            .with("offset", op.bytes.offset)
+            .with("length", op.bytes.len);
         let blocks = volume.check(op.bytes, false)?;
         let read = self.read_blocks(volume, blocks, self.deadline());
-        let outcome = read.instrument(span.clone()).await;
-        self.metrics.reads.inc();
-        self.metrics.read_time.record(started.elapsed());
+        let outcome = span.clone().scope(read).await;
+        self.metrics.answered(Kind::Read, started.elapsed(), &span, outcome.is_ok());
         match outcome {
             Ok(runs) => Ok(cut(runs, blocks, op.bytes)),
             Err(failure) => {
-                telemetry::fail(&span, &failure.detail);
+                span.fail(&failure.detail);
                 Err(failure)
             }
         }
@@ -328,7 +328,7 @@ impl Engine {
             pblk: place.pblk + skip,
             blocks: u32::try_from(part.len).unwrap_or(u32::MAX),
             crc32c: crc32c.to_vec(),
-            traceparent: telemetry::traceparent(&Span::current()),
+            traceparent: Span::current().traceparent(),
         };
         let data = self.stores.read(place.store, request).await?;
         if is_planted(Bug::ReadSkipsChecksum) {

@@ -122,11 +122,10 @@ impl Engine {
 fn insert(state: &mut crate::volume::State, write: &ReplayedWrite, range: LblkRange) -> u64 {
     let Some(data) = write.data(range) else { return 0 };
     let end_bytes = write.write.end_bytes;
-    let trace: Arc<str> = "".into();
     let cached = (0..data.len() / BLOCK_SIZE)
         .map(|at| CachedBlock {
             data: data.slice(at * BLOCK_SIZE..(at + 1) * BLOCK_SIZE),
-            trace: Arc::clone(&trace),
+            trace: None,
         })
         .collect();
     state.size_bytes = state.size_bytes.max(end_bytes.min(range.end() * BLOCK_BYTES));

@@ -3,16 +3,16 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use endio_chassis::telemetry;
+use endio_chassis::trace::Span;
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::errseq::Cursor;
 use endio_types::Reason;
 use futures_util::future::join_all;
 use tokio::time::{Duration, Instant};
-use tracing::{Span, info_span};
 
 use super::Engine;
 use crate::failure::Failure;
+use crate::metrics::Kind;
 use crate::volume::{State, Volume};
 
 /// Somebody who is told each error of a volume once: a Submit stream, an NBD connection.
@@ -70,13 +70,12 @@ impl Engine {
         traceparent: &str,
     ) -> Result<u64, Failure> {
         let started = Instant::now();
-        let span = info_span!("fsync", volume = %volume.name);
-        telemetry::set_parent(&span, traceparent);
+        let span = crate::TRACER.entry("fsync", traceparent).with("volume", &volume.name);
         let outcome = self.write_all_out(volume, observer).await;
-        self.metrics.fsync_time.record(started.elapsed());
         if let Err(failure) = &outcome {
-            telemetry::fail(&span, &failure.detail);
+            span.fail(&failure.detail);
         }
+        self.metrics.answered(Kind::Fsync, started.elapsed(), &span, outcome.is_ok());
         outcome
     }
 
@@ -145,7 +144,7 @@ impl Engine {
     /// The first volume's error; the others are written out all the same.
     pub async fn sync_all(&self) -> Result<u64, Failure> {
         let volumes = self.table.all();
-        let traceparent = telemetry::traceparent(&Span::current());
+        let traceparent = Span::current().traceparent();
         let syncs = volumes.iter().map(|volume| self.fsync(volume, None, &traceparent));
         let mut waited_for = 0;
         for outcome in join_all(syncs).await {

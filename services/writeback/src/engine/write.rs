@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use endio_api::conversion::{Completion, Lane};
-use endio_chassis::telemetry;
+use endio_chassis::trace::Span;
 use endio_failpoints::{Bug, Point, is_planted, reach};
 use endio_state_machine::writeback::credit::Take;
 use endio_state_machine::writeback::throttle::Verdict;
@@ -13,13 +13,13 @@ use endio_types::{BLOCK_SIZE, ByteRange, Generation, LblkRange, Reason, VolumeId
 use futures_util::FutureExt as _;
 use tokio::task::JoinHandle;
 use tokio::time::{Duration, Instant};
-use tracing::{Instrument as _, Span, info_span};
 
 use super::Engine;
 use crate::dedupe::{Admission, Admitted, Retry};
 use crate::failure::Failure;
 use crate::io_end::Job;
 use crate::locks::Held;
+use crate::metrics::Kind;
 use crate::volume::{CachedBlock, Volume};
 
 /// A write as it was asked for.
@@ -68,14 +68,17 @@ impl Engine {
         volume: &Arc<Volume>,
         op: WriteOp,
     ) -> JoinHandle<Result<Acked, Failure>> {
+        let started = Instant::now();
         let begun = self.place_write(volume, op);
         self.tasks.spawn(async move {
             let (write, admitted, held) = begun?;
             let span = write.span.clone();
-            let outcome = write.run(admitted, held).instrument(span.clone()).await;
+            let (engine, kind) = (Arc::clone(&write.engine), write.kind());
+            let outcome = span.clone().scope(write.run(admitted, held)).await;
             if let Err(failure) = &outcome {
-                telemetry::fail(&span, &failure.detail);
+                span.fail(&failure.detail);
             }
+            engine.metrics.answered(kind, started.elapsed(), &span, outcome.is_ok());
             outcome
         })
     }
@@ -86,15 +89,13 @@ impl Engine {
         op: WriteOp,
     ) -> Result<(Write, Admitted, Option<Held>), Failure> {
         self.takes_work()?;
-        let span = info_span!(
-            "write",
-            volume = %volume.name,
-            offset = op.offset_bytes,
-            length = op.data.len(),
-            mode = if op.direct { "direct" } else { "buffered" },
-            attempt = 1,
-        );
-        telemetry::set_parent(&span, &op.traceparent);
+        let span = crate::TRACER
+            .entry("write", &op.traceparent)
+            .with("volume", &volume.name)
+            .with("offset", op.offset_bytes)
+            .with("length", op.data.len())
+            .with("mode", if op.direct { "direct" } else { "buffered" })
+            .with("attempt", 1_u32);
         let bytes = ByteRange { offset: op.offset_bytes, len: op.data.len() as u64 };
         let blocks = volume.check(bytes, true)?;
         let admitted = self.dedupe.admit(op.retry)?;
@@ -225,13 +226,16 @@ impl Engine {
 }
 
 impl Write {
+    fn kind(&self) -> Kind {
+        if self.op.direct { Kind::WriteDirect } else { Kind::WriteBuffered }
+    }
+
     async fn run(self, mut admitted: Admitted, held: Option<Held>) -> Result<Acked, Failure> {
-        let started = Instant::now();
         if matches!(admitted, Admitted::Busy) {
             let dedupe = &self.engine.dedupe;
             admitted = dedupe.admit_in_turn(self.op.retry, self.deadline).await?;
         }
-        let trace_id = trace_id(&self.span);
+        let trace_id = self.span.trace_id();
         let written_bytes = self.op.data.len() as u64;
         let admission = match admitted {
             Admitted::New(admission) => admission,
@@ -256,14 +260,11 @@ impl Write {
             let convert_us = self.direct().await?;
             reach(Point::WritebackDirectDone);
             self.note_done(admission);
-            self.engine.metrics.writes_direct.inc();
             convert_us
         } else {
             self.buffered(admission).await?;
-            self.engine.metrics.writes_buffered.inc();
             0
         };
-        self.engine.metrics.write_time.record(started.elapsed());
         Ok(Acked { trace_id, written_bytes, duplicate: false, convert_us })
     }
 
@@ -335,11 +336,13 @@ impl Write {
                     return Ok(());
                 }
                 Verdict::Delay(ms) => {
+                    engine.metrics.throttled_delayed.inc();
                     volume.changed();
                     tokio::time::sleep(Duration::from_millis(ms)).await;
                     return Ok(());
                 }
                 Verdict::WaitForRoom => {
+                    engine.metrics.throttled_waited.inc();
                     engine.wake_flushers();
                     volume.usable()?;
                     if tokio::time::timeout_at(self.deadline, room).await.is_err() {
@@ -422,11 +425,11 @@ impl Write {
             request: admission.map(Admission::key),
             result: self.op.data.len() as u64,
         };
-        let trace: Arc<str> = telemetry::traceparent(&self.span).into();
+        let trace = self.span.context();
         let cached: Vec<CachedBlock> = (0..whole.len() / BLOCK_SIZE)
             .map(|at| CachedBlock {
                 data: whole.slice(at * BLOCK_SIZE..(at + 1) * BLOCK_SIZE),
-                trace: Arc::clone(&trace),
+                trace,
             })
             .collect();
         let _order = engine.log.order();
@@ -448,9 +451,4 @@ impl Write {
         state.dirty_since.get_or_insert_with(Instant::now);
         Ok(Ok(used))
     }
-}
-
-/// The trace id inside a span's traceparent; empty: not sampled.
-pub(super) fn trace_id(span: &Span) -> String {
-    telemetry::traceparent(span).split('-').nth(1).unwrap_or_default().to_owned()
 }

@@ -1,24 +1,21 @@
 //! One write-out: blocks from all over a volume, in one io_end.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use endio_api::conversion::{Completion, Lane};
-use endio_chassis::telemetry;
+use endio_chassis::trace::{Context, Span};
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::dirty::{PickLimit, Picked};
 use endio_types::{BLOCK_BYTES, BLOCK_SIZE, IO_END_RANGES_MAX, Reason};
 use futures_util::FutureExt as _;
 use tokio::time::{Duration, Instant};
-use tracing::{Span, info_span};
 
 use super::Engine;
 use crate::failure::Failure;
 use crate::io_end::Job;
 use crate::volume::{CachedBlock, State, Volume};
-
-/// Most traces that one write-out links to besides its own.
-const LINKS_MAX: usize = 32;
 
 /// What one write-out takes along; under writeback until it has ended.
 pub(super) struct Gathered {
@@ -86,7 +83,8 @@ impl Engine {
     ) -> Result<(), Failure> {
         let ranges = gathered.picks.iter().map(|picked| picked.range).collect();
         let changing = volume.map_changes(ranges);
-        let job = self.write_out_job(volume, &gathered);
+        let served = Served::begin(volume, &gathered);
+        let job = self.write_out_job(volume, &gathered, served.span.clone());
         // The log's flush goes beside the stores' and not after them.
         self.log.want_durable(gathered.max_lsn());
         let gate = self.log.durable(gathered.max_lsn()).boxed();
@@ -98,14 +96,14 @@ impl Engine {
             }
             Err(failure) => {
                 changing.ended(Vec::new());
-                telemetry::fail(&job.span, &failure.detail);
+                served.fail(&failure.detail);
                 self.not_written_out(volume, &gathered, &failure);
                 Err(failure)
             }
         }
     }
 
-    fn write_out_job(&self, volume: &Volume, gathered: &Gathered) -> Job {
+    fn write_out_job(&self, volume: &Volume, gathered: &Gathered, span: Span) -> Job {
         let end_bytes = gathered.end_bytes();
         let size_after = volume.growable.then(|| volume.state().size_after(end_bytes));
         Job {
@@ -118,7 +116,7 @@ impl Engine {
             size_after_bytes: size_after.unwrap_or(0),
             sync: gathered.sync,
             deadline: self.deadline(),
-            span: write_out_span(volume, gathered),
+            span,
         }
     }
 
@@ -190,31 +188,47 @@ impl Engine {
     }
 }
 
-/// Continues the trace of the first write that it covers, and links the others.
-fn write_out_span(volume: &Volume, gathered: &Gathered) -> Span {
-    let span = info_span!(
-        parent: None,
-        "write_out",
-        volume = %volume.name,
-        offset = gathered.start_bytes(),
-        length = gathered.blocks() * BLOCK_BYTES,
-        ranges = gathered.picks.len(),
-    );
-    let mut traces: Vec<&Arc<str>> = Vec::new();
-    let blocks = gathered.picks.iter().flat_map(|picked| &picked.data);
-    for block in blocks.filter(|block| !block.trace.is_empty()) {
-        if traces.len() > LINKS_MAX {
-            break;
+/// The traces that a write-out serves.
+struct Served {
+    /// Of the write-out: continues the trace of the first write, of a sampled one if there is any.
+    span: Span,
+    /// Its share in each of the other sampled traces.
+    shares: Vec<Span>,
+}
+
+impl Served {
+    fn begin(volume: &Volume, gathered: &Gathered) -> Self {
+        let blocks = gathered.picks.iter().flat_map(|picked| &picked.data);
+        let traces = blocks.filter_map(|block| block.trace);
+        let mut first = None;
+        let mut sampled: BTreeMap<u64, Context> = BTreeMap::new();
+        for trace in traces {
+            first.get_or_insert(trace);
+            if trace.is_sampled {
+                sampled.insert(trace.span, trace);
+            }
         }
-        if !traces.contains(&&block.trace) {
-            traces.push(&block.trace);
-        }
+        let own = sampled.pop_first().map(|(_, trace)| trace).or(first);
+        let span = |parent| {
+            crate::TRACER
+                .entry_below("write_out", parent)
+                .with("volume", &volume.name)
+                .with("offset", gathered.start_bytes())
+                .with("length", gathered.blocks() * BLOCK_BYTES)
+                .with("ranges", gathered.picks.len())
+        };
+        let whole = span(own);
+        let share = |other: Context| {
+            whole.link(other);
+            let share = span(Some(other));
+            whole.context().into_iter().for_each(|whole| share.link(whole));
+            share
+        };
+        let shares = sampled.into_values().map(share).collect();
+        Self { span: whole, shares }
     }
-    if let Some((first, others)) = traces.split_first() {
-        telemetry::set_parent(&span, first);
-        for other in others {
-            telemetry::link(&span, other);
-        }
+
+    fn fail(&self, message: &str) {
+        std::iter::once(&self.span).chain(&self.shares).for_each(|span| span.fail(message));
     }
-    span
 }
