@@ -55,6 +55,8 @@ pub struct Credit {
     /// The largest amount that a waiting writer lacks.
     wanted: u64,
     outstanding: Option<Ask>,
+    /// A reset was refused: nothing backs what dirty data holds, until another one is granted.
+    owes_reset: bool,
     /// The last refusal: conversion could not add this many.
     refused_add: Option<u64>,
     next_request: u64,
@@ -69,6 +71,7 @@ impl Credit {
             held: 0,
             wanted: 0,
             outstanding: None,
+            owes_reset: false,
             refused_add: None,
             next_request: 1,
         }
@@ -123,6 +126,9 @@ impl Credit {
         if self.outstanding.is_some() {
             return None;
         }
+        if self.owes_reset {
+            return Some(self.reset());
+        }
         let available = self.available();
         let (add, drop) = if self.wanted > 0 {
             // After a refusal only what is short: the last blocks of a store are usable too.
@@ -150,6 +156,7 @@ impl Credit {
         self.promised = self.held;
         self.wanted = 0;
         self.refused_add = None;
+        self.owes_reset = false;
         self.ask(true, self.held, 0)
     }
 
@@ -180,6 +187,7 @@ impl Credit {
         };
         // A refusal changes nothing at conversion, so what was to be given back is still ours.
         self.promised += ask.drop_blocks;
+        self.owes_reset |= ask.reset;
         if ask.add_blocks > 0 && !ask.reset {
             self.refused_add = Some(ask.add_blocks);
         }
@@ -199,6 +207,12 @@ impl Credit {
     /// Blocks that conversion has promised and that no io_end has taken.
     pub fn promised(&self) -> u64 {
         self.promised
+    }
+
+    /// A reset is on its way, or was refused and is to be asked for again: until it is granted a
+    /// write-out may find no promise, so none is begun.
+    pub fn is_reset_pending(&self) -> bool {
+        self.owes_reset || self.outstanding.is_some_and(|ask| ask.reset)
     }
 
     /// A request is on its way.

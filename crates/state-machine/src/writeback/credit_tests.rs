@@ -125,3 +125,20 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_reset_that_was_refused_is_asked_for_again_with_what_is_held_then() {
+    let mut credit = Credit::new(CreditPolicy::default());
+    credit.adopt(5);
+    let first = credit.reset();
+    assert!(credit.is_reset_pending());
+    assert!(credit.refused(first.request));
+    assert!(credit.is_reset_pending(), "nothing backs what is held");
+    credit.put_back(2);
+    let again = credit.next_ask(true).expect("asked for again, idle or not");
+    assert_eq!((again.reset, again.add_blocks, again.drop_blocks), (true, 3, 0));
+    assert_eq!(credit.next_ask(false), None, "one at a time");
+    assert!(credit.granted(again.request));
+    assert!(!credit.is_reset_pending());
+    assert_eq!((credit.held(), credit.available()), (3, 0));
+}

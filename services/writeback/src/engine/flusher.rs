@@ -104,6 +104,15 @@ impl Engine {
         if let Some(rest) = state.rest_until.filter(|rest| *rest > now) {
             return Next::Wait(Some(rest));
         }
+        if state.credit.is_reset_pending() {
+            // Refused while stores were away, perhaps. Counted from what nothing is using.
+            let is_still = state.dirty.write_outs() == 0;
+            drop(state);
+            if is_still {
+                self.ask_credit(volume, false);
+            }
+            return Next::Wait(None);
+        }
         if state.dirty.is_clean() {
             drop(state);
             self.ask_credit(volume, true);
@@ -149,7 +158,12 @@ impl Engine {
         let blocks_max = self.config.write_out_blocks;
         let limit = PickLimit { blocks_max, up_to: None, within: Some(range) };
         loop {
-            let gathered = Gathered::pick(volume, &mut volume.state(), limit, true);
+            let gathered = {
+                let mut state = volume.state();
+                // Without a promise of space it would only be refused.
+                let is_backed = !state.credit.is_reset_pending();
+                is_backed.then(|| Gathered::pick(volume, &mut state, limit, true)).flatten()
+            };
             if let Some(gathered) = gathered {
                 // In a task of its own: what was picked must be given back, whoever waits.
                 let (engine, volume) = (Arc::clone(self), Arc::clone(volume));
@@ -163,6 +177,7 @@ impl Engine {
                 () if !state.dirty.touches(range) => Some(Ok(true)),
                 // Something of it fell back from a write-out that was under way.
                 () if state.error_count != errors => Some(Ok(false)),
+                () if state.credit.is_reset_pending() => None,
                 () if state.dirty.can_pick(limit) => Some(Ok(false)),
                 () => None,
             });

@@ -216,8 +216,12 @@ impl Engine {
                 // The next session sets the credit anew and replaces this request.
                 Err(failure) if failure.reason == Reason::PeerAway => return,
                 Err(failure) => {
-                    volume.state().credit.refused(ask.request);
                     engine.heed(&volume, &failure);
+                    if ask.reset {
+                        // Asked for again when this is told; stores that start come meanwhile.
+                        tokio::time::sleep(pause).await;
+                    }
+                    volume.state().credit.refused(ask.request);
                 }
             }
             volume.changed();
