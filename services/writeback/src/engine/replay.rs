@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use endio_failpoints::{Bug, Point, is_planted, reach};
-use endio_store::cache_log::{Replay, ReplayedWrite};
+use endio_store::cache_log::{OpenVolume, Replay, ReplayedWrite};
 use endio_types::{BLOCK_BYTES, BLOCK_SIZE, LblkRange, Reason};
 use tokio::time::Instant;
 
@@ -41,7 +41,7 @@ impl Engine {
                 self.log.append_closed(open.volume.0)?;
                 continue;
             }
-            self.replay_volume(open.volume.0, &open.name, data, may_have_lost).await?;
+            self.replay_volume(open, data, may_have_lost).await?;
         }
         for (volume, data) in writes {
             let writes = data.len();
@@ -52,13 +52,17 @@ impl Engine {
 
     async fn replay_volume(
         self: &Arc<Self>,
-        id: u64,
-        name: &str,
+        open: &OpenVolume,
         data: Vec<ReplayedWrite>,
         may_have_lost: bool,
     ) -> Result<(), Failure> {
+        let (id, name) = (open.volume.0, open.name.as_str());
         let opened = loop {
-            let opened = self.open_at_conversion(name, false).await;
+            let opened = match self.is_still_ours(open).await {
+                Ok(true) => self.open_at_conversion(name, false).await,
+                Ok(false) => Err(Failure::fenced()),
+                Err(failure) => Err(failure),
+            };
             match opened {
                 Err(failure) if passes(&failure) => {
                     tracing::warn!(volume = name, error = %failure, "replay waits for conversion");
@@ -95,6 +99,14 @@ impl Engine {
             "acknowledged writes cannot be written out: the volume is not ours any more"
         );
         self.log.append_closed(id)
+    }
+
+    /// Whether nobody else has opened the volume since it was open here. Another writeback may have
+    /// had it and be gone again: what the log holds is then older than what that one wrote.
+    async fn is_still_ours(&self, open: &OpenVolume) -> Result<bool, Failure> {
+        let described = self.describe(&open.name).await?;
+        let is_ours = self.identity.is_earlier_start(&described.owner);
+        Ok(is_ours || described.generation == open.generation.0)
     }
 
     fn put_back(&self, volume: &Volume, data: &[ReplayedWrite]) {
