@@ -46,10 +46,12 @@ impl Table {
         self.volumes().insert(Arc::clone(&volume.name), volume);
     }
 
-    /// A volume is not open any more. Another generation of it stays.
+    /// A volume is not open any more. Another generation of it stays, and so does another volume that
+    /// has its name by now: generations count from 1 in each.
     pub(crate) fn remove(&self, volume: &Volume) {
         let mut volumes = self.volumes();
-        let same = |open: &Arc<Volume>| open.generation == volume.generation;
+        let same =
+            |open: &Arc<Volume>| open.id == volume.id && open.generation == volume.generation;
         if volumes.get(&volume.name).is_some_and(same) {
             volumes.remove(&volume.name);
         }
