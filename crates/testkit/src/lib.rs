@@ -4,11 +4,16 @@
 //! Nothing here is part of the product. Every random choice comes from a [`seed::Rng`], so that a
 //! failure is replayed by its seed.
 
+#[cfg(feature = "services")]
 pub mod checkers;
+#[cfg(feature = "services")]
 pub mod client;
+#[cfg(feature = "services")]
 pub mod cluster;
 pub mod oracle;
 pub mod pattern;
+#[cfg(feature = "services")]
 pub mod process;
 pub mod seed;
+#[cfg(feature = "services")]
 pub mod workload;

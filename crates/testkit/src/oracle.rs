@@ -232,6 +232,11 @@ impl Oracle {
         (sequence, pattern::cells(self.cell_bytes, self.tag, first, cells, sequence))
     }
 
+    /// As [`Oracle::invoke_write`], for a test whose cells are not bytes.
+    pub fn begin_write(&mut self, first: u64, cells: u64) -> u64 {
+        self.invoke(first, cells, false)
+    }
+
     /// A trim or zeroing is about to be sent. Returns its number.
     pub fn invoke_zeroes(&mut self, first: u64, cells: u64) -> u64 {
         self.invoke(first, cells, true)
@@ -252,6 +257,31 @@ impl Oracle {
         if let Some(write) = self.writes.get_mut(&sequence) {
             write.state = State::Unknown(at);
         }
+    }
+
+    /// What this write put into these cells cannot appear there any more: something that was
+    /// sent after the write had been given up was acknowledged over it.
+    pub fn rule_out(&mut self, sequence: u64, first: u64, cells: u64) {
+        for (_, known) in self.history.range_mut(first..first + cells) {
+            known.remove(&sequence);
+        }
+    }
+
+    /// Acknowledged writes that were not flushed may be gone: their holder lost its power, or its
+    /// volume was taken from it. Those under way stay so.
+    pub fn lose_unflushed(&mut self) {
+        let at = self.tick();
+        for write in self.writes.values_mut() {
+            if matches!(write.state, State::Acknowledged(_)) && !write.durable {
+                write.state = State::Unknown(at);
+            }
+        }
+        self.shown.clear();
+    }
+
+    /// The point in the history that comes next.
+    pub fn now(&mut self) -> At {
+        self.tick()
     }
 
     /// Numbers of the writes that were neither acknowledged nor failed.
@@ -359,6 +389,14 @@ impl Oracle {
     /// The [`Violation`] that this value is.
     pub fn check_read(&mut self, began: At, cell: u64, bytes: &[u8]) -> Result<u64, Violation> {
         let found = pattern::parse(bytes).map_err(|source| Violation::Garbage { cell, source })?;
+        self.check_cell(began, cell, found)
+    }
+
+    /// As [`Oracle::check_read`], for a cell that was parsed already.
+    ///
+    /// # Errors
+    /// The [`Violation`] that this value is.
+    pub fn check_cell(&mut self, began: At, cell: u64, found: Cell) -> Result<u64, Violation> {
         let allowed = self.allowed(cell, began);
         let sequence = match found {
             Cell::Zero => allowed.iter().copied().rev().find(|allowed| self.writes[allowed].zeroes),

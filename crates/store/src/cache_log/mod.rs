@@ -20,7 +20,7 @@ mod order_tests;
 mod record;
 mod replay;
 mod scan;
-#[cfg(test)]
+#[cfg(any(test, feature = "simulation"))]
 mod sim;
 #[cfg(test)]
 mod tests;
@@ -39,6 +39,9 @@ use endio_types::{Generation, LblkRange, VolumeId};
 
 pub use api::{CacheLogError, CacheLogOptions, OpenVolume, ReplayedWrite, WriteRecord};
 pub use replay::Replay;
+
+#[cfg(feature = "simulation")]
+pub use sim::SimDisk;
 
 use disk::{Disk, RealDisk};
 use live::Live;
@@ -77,6 +80,18 @@ impl CacheLog {
             .map_err(|source| CacheLogError::Io { path: dir.to_owned(), source })?;
         let disk = locked.ok_or_else(|| CacheLogError::InUse(dir.to_owned()))?;
         Self::open_on(Box::new(disk), options)
+    }
+
+    /// As [`CacheLog::open`], on a directory in memory.
+    ///
+    /// # Errors
+    /// As [`CacheLog::open`].
+    #[cfg(feature = "simulation")]
+    pub fn open_simulated(
+        disk: &SimDisk,
+        options: CacheLogOptions,
+    ) -> Result<(Self, Replay), CacheLogError> {
+        Self::open_on(Box::new(disk.clone()), options)
     }
 
     fn open_on(

@@ -1,6 +1,8 @@
 //! A directory in memory whose power can be cut, whose disk can be full and whose flush can fail.
 
 #![allow(clippy::unwrap_used)]
+// A simulation uses a part of it, the tests of this crate the rest.
+#![cfg_attr(not(test), allow(dead_code))]
 
 use std::collections::BTreeMap;
 use std::io;
@@ -72,7 +74,7 @@ fn rename(names: &mut BTreeMap<String, usize>, change: &Name) {
 
 /// A handle on the directory; clones are the same one.
 #[derive(Clone, Default)]
-pub(super) struct SimDisk(Arc<Mutex<World>>);
+pub struct SimDisk(Arc<Mutex<World>>);
 
 impl SimDisk {
     fn world<T>(&self, act: impl FnOnce(&mut World) -> T) -> T {
@@ -81,7 +83,7 @@ impl SimDisk {
 
     /// Drops what was not flushed, except the sectors and changes of names for which `keep` says
     /// yes.
-    pub(super) fn cut_power(&self, mut keep: impl FnMut() -> bool) {
+    pub fn cut_power(&self, mut keep: impl FnMut() -> bool) {
         self.world(|world| {
             for inode in &mut world.inodes {
                 for change in std::mem::take(&mut inode.pending) {
@@ -277,8 +279,9 @@ impl LogFile for SimFile {
                 return Err(io::Error::other("the device does not flush"));
             }
             let inode = &mut world.inodes[self.inode];
-            inode.pending.clear();
-            inode.durable = inode.data.clone();
+            for change in inode.pending.drain(..) {
+                apply(&mut inode.durable, &change);
+            }
             Ok(())
         })
     }

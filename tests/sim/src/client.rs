@@ -1,0 +1,670 @@
+//! Clients of volumes, and what they insist on.
+
+mod ends;
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use endio_state_machine::machine::Call;
+use endio_state_machine::writeback::errseq::Cursor;
+use endio_state_machine::writeback::sessions::{RequestKey, SessionId};
+use endio_testkit::oracle::{At, Oracle};
+use endio_testkit::pattern::Cell as Found;
+use endio_types::{BLOCK_BYTES, Reason};
+
+use crate::block::{CELL_BYTES, CELLS, cell, parse};
+use crate::exec::{Exec, MS, WORLD, answer};
+use crate::plan::VolumePlan;
+use crate::world::World;
+use crate::writeback::{Failure, Outcome, RangeKind, Retry, Volume, Wb};
+
+/// Cells that any volume may grow to.
+const CELLS_MAX: u64 = 40 * CELLS;
+/// Marks what a client of a fenced writeback writes: it must never be seen.
+const FENCED_TAG: u64 = 255;
+
+/// A request whose outcome is not known, and that may still take effect.
+struct Doubt {
+    sequence: u64,
+    first: u64,
+    cells: u64,
+    since: At,
+    /// Of the tenure; a session after this one ends the doubt.
+    session: u64,
+    tenure: u64,
+    engine: String,
+}
+
+/// What is known about the content of a volume.
+struct Known {
+    tag: u64,
+    oracle: Oracle,
+    doubts: Vec<Doubt>,
+    /// A read up to here is answered.
+    size_cells: u64,
+    is_resizing: bool,
+    /// Changes that were sent.
+    changes: u64,
+    /// A power cut of the owner may have taken writes, and no fsync has said so yet.
+    unsaid_loss: bool,
+}
+
+/// A volume of the workload.
+pub struct Slot {
+    name: String,
+    plan: VolumePlan,
+    /// Which writeback has it.
+    owner: Cell<usize>,
+    /// Counts takeovers and deletions: outcomes of an earlier tenure do not count.
+    tenure: Cell<u64>,
+    known: RefCell<Known>,
+    /// Requests under way.
+    busy: Cell<usize>,
+    is_held: Cell<bool>,
+    is_deleting: Cell<bool>,
+    is_created: Cell<bool>,
+}
+
+/// The clients.
+pub struct Clients {
+    world: Rc<World>,
+    /// The volumes.
+    pub slots: Vec<Rc<Slot>>,
+    next_tag: Cell<u64>,
+    /// Workers that have not finished.
+    pub working: Cell<usize>,
+    /// Requests so far.
+    pub requests: Cell<u64>,
+    /// Cells that were read and judged.
+    pub judged: Cell<u64>,
+}
+
+struct Observer {
+    engine: String,
+    generation: u64,
+    cursor: Cursor,
+    seen: u64,
+}
+
+impl Known {
+    fn new(tag: u64, plan: &VolumePlan) -> Self {
+        Self {
+            tag,
+            oracle: Oracle::new(tag, CELL_BYTES as usize),
+            doubts: Vec::new(),
+            size_cells: plan.blocks * CELLS,
+            is_resizing: false,
+            changes: 0,
+            unsaid_loss: false,
+        }
+    }
+
+    /// Begins a read; with how many changes were sent so far, if none of them is under way.
+    fn begin_read(&mut self) -> (At, Option<u64>) {
+        let is_quiet = self.oracle.pending().is_empty();
+        (self.oracle.invoke_read(), is_quiet.then_some(self.changes))
+    }
+
+    fn ack(&mut self, sequence: u64, invoked: At, first: u64, cells: u64, durable: bool) {
+        self.oracle.ack_write(sequence, durable);
+        // What was given up before this was sent must not undo it.
+        for doubt in self.doubts.iter().filter(|doubt| doubt.since < invoked) {
+            let from = first.max(doubt.first);
+            let to = (first + cells).min(doubt.first + doubt.cells);
+            if from < to {
+                self.oracle.rule_out(doubt.sequence, from, to - from);
+            }
+        }
+    }
+}
+
+impl Clients {
+    /// Clients of all volumes of the plan.
+    pub fn new(world: &Rc<World>) -> Rc<Self> {
+        let slots = world.plan.volumes.iter().enumerate().map(|(at, plan)| {
+            let tag = at as u64 + 1;
+            Rc::new(Slot {
+                name: format!("v{at}"),
+                plan: plan.clone(),
+                owner: Cell::new(at % world.plan.writebacks),
+                tenure: Cell::new(1),
+                known: RefCell::new(Known::new(tag, plan)),
+                busy: Cell::new(0),
+                is_held: Cell::new(false),
+                is_deleting: Cell::new(false),
+                is_created: Cell::new(false),
+            })
+        });
+        let slots: Vec<Rc<Slot>> = slots.collect();
+        let clients = Self {
+            world: Rc::clone(world),
+            next_tag: Cell::new(slots.len() as u64 + 1),
+            slots,
+            working: Cell::new(0),
+            requests: Cell::new(0),
+            judged: Cell::new(0),
+        };
+        Rc::new(clients)
+    }
+
+    fn exec(&self) -> &Exec {
+        &self.world.exec
+    }
+
+    /// Starts every worker.
+    pub fn start(self: &Rc<Self>) {
+        for slot in &self.slots {
+            for number in 0..self.world.plan.workers {
+                self.working.set(self.working.get() + 1);
+                let (clients, slot) = (Rc::clone(self), Rc::clone(slot));
+                self.exec().spawn(WORLD, async move {
+                    clients.work(&slot, number as u64).await;
+                    clients.working.set(clients.working.get() - 1);
+                });
+            }
+        }
+    }
+
+    fn wb(&self, slot: &Slot) -> Option<Wb> {
+        let at = slot.owner.get();
+        let engine = self.world.writebacks[at].serving()?;
+        Some(Wb { world: Rc::clone(&self.world), at, engine })
+    }
+
+    /// Runs a request inside its writeback: `None` if that dies meanwhile.
+    async fn inside<T: 'static>(
+        &self,
+        wb: &Wb,
+        work: impl Future<Output = T> + 'static,
+    ) -> Option<T> {
+        let (tell, told) = answer();
+        let node = self.world.writebacks[wb.at].node;
+        self.exec().spawn(node, async move { tell.send(work.await) });
+        told.await
+    }
+
+    /// The volume at its owner, opened or created if need be.
+    async fn volume(&self, slot: &Rc<Slot>) -> Option<(Wb, Rc<Volume>)> {
+        let wb = self.wb(slot)?;
+        let tenure = slot.tenure.get();
+        if !slot.is_created.get() {
+            let (inner, call) = (wb.clone(), create(slot));
+            let created = self.inside(&wb, async move { inner.create(call).await }).await?;
+            if created.is_ok() {
+                slot.is_created.set(true);
+            }
+        }
+        let (inner, name) = (wb.clone(), slot.name.clone());
+        let opened = self.inside(&wb, async move { inner.open(&name, false).await }).await?;
+        if slot.tenure.get() != tenure {
+            return None;
+        }
+        match opened {
+            Ok(volume) => {
+                self.settle_doubts(slot, &wb);
+                Some((wb, volume))
+            }
+            Err(failure) => {
+                if failure.reason == Reason::UnknownVolume && slot.is_created.get() {
+                    match slot.is_deleting.get() {
+                        true => self.renew(slot),
+                        false => self.exec().fail(format!("volume {} is gone", slot.name)),
+                    }
+                }
+                None
+            }
+        }
+    }
+
+    /// The volume was deleted: another one takes its name.
+    fn renew(&self, slot: &Slot) {
+        let tag = self.next_tag.get();
+        self.next_tag.set(tag + 1);
+        *slot.known.borrow_mut() = Known::new(tag, &slot.plan);
+        slot.tenure.set(slot.tenure.get() + 1);
+        slot.is_deleting.set(false);
+        slot.is_created.set(false);
+    }
+
+    /// What is in doubt only until a later session stands, or until another process has opened
+    /// the volume, is over.
+    fn settle_doubts(&self, slot: &Slot, wb: &Wb) {
+        let mut known = slot.known.borrow_mut();
+        let Known { oracle, doubts, .. } = &mut *known;
+        doubts.retain(|doubt| {
+            let is_other = doubt.engine != wb.engine.name || doubt.tenure != slot.tenure.get();
+            let is_over = is_other || wb.engine.link_number.get() > doubt.session;
+            if is_over {
+                oracle.fail_write(doubt.sequence);
+            }
+            !is_over
+        });
+    }
+
+    async fn work(self: &Rc<Self>, slot: &Rc<Slot>, number: u64) {
+        let exec = self.exec().clone();
+        let mut observer: Option<Observer> = None;
+        let mut sequence = 0;
+        let mut session = self.session(number);
+        let mut done = 0;
+        while done < self.world.plan.operations {
+            // What is left when the faults are over is done in a hurry.
+            if self.world.is_healed.get() && done >= 3 {
+                return;
+            }
+            let pause = exec.between(0, 3) * exec.below(5 * MS);
+            exec.sleep(pause + 50).await;
+            if slot.is_held.get() {
+                exec.sleep(MS).await;
+                continue;
+            }
+            let wanted = self.world.takeover_wanted.get();
+            if wanted > 0 && self.world.plan.writebacks > 1 {
+                self.world.takeover_wanted.set(wanted - 1);
+                self.take_over(slot).await;
+                session = self.session(number);
+                sequence = 0;
+                continue;
+            }
+            slot.busy.set(slot.busy.get() + 1);
+            self.requests.set(self.requests.get() + 1);
+            let got = self.volume(slot).await;
+            match got {
+                Some((wb, volume)) => {
+                    done += 1;
+                    let before = slot.tenure.get();
+                    self.request(slot, &wb, &volume, session, &mut sequence, &mut observer).await;
+                    if slot.tenure.get() != before {
+                        session = self.session(number);
+                        sequence = 0;
+                    }
+                }
+                None => exec.sleep(exec.between(1, 20) * MS).await,
+            }
+            slot.busy.set(slot.busy.get() - 1);
+        }
+    }
+
+    fn session(&self, number: u64) -> SessionId {
+        let mut id = [0; 16];
+        id[..8].copy_from_slice(&self.exec().below(u64::MAX).to_le_bytes());
+        id[8..].copy_from_slice(&number.to_le_bytes());
+        SessionId(id)
+    }
+
+    async fn request(
+        self: &Rc<Self>,
+        slot: &Rc<Slot>,
+        wb: &Wb,
+        volume: &Rc<Volume>,
+        session: SessionId,
+        sequence: &mut u64,
+        observer: &mut Option<Observer>,
+    ) {
+        let exec = self.exec();
+        let mix = &self.world.plan.mix;
+        let weights = [
+            mix.buffered,
+            mix.direct,
+            mix.read,
+            mix.fsync,
+            mix.trim,
+            mix.zero,
+            mix.allocate,
+            mix.resize,
+            mix.close,
+            mix.delete,
+        ];
+        let mut drawn = exec.below(weights.iter().sum());
+        let what = weights.iter().position(|weight| {
+            let hit = drawn < *weight;
+            drawn = drawn.saturating_sub(*weight);
+            hit
+        });
+        let retry = exec.chance(500).then(|| {
+            *sequence += 1;
+            Retry { key: RequestKey { session, sequence: *sequence }, is_retry: false }
+        });
+        match what {
+            Some(kind @ (0 | 1)) => self.write(slot, wb, volume, kind == 1, retry).await,
+            Some(2) => self.read(slot, wb, volume).await,
+            Some(3) => _ = self.fsync(slot, wb, volume, observer).await,
+            Some(4) => self.range(slot, wb, volume, RangeKind::Trim, retry).await,
+            Some(5) => self.range(slot, wb, volume, RangeKind::Zero, retry).await,
+            Some(6) => self.range(slot, wb, volume, RangeKind::Allocate, retry).await,
+            Some(7) => self.resize(slot, wb, volume).await,
+            Some(8) => {
+                let (inner, volume) = (wb.clone(), Rc::clone(volume));
+                self.inside(wb, async move { inner.close(&volume).await }).await;
+                // Whoever closes without a flush does not want to know.
+                slot.known.borrow_mut().unsaid_loss = false;
+            }
+            _ => self.delete(slot, wb, volume).await,
+        }
+    }
+
+    /// Somewhere in the volume, and how long.
+    fn somewhere(&self, slot: &Slot, extends: bool) -> Option<(u64, u64)> {
+        let exec = self.exec();
+        let size = slot.known.borrow().size_cells;
+        let end = if extends && slot.plan.growable { (size + 12).min(CELLS_MAX) } else { size };
+        if end == 0 {
+            return None;
+        }
+        let (mut first, mut cells) = (exec.below(end), exec.between(1, self.world.plan.cells_max));
+        if exec.chance(self.world.plan.aligned * 10) {
+            first -= first % CELLS;
+            cells = cells.next_multiple_of(CELLS);
+        }
+        Some((first, cells.min(end - first)))
+    }
+
+    async fn write(
+        &self,
+        slot: &Rc<Slot>,
+        wb: &Wb,
+        volume: &Rc<Volume>,
+        direct: bool,
+        retry: Option<Retry>,
+    ) {
+        let Some((first, cells)) = self.somewhere(slot, true) else { return };
+        let (sequence, invoked, data) = {
+            let known = &mut *slot.known.borrow_mut();
+            known.changes += 1;
+            let invoked = known.oracle.now();
+            let sequence = known.oracle.begin_write(first, cells);
+            let data: Vec<u64> =
+                (first..first + cells).map(|at| cell(known.tag, at, sequence)).collect();
+            (sequence, invoked, data)
+        };
+        let details = [first, cells, sequence, direct.into()];
+        self.exec().note("write", slot.owner.get(), &details);
+        let tenure = slot.tenure.get();
+        let outcome = self
+            .at_most_once(slot, wb, volume, retry, move |wb, volume, retry| {
+                let data = data.clone();
+                Box::pin(async move { wb.write(&volume, first, data, direct, retry).await })
+            })
+            .await;
+        self.judge(slot, wb, tenure, (sequence, invoked, first, cells), outcome, direct);
+        if slot.tenure.get() == tenure && outcome == Some(Ok(())) && direct {
+            let mut known = slot.known.borrow_mut();
+            if !known.is_resizing {
+                known.size_cells = known.size_cells.max(first + cells);
+            }
+        }
+    }
+
+    /// What the outcome of a change means for what a read may return.
+    fn judge(
+        &self,
+        slot: &Slot,
+        wb: &Wb,
+        tenure: u64,
+        (sequence, invoked, first, cells): (u64, At, u64, u64),
+        outcome: Option<Outcome<()>>,
+        durable: bool,
+    ) {
+        let told = match outcome {
+            None => 0,
+            Some(Ok(())) => 1,
+            Some(Err(failure)) => 2 + failure.reason as u64,
+        };
+        self.exec().note("outcome", slot.owner.get(), &[sequence, told]);
+        let mut known = slot.known.borrow_mut();
+        if slot.tenure.get() != tenure {
+            // The old tenure is fenced, or its volume is gone: nothing of it is under way.
+            known.oracle.fail_write(sequence);
+            return;
+        }
+        match outcome {
+            Some(Ok(())) => known.ack(sequence, invoked, first, cells, durable),
+            Some(Err(Failure { doubt: None, .. })) => known.oracle.fail_write(sequence),
+            Some(Err(Failure { doubt: Some(session), .. })) => {
+                self.doubt(&mut known, wb, (sequence, first, cells), session, tenure);
+            }
+            None => self.doubt(&mut known, wb, (sequence, first, cells), u64::MAX, tenure),
+        }
+    }
+
+    fn doubt(
+        &self,
+        known: &mut Known,
+        wb: &Wb,
+        (sequence, first, cells): (u64, u64, u64),
+        session: u64,
+        tenure: u64,
+    ) {
+        let since = known.oracle.now();
+        let engine = wb.engine.name.clone();
+        known.doubts.push(Doubt { sequence, first, cells, since, session, tenure, engine });
+    }
+
+    /// Sends a request, and sends it again under its key while its outcome is not known.
+    async fn at_most_once(
+        &self,
+        slot: &Rc<Slot>,
+        wb: &Wb,
+        volume: &Rc<Volume>,
+        retry: Option<Retry>,
+        send: impl Fn(Wb, Rc<Volume>, Option<Retry>) -> Sent,
+    ) -> Option<Outcome<()>> {
+        let tenure = slot.tenure.get();
+        let mut at = (wb.clone(), Rc::clone(volume));
+        let mut retry = retry;
+        for _ in 0..4 {
+            let (wb, volume) = (at.0.clone(), Rc::clone(&at.1));
+            let outcome = self.inside(&at.0, send(wb, volume, retry)).await;
+            let Some(key) = &mut retry else { return outcome };
+            if matches!(outcome, Some(Ok(())) | Some(Err(Failure { doubt: None, .. }))) {
+                return outcome;
+            }
+            key.is_retry = true;
+            self.exec().sleep(self.exec().between(1, 30) * MS).await;
+            if slot.tenure.get() != tenure || slot.is_held.get() {
+                return outcome;
+            }
+            match self.volume(slot).await {
+                Some(again) if slot.tenure.get() == tenure => at = again,
+                _ => return outcome,
+            }
+        }
+        None
+    }
+
+    async fn range(
+        &self,
+        slot: &Rc<Slot>,
+        wb: &Wb,
+        volume: &Rc<Volume>,
+        kind: RangeKind,
+        retry: Option<Retry>,
+    ) {
+        let Some((first, cells)) = self.somewhere(slot, false) else { return };
+        self.exec().note("range", slot.owner.get(), &[kind as u64, first, cells]);
+        let tenure = slot.tenure.get();
+        let change = (kind != RangeKind::Allocate).then(|| {
+            let known = &mut *slot.known.borrow_mut();
+            known.changes += 1;
+            let oracle = &mut known.oracle;
+            let invoked = oracle.now();
+            (oracle.invoke_zeroes(first, cells), invoked, first, cells)
+        });
+        let outcome = self
+            .at_most_once(slot, wb, volume, retry, move |wb, volume, retry| {
+                Box::pin(async move { wb.range(&volume, kind, first, cells, retry).await })
+            })
+            .await;
+        if let Some(change) = change {
+            self.judge(slot, wb, tenure, change, outcome, true);
+        }
+    }
+
+    async fn resize(&self, slot: &Rc<Slot>, wb: &Wb, volume: &Rc<Volume>) {
+        let exec = self.exec();
+        if slot.known.borrow().is_resizing {
+            return;
+        }
+        let mut cells = exec.between(1, 30 * CELLS);
+        if !slot.plan.growable {
+            cells = cells.next_multiple_of(CELLS);
+        }
+        exec.note("resize", slot.owner.get(), &[cells]);
+        let tenure = slot.tenure.get();
+        let change = {
+            let known = &mut *slot.known.borrow_mut();
+            known.is_resizing = true;
+            known.changes += 1;
+            known.size_cells = known.size_cells.min(cells);
+            let invoked = known.oracle.now();
+            let beyond = 2 * CELLS_MAX - cells;
+            (known.oracle.invoke_zeroes(cells, beyond), invoked, cells, beyond)
+        };
+        let (inner, volume) = (wb.clone(), Rc::clone(volume));
+        let bytes = cells * CELL_BYTES;
+        let outcome = self.inside(wb, async move { inner.resize(&volume, bytes).await }).await;
+        self.judge(slot, wb, tenure, change, outcome, true);
+        let mut known = slot.known.borrow_mut();
+        if slot.tenure.get() == tenure {
+            known.is_resizing = false;
+            if outcome == Some(Ok(())) && !known.doubts.iter().any(|d| d.cells >= CELLS_MAX) {
+                known.size_cells = cells;
+            }
+        }
+    }
+
+    async fn read(&self, slot: &Rc<Slot>, wb: &Wb, volume: &Rc<Volume>) {
+        let Some((first, cells)) = self.somewhere(slot, false) else { return };
+        let tenure = slot.tenure.get();
+        let (began, quiet) = slot.known.borrow_mut().begin_read();
+        let (inner, volume) = (wb.clone(), Rc::clone(volume));
+        let read = self.inside(wb, async move { inner.read(&volume, first, cells).await }).await;
+        let mut known = slot.known.borrow_mut();
+        if slot.tenure.get() == tenure {
+            if let Some(Ok(found)) = &read {
+                self.check(slot, &mut known, (began, quiet), first, found);
+            }
+            known.oracle.end_read(began);
+        } else if let Some(Ok(found)) = &read {
+            // Of an older tenure: old data is fine, somebody else's never is.
+            for (at, number) in (first..).zip(found) {
+                if let Found::Written { tag, cell, .. } = parse(*number)
+                    && (cell != at || tag > known.tag)
+                {
+                    self.exec().fail(format!("no_foreign_or_stale_byte: cell {at}: {number:x}"));
+                }
+            }
+        }
+    }
+
+    /// Judges cells that were read.
+    fn check(
+        &self,
+        slot: &Slot,
+        known: &mut Known,
+        (began, quiet): (At, Option<u64>),
+        first: u64,
+        found: &[u64],
+    ) -> bool {
+        let mut seen = std::collections::BTreeMap::new();
+        for (at, number) in (first..).zip(found) {
+            self.judged.set(self.judged.get() + 1);
+            match known.oracle.check_cell(began, at, parse(*number)) {
+                Ok(sequence) => _ = seen.insert(at, sequence),
+                Err(violation) => {
+                    let history = known.oracle.explain(at);
+                    let (name, checker) = (&slot.name, violation.checker());
+                    self.exec().fail(format!("{checker}: {name}: {violation}\n{history}"));
+                    return false;
+                }
+            }
+        }
+        // A read beside a write may see a part of it: the two halves are read at two times.
+        if quiet == Some(known.changes)
+            && !slot.plan.in_place
+            && let Err(violation) = known.oracle.check_whole_writes(&seen)
+        {
+            let history = known.oracle.explain(violation.cell());
+            self.exec().fail(format!("no_torn_write: {}: {violation}\n{history}", slot.name));
+            return false;
+        }
+        true
+    }
+
+    async fn fsync(
+        &self,
+        slot: &Rc<Slot>,
+        wb: &Wb,
+        volume: &Rc<Volume>,
+        observer: &mut Option<Observer>,
+    ) -> bool {
+        let tenure = slot.tenure.get();
+        let flush = slot.known.borrow_mut().oracle.invoke_flush();
+        let generation = volume.generation.0;
+        let is_same = observer
+            .as_ref()
+            .is_some_and(|o| o.engine == wb.engine.name && o.generation == generation);
+        if !is_same {
+            let state = volume.state.borrow();
+            let seen = state.errors_set - u64::from(state.errors.is_untold());
+            let engine = wb.engine.name.clone();
+            drop(state);
+            *observer = Some(Observer { engine, generation, cursor: volume.watch(), seen });
+        }
+        let mut cursor = observer.as_ref().map(|o| o.cursor).unwrap_or_default();
+        let (inner, open) = (wb.clone(), Rc::clone(volume));
+        let work = async move {
+            let outcome = inner.fsync(&open, &mut cursor).await;
+            let set = open.state.borrow().errors_set;
+            (outcome, cursor, set)
+        };
+        let Some((outcome, cursor, set)) = self.inside(wb, work).await else { return false };
+        let Some(observer) = observer else { return false };
+        let was_told = observer.cursor != cursor;
+        let has_news = set > observer.seen;
+        let is_error = outcome.is_err();
+        if was_told && !has_news {
+            self.exec().fail(format!("errors_told_once: {} was told twice", slot.name));
+        }
+        if !is_error && has_news {
+            self.exec().fail(format!("errors_told_once: {} was never told", slot.name));
+        }
+        observer.cursor = cursor;
+        if was_told {
+            observer.seen = set;
+        }
+        self.exec().note("fsync", slot.owner.get(), &[is_error.into()]);
+        let mut known = slot.known.borrow_mut();
+        if slot.tenure.get() != tenure {
+            return false;
+        }
+        match outcome {
+            Ok(()) => {
+                if std::mem::take(&mut known.unsaid_loss) {
+                    let why = "an fsync after a power cut did not tell of lost writes";
+                    self.exec().fail(format!("errors_told_once: {}: {why}", slot.name));
+                }
+                known.oracle.ack_flush(flush);
+                true
+            }
+            Err(failure) => {
+                if failure.reason == Reason::LostWrites || was_told {
+                    known.unsaid_loss = false;
+                }
+                false
+            }
+        }
+    }
+}
+
+type Sent = std::pin::Pin<Box<dyn Future<Output = Outcome<()>>>>;
+
+fn create(slot: &Slot) -> Call {
+    Call::CreateVolume {
+        name: slot.name.clone(),
+        size_bytes: slot.plan.blocks * BLOCK_BYTES,
+        replicas: slot.plan.replicas,
+        in_place: slot.plan.in_place,
+        growable: slot.plan.growable,
+    }
+}

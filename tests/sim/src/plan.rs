@@ -1,0 +1,309 @@
+//! What a seed decides before anything runs: sizes, times, limits, and how often what fails.
+
+use endio_state_machine::gate::GateLimits;
+use endio_state_machine::limits::Limits;
+use endio_state_machine::writeback::credit::CreditPolicy;
+use endio_state_machine::writeback::sessions::SessionLimits;
+use endio_state_machine::writeback::throttle;
+use endio_store::cache_log::CacheLogOptions;
+use endio_testkit::seed::Rng;
+use endio_types::BLOCK_BYTES;
+
+use crate::device::DeviceFaults;
+use crate::exec::Exec;
+
+/// Numbers from one to another.
+#[derive(Clone, Copy, Debug)]
+pub struct Span(pub u64, pub u64);
+
+impl Span {
+    /// Draws one.
+    pub fn draw(self, exec: &Exec) -> u64 {
+        exec.between(self.0, self.1)
+    }
+}
+
+/// A volume of the workload.
+#[derive(Clone, Debug)]
+pub struct VolumePlan {
+    /// Copies.
+    pub replicas: u32,
+    /// Overwrites go where the blocks are.
+    pub in_place: bool,
+    /// Writes past the end extend it.
+    pub growable: bool,
+    /// Blocks at first.
+    pub blocks: u64,
+}
+
+/// How often what happens, as weights; 0: never.
+#[derive(Clone, Debug, Default)]
+pub struct Chaos {
+    /// Mean pause between two faults, milliseconds; 0: no faults at all.
+    pub every_ms: u64,
+    /// A process is killed.
+    pub kill: u64,
+    /// A node loses its power.
+    pub power: u64,
+    /// A node is frozen and wakes up later.
+    pub pause: u64,
+    /// A link is cut, one way or both.
+    pub cut: u64,
+    /// A stream breaks.
+    pub break_stream: u64,
+    /// A clock changes its speed, or jumps ahead.
+    pub clock: u64,
+    /// A volume is taken over by another writeback.
+    pub takeover: u64,
+    /// The metadata disk is full for a while.
+    pub metadata_full: u64,
+    /// A store is full for a while.
+    pub store_full: u64,
+    /// Conversion is stopped gracefully.
+    pub stop: u64,
+    /// Everything loses its power at once.
+    pub blackout: u64,
+}
+
+/// Weights of what clients do.
+#[derive(Clone, Debug)]
+pub struct Mix {
+    /// Buffered writes.
+    pub buffered: u64,
+    /// Direct writes.
+    pub direct: u64,
+    /// Reads.
+    pub read: u64,
+    /// fsync.
+    pub fsync: u64,
+    /// Trim.
+    pub trim: u64,
+    /// Zeroing.
+    pub zero: u64,
+    /// Allocation.
+    pub allocate: u64,
+    /// Resize.
+    pub resize: u64,
+    /// Close.
+    pub close: u64,
+    /// Delete, and create anew.
+    pub delete: u64,
+}
+
+/// Everything that the seed decides.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Block-stores.
+    pub stores: usize,
+    /// Writebacks.
+    pub writebacks: usize,
+    /// Blocks of each store.
+    pub capacity: u64,
+    /// Volumes.
+    pub volumes: Vec<VolumePlan>,
+    /// Clients of each volume that work at once.
+    pub workers: usize,
+    /// Requests of each client.
+    pub operations: usize,
+    /// Longest write, in cells.
+    pub cells_max: u64,
+    /// Writes of whole blocks only, in percent.
+    pub aligned: u64,
+    /// What clients do.
+    pub mix: Mix,
+    /// What fails.
+    pub chaos: Chaos,
+    /// How disks fail.
+    pub device: DeviceFaults,
+    /// How long the faults last, milliseconds.
+    pub chaos_ms: u64,
+    /// Limits of the machine.
+    pub limits: Limits,
+    /// Limits of the gates.
+    pub gate: GateLimits,
+    /// Credit of writebacks.
+    pub credit: CreditPolicy,
+    /// Dirty bytes.
+    pub throttle: throttle::Limits,
+    /// Retry keys.
+    pub sessions: SessionLimits,
+    /// Cache logs.
+    pub log: CacheLogOptions,
+    /// A flush of a journal or log, microseconds.
+    pub journal_us: Span,
+    /// A write to a block device.
+    pub write_us: Span,
+    /// A read from one.
+    pub read_us: Span,
+    /// A flush of one.
+    pub flush_us: Span,
+    /// A message.
+    pub delay_us: Span,
+    /// Messages that take much longer, in thousandths.
+    pub slow: u64,
+    /// Reads that dawdle between map and stores, in thousandths.
+    pub slow_read: u64,
+    /// Unary calls that arrive after their caller gave up, in thousandths.
+    pub late_calls: u64,
+    /// Turns of conversion's driver that end with a full check, in thousandths.
+    pub check_permille: u64,
+    /// Most inputs of one turn.
+    pub inputs_per_turn: usize,
+    /// A request gives up after so long.
+    pub io_timeout_ms: u64,
+    /// One try of a call.
+    pub call_timeout_ms: u64,
+    /// Longest pause between tries.
+    pub retry_max_ms: u64,
+    /// Longest pause between connections.
+    pub reconnect_ms: u64,
+    /// Between confirmations of reads.
+    pub confirm_ms: u64,
+    /// Dirty data is written out after so long.
+    pub write_out_after_ms: u64,
+    /// Write-outs of a volume at once.
+    pub write_outs: usize,
+    /// Blocks of a write-out.
+    pub write_out_blocks: u64,
+    /// A graceful stop of conversion.
+    pub drain_ms: u64,
+}
+
+impl Plan {
+    /// What a seed decides.
+    pub fn draw(seed: u64) -> Self {
+        let mut rng = Rng::new(seed);
+        let stores = rng.between(1, 4) as usize;
+        let lies = rng.chance(15);
+        let volumes: Vec<VolumePlan> = (0..rng.between(1, 3))
+            .map(|_| {
+                let in_place = !lies && rng.chance(25);
+                let most = if in_place { 1 } else { stores.min(3) as u64 };
+                VolumePlan {
+                    replicas: rng.between(1, most) as u32,
+                    in_place,
+                    growable: rng.chance(30),
+                    blocks: rng.between(2, 24),
+                }
+            })
+            .collect();
+        let lease_ms = rng.between(60, 600) as u32;
+        let is_tight = rng.chance(30);
+        let capacity = if is_tight { rng.between(40, 80) } else { rng.between(100, 400) };
+        let some = |rng: &mut Rng, max: u64| if rng.chance(50) { rng.below(max + 1) } else { 0 };
+        let chaos = Chaos {
+            every_ms: if rng.chance(5) { 0 } else { rng.between(10, 250) },
+            kill: some(&mut rng, 10),
+            power: some(&mut rng, 6),
+            pause: some(&mut rng, 8),
+            cut: some(&mut rng, 10),
+            break_stream: some(&mut rng, 10),
+            clock: some(&mut rng, 4),
+            takeover: some(&mut rng, 6),
+            metadata_full: some(&mut rng, 2),
+            store_full: some(&mut rng, 2),
+            stop: some(&mut rng, 2),
+            blackout: some(&mut rng, 1),
+        };
+        let device = DeviceFaults {
+            write_error: some(&mut rng, 40),
+            flush_error: some(&mut rng, 40),
+            read_error: some(&mut rng, 40),
+            lost_write: if lies { some(&mut rng, 20) } else { 0 },
+            misdirected: if lies { some(&mut rng, 20) } else { 0 },
+            flipped: if lies { some(&mut rng, 20) } else { 0 },
+        };
+        let mix = Mix {
+            buffered: some(&mut rng, 20) + 2,
+            direct: some(&mut rng, 20) + 2,
+            read: rng.between(2, 15),
+            fsync: some(&mut rng, 6),
+            trim: some(&mut rng, 5),
+            zero: some(&mut rng, 5),
+            allocate: some(&mut rng, 4),
+            resize: some(&mut rng, 2),
+            close: some(&mut rng, 1),
+            delete: some(&mut rng, 1),
+        };
+        let soft = rng.between(2, 40);
+        Self {
+            stores,
+            writebacks: rng.between(1, 2) as usize,
+            capacity,
+            volumes,
+            workers: rng.between(1, 4) as usize,
+            operations: rng.between(5, 40) as usize,
+            cells_max: rng.between(1, 32),
+            aligned: rng.below(101),
+            mix,
+            chaos,
+            device,
+            chaos_ms: rng.between(200, 2500),
+            limits: Limits {
+                lease_ms,
+                io_end_life_max_ms: u64::from(lease_ms) * rng.between(2, 8),
+                io_ends_per_volume_max: rng.between(2, 64) as usize,
+                in_flight_blocks_max: rng.between(32, 4096),
+                convert_batch_max: rng.between(1, 16) as usize,
+                convert_blocks_max: rng.between(1, 64),
+                drain_batches_max: rng.between(1, 4) as usize,
+                change_chunks_max: rng.between(1, 4),
+                fence_io_ends_max: rng.between(1, 8) as usize,
+                punch_ranges_max: rng.between(1, 8) as usize,
+                punch_blocks_max: rng.between(1, 64),
+                punch_interval_ms: rng.between(1, 100),
+                ended_max: rng.between(1, 64) as usize,
+                search_runs_max: rng.between(1, 8) as usize,
+                retry_after_ms: rng.between(1, 10) as u32,
+                ..Limits::default()
+            },
+            gate: GateLimits {
+                in_flight_max: rng.between(4, 64) as usize,
+                seen_max: rng.between(4, 256) as usize,
+                fenced_io_ends_max: rng.between(2, 64) as usize,
+                fenced_volumes_max: 64,
+                lease_margin_ms: rng.between(1, 50),
+            },
+            credit: CreditPolicy {
+                low_blocks: rng.between(0, 16),
+                high_blocks: rng.between(16, 64),
+                step_blocks: rng.between(1, 32),
+            },
+            throttle: throttle::Limits {
+                soft_bytes: soft * BLOCK_BYTES,
+                hard_bytes: (soft + rng.between(8, 60)) * BLOCK_BYTES,
+                delay_max_ms: rng.below(4),
+            },
+            sessions: SessionLimits {
+                sessions_max: 256,
+                window: rng.between(4, 64) as usize,
+                results_kept: rng.between(0, 8) as usize,
+                idle_min_ms: 600_000,
+            },
+            log: CacheLogOptions {
+                segment_bytes: rng.between(16, 64) << 12,
+                max_bytes: rng.between(512, 1024) << 12,
+                sessions_max: 256,
+            },
+            journal_us: Span(rng.between(1, 50), rng.between(50, 2000)),
+            write_us: Span(1, rng.between(10, 1000)),
+            read_us: Span(1, rng.between(10, 1000)),
+            flush_us: Span(1, rng.between(10, 3000)),
+            delay_us: Span(1, rng.between(10, 3000)),
+            slow: if rng.chance(50) { rng.below(100) } else { 0 },
+            slow_read: if rng.chance(50) { rng.below(300) } else { 0 },
+            late_calls: 0,
+            check_permille: rng.between(5, 50),
+            inputs_per_turn: rng.between(1, 32) as usize,
+            io_timeout_ms: u64::from(lease_ms) * rng.between(2, 12),
+            call_timeout_ms: rng.between(20, 300),
+            retry_max_ms: rng.between(2, 60),
+            reconnect_ms: rng.between(2, 60),
+            confirm_ms: rng.between(2, 40),
+            write_out_after_ms: rng.between(1, 200),
+            write_outs: rng.between(1, 4) as usize,
+            write_out_blocks: rng.between(1, 32),
+            drain_ms: rng.between(20, 500),
+        }
+    }
+}

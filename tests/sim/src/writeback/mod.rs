@@ -1,0 +1,431 @@
+//! A writeback node. Dirty map, range locks, sessions, errors, credit, throttle and the cache log
+//! are the real ones; what calls them follows the service's engine step by step.
+
+mod flusher;
+mod io_end;
+mod read;
+mod session;
+mod stores;
+mod volumes;
+
+mod write;
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use endio_state_machine::machine::{Completion, ReplyBody, VolumeInfo};
+use endio_state_machine::token::ReadGrant;
+use endio_state_machine::writeback::Lsn;
+use endio_state_machine::writeback::credit::Credit;
+use endio_state_machine::writeback::dirty::DirtyMap;
+use endio_state_machine::writeback::errseq::{Cursor, ErrSeq};
+use endio_state_machine::writeback::range_lock::{Mode, RangeLock, Ticket};
+use endio_state_machine::writeback::sessions::{RequestKey, SessionTable};
+use endio_state_machine::writeback::throttle::Throttle;
+use endio_store::cache_log::{CacheLog, SimDisk};
+use endio_types::{
+    BLOCK_BYTES, Generation, IoEndId, LblkRange, MapVersion, Reason, StoreId, VolumeId,
+};
+
+use crate::block::Block;
+use crate::exec::{Answer, Exec, MS, Node, Signal};
+use crate::world::{Planted, World};
+pub use session::Granted;
+pub use volumes::start;
+pub use write::{RangeKind, Retry};
+
+/// Why something failed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Failure {
+    /// The reason.
+    pub reason: Reason,
+    /// Wait so long before trying again.
+    pub retry_ms: u64,
+    /// What failed may still take effect until a session after this one stands; `None`: it cannot;
+    /// `u64::MAX`: until the volume is opened anew.
+    pub doubt: Option<u64>,
+}
+
+impl Failure {
+    /// A failure after which nothing is under way.
+    pub fn new(reason: Reason) -> Self {
+        Self { reason, retry_ms: 0, doubt: None }
+    }
+
+    fn away() -> Self {
+        Self::new(Reason::PeerAway)
+    }
+}
+
+/// What callers wait for.
+pub type Outcome<T> = Result<T, Failure>;
+
+enum Owed {
+    Begin(Answer<Outcome<Granted>>),
+    Reserve(Answer<Outcome<u64>>),
+    Reset(VolumeId),
+}
+
+/// One life of the process.
+pub struct Engine {
+    /// Its name towards conversion.
+    pub name: String,
+    log: CacheLog,
+    log_wanted: Cell<Lsn>,
+    log_moved: Signal,
+    table: RefCell<BTreeMap<String, Rc<Volume>>>,
+    sessions: RefCell<SessionTable>,
+    session_ended: Signal,
+    throttle: RefCell<Throttle>,
+    room: Signal,
+    /// Counts the sessions that stood.
+    pub link_number: Cell<u64>,
+    /// Whether one stands.
+    pub link_up: Cell<bool>,
+    link_moved: Signal,
+    outbox: RefCell<Vec<endio_state_machine::machine::FromWriteback>>,
+    owed: RefCell<BTreeMap<u64, Owed>>,
+    io_ends: RefCell<BTreeMap<IoEndId, Answer<Completion>>>,
+    next_request: Cell<u64>,
+    clients: RefCell<BTreeMap<StoreId, Rc<stores::Client>>>,
+    is_serving: Cell<bool>,
+    opening: RefCell<std::collections::BTreeSet<String>>,
+    opened: Signal,
+}
+
+/// The node.
+pub struct Writeback {
+    /// Its number.
+    pub node: Node,
+    /// Where its cache log lies.
+    pub disk: SimDisk,
+    start: Cell<u64>,
+    engine: RefCell<Option<Rc<Engine>>>,
+}
+
+impl Writeback {
+    /// A node that has never run.
+    pub fn new(node: Node) -> Self {
+        let (start, engine) = (Cell::new(0), RefCell::default());
+        Self { node, disk: SimDisk::default(), start, engine }
+    }
+
+    /// The process is gone. Returns the volumes that were open.
+    pub fn died(&self) -> Vec<String> {
+        let Some(engine) = self.engine.borrow_mut().take() else { return Vec::new() };
+        let is_open = |(_, volume): &(&String, &Rc<Volume>)| volume.usable().is_ok();
+        let table = engine.table.borrow();
+        table.iter().filter(is_open).map(|(name, _)| name.clone()).collect()
+    }
+
+    /// The process, if it runs and takes work.
+    pub fn serving(&self) -> Option<Rc<Engine>> {
+        self.engine.borrow().clone().filter(|engine| engine.is_serving.get())
+    }
+}
+
+impl Engine {
+    /// Whether nothing is dirty and no credit is held.
+    ///
+    /// # Errors
+    /// What is left.
+    pub fn is_quiet(&self) -> Result<(), String> {
+        for (name, volume) in &*self.table.borrow() {
+            let state = volume.state.borrow();
+            if !state.dirty.is_clean() {
+                return Err(format!("liveness: volume {name} stays dirty"));
+            }
+            if state.credit.held() > 0 {
+                let held = state.credit.held();
+                return Err(format!("space_adds_up: credit of {held} blocks is held by nothing"));
+            }
+        }
+        match self.throttle.borrow().total_bytes() {
+            0 => Ok(()),
+            left => Err(format!("space_adds_up: {left} bytes count as dirty")),
+        }
+    }
+}
+
+/// A handle on one life of a writeback for whoever calls it.
+#[derive(Clone)]
+pub struct Wb {
+    /// The world.
+    pub world: Rc<World>,
+    /// Which writeback.
+    pub at: usize,
+    /// The process.
+    pub engine: Rc<Engine>,
+}
+
+/// A volume that is open here.
+pub struct Volume {
+    /// Number.
+    pub id: VolumeId,
+    /// Name.
+    pub name: String,
+    /// Under which generation.
+    pub generation: Generation,
+    /// Writes past the end extend it.
+    pub growable: bool,
+    /// The order of overlapping requests.
+    locks: Rc<Locks>,
+    /// What changes.
+    pub state: RefCell<State>,
+    changed: Signal,
+}
+
+/// What changes of a volume.
+pub struct State {
+    /// As its clients see it.
+    pub size_bytes: u64,
+    durable_size_bytes: u64,
+    /// Acknowledged and not yet converted.
+    pub dirty: DirtyMap<Block>,
+    dirty_since: Option<u64>,
+    credit: Credit,
+    credit_reset: Option<u64>,
+    /// Failed write-outs.
+    pub errors: ErrSeq<Failure>,
+    error_count: u64,
+    /// Counts the errors that observers are to be told.
+    pub errors_set: u64,
+    flush_up_to: Lsn,
+    last_clean: Lsn,
+    rest_until: u64,
+    reads: BTreeMap<MapVersion, usize>,
+    map_version: MapVersion,
+    /// Why it is not usable here any more.
+    pub gone: Option<Failure>,
+    /// It was put back from the log after a power cut that may have taken acknowledged writes.
+    pub may_have_lost: bool,
+}
+
+impl Volume {
+    fn new(world: &World, info: &VolumeInfo, _grant: ReadGrant) -> Self {
+        Self {
+            id: info.id,
+            name: info.name.clone(),
+            generation: info.generation,
+            growable: info.growable,
+            locks: Rc::default(),
+            state: RefCell::new(State {
+                size_bytes: info.size_bytes,
+                durable_size_bytes: info.size_bytes,
+                dirty: DirtyMap::new(),
+                dirty_since: None,
+                credit: Credit::new(world.plan.credit),
+                credit_reset: None,
+                errors: ErrSeq::new(),
+                error_count: 0,
+                errors_set: 0,
+                flush_up_to: Lsn(0),
+                last_clean: Lsn(0),
+                rest_until: 0,
+                reads: BTreeMap::new(),
+                map_version: info.map_version,
+                gone: None,
+                may_have_lost: false,
+            }),
+            changed: Signal::default(),
+        }
+    }
+
+    async fn wait<T>(&self, mut look: impl FnMut(&mut State) -> Option<T>) -> T {
+        self.changed.wait(|| look(&mut self.state.borrow_mut())).await
+    }
+
+    fn let_go(&self, why: Failure) {
+        self.state.borrow_mut().gone.get_or_insert(why);
+        self.changed.notify();
+    }
+
+    /// # Errors
+    /// Why it is not usable here any more.
+    pub fn usable(&self) -> Outcome<()> {
+        self.state.borrow().gone.map_or(Ok(()), Err)
+    }
+
+    /// A cursor for somebody who wants to hear of errors.
+    pub fn watch(&self) -> Cursor {
+        self.state.borrow().errors.sample()
+    }
+}
+
+impl State {
+    fn saw_map(&mut self, version: MapVersion) {
+        self.map_version = self.map_version.max(version);
+    }
+
+    fn oldest_read(&self) -> MapVersion {
+        self.reads.first_key_value().map_or(self.map_version, |(version, _)| *version)
+    }
+
+    fn size_after(&self, end_bytes: u64) -> u64 {
+        if end_bytes > self.durable_size_bytes { end_bytes } else { 0 }
+    }
+}
+
+/// The range lock of a volume.
+#[derive(Default)]
+struct Locks {
+    lock: RefCell<RangeLock>,
+    moved: Signal,
+}
+
+/// A place in the order of a volume. Dropping it gives the range back.
+struct Held {
+    locks: Rc<Locks>,
+    ticket: Ticket,
+}
+
+impl Locks {
+    fn acquire(self: &Rc<Self>, range: LblkRange) -> Held {
+        let ticket = self.lock.borrow_mut().acquire(range, Mode::Exclusive).ticket();
+        Held { locks: Rc::clone(self), ticket }
+    }
+}
+
+impl Held {
+    async fn held(&self) {
+        let is_held = || self.locks.lock.borrow().is_held(self.ticket).then_some(());
+        self.locks.moved.wait(is_held).await;
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.locks.lock.borrow_mut().release(self.ticket);
+        self.locks.moved.notify();
+    }
+}
+
+impl Wb {
+    fn exec(&self) -> &Exec {
+        &self.world.exec
+    }
+
+    fn node(&self) -> Node {
+        self.world.writebacks[self.at].node
+    }
+
+    fn deadline(&self) -> u64 {
+        self.exec().now() + self.world.plan.io_timeout_ms * MS
+    }
+
+    fn spawn(&self, work: impl Future<Output = ()> + 'static) {
+        // What the process starts dies with it.
+        self.exec().spawn(self.node(), work);
+    }
+
+    /// The volume of that name, if it is open here.
+    pub fn open_here(&self, name: &str) -> Option<Rc<Volume>> {
+        self.find(name)
+    }
+
+    /// Forgets a volume that somebody else has had for long, as a restart would.
+    pub fn forget_stale(&self, name: &str) {
+        if let Some(volume) = self.find(name) {
+            self.heed(&volume, &Failure::new(Reason::OldGeneration));
+        }
+    }
+
+    fn find(&self, name: &str) -> Option<Rc<Volume>> {
+        let table = self.engine.table.borrow();
+        table.get(name).filter(|volume| volume.usable().is_ok()).cloned()
+    }
+
+    fn all(&self) -> Vec<Rc<Volume>> {
+        self.engine.table.borrow().values().cloned().collect()
+    }
+
+    fn remove(&self, volume: &Volume) {
+        let mut table = self.engine.table.borrow_mut();
+        let is_same_id =
+            |open: &Volume| open.id == volume.id || self.world.planted(Planted::NamesakeForgotten);
+        let is_same = |open: &Rc<Volume>| is_same_id(open) && open.generation == volume.generation;
+        if table.get(&volume.name).is_some_and(is_same) {
+            table.remove(&volume.name);
+        }
+    }
+
+    /// A refusal that says that the volume is not ours any more ends it here.
+    fn heed(&self, volume: &Volume, failure: &Failure) {
+        if matches!(failure.reason, Reason::OldGeneration | Reason::UnknownVolume) {
+            volume.let_go(*failure);
+            self.remove(volume);
+        }
+    }
+
+    fn dirtied(&self, volume: VolumeId, blocks: u64) {
+        self.engine.throttle.borrow_mut().add(volume, blocks * BLOCK_BYTES);
+    }
+
+    fn undirtied(&self, volume: VolumeId, blocks: u64) {
+        if blocks > 0 {
+            self.engine.throttle.borrow_mut().sub(volume, blocks * BLOCK_BYTES);
+            self.engine.room.notify();
+        }
+    }
+
+    /// Waits until the log is durable up to a record.
+    async fn log_durable(&self, lsn: Lsn) -> Outcome<()> {
+        let engine = &self.engine;
+        if engine.log.durable_lsn() >= lsn {
+            return Ok(());
+        }
+        engine.log_wanted.set(engine.log_wanted.get().max(lsn));
+        engine.log_moved.notify();
+        let look = || (engine.log.durable_lsn() >= lsn).then_some(());
+        engine.log_moved.wait(look).await;
+        Ok(())
+    }
+
+    async fn keep_log_durable(self) {
+        let engine = &self.engine;
+        loop {
+            let look = || (engine.log_wanted.get() > engine.log.durable_lsn()).then_some(());
+            engine.log_moved.wait(look).await;
+            let target = engine.log.last_lsn();
+            self.exec().sleep(self.world.plan.journal_us.draw(self.exec())).await;
+            if let Err(error) = engine.log.sync_to(target) {
+                return self.exec().fail(format!("the cache log: {error}"));
+            }
+            engine.log_moved.notify();
+        }
+    }
+
+    fn log_failed(&self, error: &endio_store::cache_log::CacheLogError) -> Failure {
+        self.exec().tell(self.node(), || format!("cache log: {error}"));
+        Failure::new(error.reason())
+    }
+}
+
+/// A request that is being applied; dropped without [`Admission::applied`] it counts as failed.
+struct Admission {
+    wb: Wb,
+    key: RequestKey,
+}
+
+impl Admission {
+    fn applied(self, result: u64) {
+        let now = self.wb.exec().clock(self.wb.node());
+        self.wb.engine.sessions.borrow_mut().applied(self.key, result, now);
+    }
+}
+
+impl Drop for Admission {
+    fn drop(&mut self) {
+        self.wb.engine.sessions.borrow_mut().failed(self.key);
+        self.wb.engine.session_ended.notify();
+    }
+}
+
+/// The volume of an answer.
+fn opened(reply: ReplyBody) -> Option<(VolumeInfo, ReadGrant)> {
+    match reply {
+        ReplyBody::Opened(info, grant) => Some((info, grant)),
+        _ => None,
+    }
+}

@@ -1,0 +1,340 @@
+//! The session with conversion, and unary calls beside it.
+
+use std::collections::VecDeque;
+use std::rc::Rc;
+
+use endio_state_machine::machine::{
+    BeginIo, Call, Completion, FromWriteback, GrantedSegment, MapView, ReplyBody, ToWriteback,
+};
+use endio_state_machine::token::Token;
+use endio_types::{Generation, LblkRange, Reason, SegmentIndex, VolumeId};
+
+use super::{Failure, Outcome, Owed, Volume, Wb};
+use crate::exec::{Awaited, Either, MS, answer, either};
+use crate::net::{Kind, Message};
+
+/// An io_end that has begun.
+pub struct Granted {
+    /// The session it belongs to.
+    pub session: u64,
+    /// The submitter's token.
+    pub submitter: Token,
+    /// The segments.
+    pub segments: Vec<GrantedSegment>,
+    /// How it ends; `None`: the session was lost.
+    pub done: Awaited<Completion>,
+}
+
+impl Wb {
+    /// Keeps a session for ever.
+    pub(super) async fn keep_session(self) {
+        loop {
+            self.session().await;
+            self.engine.link_up.set(false);
+            self.engine.outbox.borrow_mut().clear();
+            // Every answer that is owed becomes "away".
+            let owed = std::mem::take(&mut *self.engine.owed.borrow_mut());
+            let io_ends = std::mem::take(&mut *self.engine.io_ends.borrow_mut());
+            drop((owed, io_ends));
+            self.engine.link_moved.notify();
+            let pause = self.exec().between(1, self.world.plan.reconnect_ms) * MS;
+            self.exec().sleep(pause).await;
+        }
+    }
+
+    async fn session(&self) -> Option<()> {
+        let (engine, exec) = (&self.engine, self.exec());
+        let lease_us = u64::from(self.world.plan.limits.lease_ms) * MS;
+        let begun = exec.now();
+        let end = self.world.net.connect(self.node(), 1, Kind::Writeback, lease_us).await?;
+        let hello = FromWriteback::Hello { writeback: engine.name.clone() };
+        end.send(Message::FromWriteback(hello));
+        let first = exec.until(exec.now() + lease_us, end.receive()).await??;
+        let Message::ToWriteback(ToWriteback::Welcome { epoch, .. }) = first else { return None };
+        exec.note("welcome", self.node(), &[epoch.0]);
+        engine.link_number.set(engine.link_number.get() + 1);
+        self.reset_credit();
+        engine.link_up.set(true);
+        engine.link_moved.notify();
+        let mut lease_ends = begun + lease_us;
+        let every = (self.world.plan.confirm_ms * MS).min(lease_us / 3);
+        let mut renew_at = exec.now();
+        let mut renewals: VecDeque<u64> = VecDeque::new();
+        loop {
+            if exec.now() >= lease_ends {
+                return None;
+            }
+            if exec.now() >= renew_at {
+                renewals.push_back(exec.now());
+                renew_at = exec.now() + every;
+                let confirm = |volume: &Rc<Volume>| {
+                    (volume.id, volume.generation, volume.state.borrow().oldest_read())
+                };
+                let confirms = self.all().iter().map(confirm).collect();
+                engine.outbox.borrow_mut().push(FromWriteback::Renew { confirms });
+            }
+            for message in std::mem::take(&mut *engine.outbox.borrow_mut()) {
+                end.send(Message::FromWriteback(message));
+            }
+            let more = || (!engine.outbox.borrow().is_empty()).then_some(());
+            let next = either(end.receive(), engine.link_moved.wait(more));
+            match exec.until(renew_at.min(lease_ends), next).await {
+                Some(Either::One(message)) => match message? {
+                    Message::ToWriteback(ToWriteback::Renewed { .. }) => {
+                        if let Some(sent) = renewals.pop_front() {
+                            lease_ends = sent + lease_us;
+                        }
+                    }
+                    Message::ToWriteback(message) => self.received(message)?,
+                    _ => return None,
+                },
+                Some(Either::Other(())) | None => {}
+            }
+        }
+    }
+
+    fn number(&self, owed: Owed) -> u64 {
+        let request = self.engine.next_request.get() + 1;
+        self.engine.next_request.set(request);
+        self.engine.owed.borrow_mut().insert(request, owed);
+        request
+    }
+
+    fn push(&self, message: FromWriteback) {
+        self.engine.outbox.borrow_mut().push(message);
+        self.engine.link_moved.notify();
+    }
+
+    fn reset_credit(&self) {
+        for volume in self.all() {
+            let mut state = volume.state.borrow_mut();
+            if state.gone.is_some() {
+                continue;
+            }
+            let ask = state.credit.reset();
+            state.credit_reset = Some(ask.request);
+            drop(state);
+            let request = self.number(Owed::Reset(volume.id));
+            self.push(FromWriteback::Reserve {
+                request,
+                volume: volume.id,
+                generation: volume.generation,
+                reset: true,
+                add_blocks: ask.add_blocks,
+                drop_blocks: 0,
+            });
+        }
+    }
+
+    fn received(&self, message: ToWriteback) -> Option<()> {
+        let engine = &self.engine;
+        match message {
+            ToWriteback::Begun { request, submitter, segments, .. } => {
+                let owed = engine.owed.borrow_mut().remove(&request);
+                let Some(Owed::Begin(reply)) = owed else { return Some(()) };
+                let (tell, done) = answer();
+                engine.io_ends.borrow_mut().insert(submitter.io_end, tell);
+                let session = engine.link_number.get();
+                reply.send(Ok(Granted { session, submitter, segments, done }));
+            }
+            ToWriteback::Refused { request, refusal } => {
+                let failure = Failure {
+                    reason: refusal.reason,
+                    retry_ms: refusal.retry_after_ms.into(),
+                    doubt: None,
+                };
+                let owed = engine.owed.borrow_mut().remove(&request);
+                match owed {
+                    Some(Owed::Begin(reply)) => reply.send(Err(failure)),
+                    Some(Owed::Reserve(reply)) => reply.send(Err(failure)),
+                    Some(Owed::Reset(volume)) => self.space_reset(volume, false),
+                    None => {}
+                }
+            }
+            ToWriteback::Completion(done) => {
+                let failed = done.failed.map_or(0, |reason| reason as u64 + 1);
+                self.exec().note("completion", self.node(), &[done.io_end.0, failed]);
+                let waiting = engine.io_ends.borrow_mut().remove(&done.io_end);
+                if let Some(waiting) = waiting {
+                    waiting.send(done);
+                }
+            }
+            ToWriteback::VolumeFenced { volume, generation } => {
+                for open in self.all() {
+                    if open.id == volume && open.generation < generation {
+                        open.let_go(Failure::new(Reason::OldGeneration));
+                        self.remove(&open);
+                    }
+                }
+            }
+            ToWriteback::Stores(stores) => self.update_stores(&stores),
+            ToWriteback::Reserved { request, blocks } => {
+                let owed = engine.owed.borrow_mut().remove(&request);
+                match owed {
+                    Some(Owed::Reserve(reply)) => reply.send(Ok(blocks)),
+                    Some(Owed::Reset(volume)) => self.space_reset(volume, true),
+                    _ => {}
+                }
+            }
+            ToWriteback::SessionRefused(_) => return None,
+            ToWriteback::Released { .. }
+            | ToWriteback::Renewed { .. }
+            | ToWriteback::Welcome { .. } => {}
+        }
+        Some(())
+    }
+
+    fn space_reset(&self, volume: VolumeId, granted: bool) {
+        let Some(volume) = self.all().into_iter().find(|open| open.id == volume) else { return };
+        let mut state = volume.state.borrow_mut();
+        let Some(request) = state.credit_reset.take() else { return };
+        match granted {
+            true => state.credit.granted(request),
+            false => state.credit.refused(request),
+        };
+        drop(state);
+        volume.changed.notify();
+    }
+
+    /// Waits until a session stands.
+    pub(super) async fn up(&self) {
+        let engine = &self.engine;
+        engine.link_moved.wait(|| engine.link_up.get().then_some(())).await;
+    }
+
+    /// Begins a write.
+    pub(super) async fn begin(&self, mut begin: BeginIo) -> Outcome<Granted> {
+        if !self.engine.link_up.get() {
+            return Err(Failure::away());
+        }
+        let (tell, told) = answer();
+        begin.request = self.number(Owed::Begin(tell));
+        self.push(FromWriteback::Begin(begin));
+        told.await.unwrap_or_else(|| Err(Failure::away()))
+    }
+
+    /// Releases a submitter's token, under the session in which it was granted only.
+    pub(super) fn release(&self, session: u64, token: Token, abort: bool) {
+        if self.engine.link_up.get() && self.engine.link_number.get() == session {
+            let not_submitted: Vec<SegmentIndex> = Vec::new();
+            self.push(FromWriteback::Release { token, not_submitted, abort });
+        }
+    }
+
+    /// Changes the space promised to a volume.
+    pub(super) async fn reserve(
+        &self,
+        volume: &Volume,
+        reset: bool,
+        add_blocks: u64,
+        drop_blocks: u64,
+    ) -> Outcome<u64> {
+        if !self.engine.link_up.get() {
+            return Err(Failure::away());
+        }
+        let (tell, told) = answer();
+        let request = self.number(Owed::Reserve(tell));
+        let (volume, generation) = (volume.id, volume.generation);
+        self.push(FromWriteback::Reserve {
+            request,
+            volume,
+            generation,
+            reset,
+            add_blocks,
+            drop_blocks,
+        });
+        told.await.unwrap_or_else(|| Err(Failure::away()))
+    }
+
+    /// One try of a unary call.
+    async fn ask(&self, message: Message, until: u64) -> Option<Message> {
+        let patience = self.world.plan.call_timeout_ms * MS;
+        let until = until.min(self.exec().now() + patience);
+        let connect = self.world.net.connect(self.node(), 1, Kind::Unary, patience);
+        let end = self.exec().until(until, connect).await??;
+        end.send(message);
+        let answer = self.exec().until(until, end.receive()).await;
+        if answer.is_none() && !self.exec().chance(self.world.plan.late_calls) {
+            end.cancel();
+        }
+        answer?
+    }
+
+    /// A unary call, tried again while conversion is away, starting or out of room.
+    pub(super) async fn call(&self, call: Call, deadline: u64) -> Outcome<ReplyBody> {
+        self.call_until(Message::Call(call), deadline, |answer| match answer {
+            Message::Reply(Ok(body)) => Ok(body),
+            Message::Reply(Err(refusal)) => Err(Failure::new(refusal.reason)),
+            _ => Err(Failure::away()),
+        })
+        .await
+    }
+
+    async fn call_until<T>(
+        &self,
+        message: Message,
+        deadline: u64,
+        take: impl Fn(Message) -> Outcome<T>,
+    ) -> Outcome<T> {
+        let exec = self.exec();
+        let mut is_doubtful = false;
+        loop {
+            let failure = match self.ask(message.clone(), deadline).await {
+                Some(answer) => match take(answer) {
+                    Ok(answer) => return Ok(answer),
+                    Err(failure) => failure,
+                },
+                None => {
+                    is_doubtful = true;
+                    Failure::away()
+                }
+            };
+            let failure =
+                Failure { doubt: is_doubtful.then_some(u64::MAX).or(failure.doubt), ..failure };
+            let passes = matches!(
+                failure.reason,
+                Reason::PeerAway | Reason::NotReady | Reason::Limit | Reason::Draining
+            );
+            let pause = exec.between(1, self.world.plan.retry_max_ms) * MS;
+            if !passes || exec.now() + pause >= deadline {
+                return Err(failure);
+            }
+            exec.sleep(pause).await;
+        }
+    }
+
+    /// The map of a range now.
+    pub(super) async fn look_up(
+        &self,
+        volume: &Volume,
+        range: LblkRange,
+        deadline: u64,
+    ) -> Outcome<MapView> {
+        let message = Message::Lookup(volume.id, volume.generation, range);
+        let view = self.call_until(message, deadline, |answer| match answer {
+            Message::View(Ok(view)) => Ok(view),
+            Message::View(Err(refusal)) => Err(Failure::new(refusal.reason)),
+            _ => Err(Failure::away()),
+        });
+        let view = view.await.map_err(|failure| Failure { doubt: None, ..failure })?;
+        let mut state = volume.state.borrow_mut();
+        state.saw_map(view.map_version);
+        state.durable_size_bytes = state.durable_size_bytes.max(view.size_bytes);
+        Ok(view)
+    }
+
+    /// Who owns a volume, and under which generation.
+    pub(super) async fn owner(
+        &self,
+        name: &str,
+        deadline: u64,
+    ) -> Outcome<(Option<String>, Generation)> {
+        let message = Message::Owner(name.to_owned());
+        self.call_until(message, deadline, |answer| match answer {
+            Message::Owned(Some(owner)) => Ok(owner),
+            Message::Owned(None) => Err(Failure::new(Reason::UnknownVolume)),
+            _ => Err(Failure::away()),
+        })
+        .await
+    }
+}

@@ -1,0 +1,365 @@
+//! The life of the process and of its volumes: start, replay, open, resize, close, delete.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use endio_state_machine::machine::{Call, ReplyBody, VolumeInfo};
+use endio_state_machine::token::ReadGrant;
+use endio_state_machine::writeback::Lsn;
+use endio_state_machine::writeback::sessions::SessionTable;
+use endio_state_machine::writeback::throttle::Throttle;
+use endio_store::cache_log::{CacheLog, OpenVolume, Replay, ReplayedWrite};
+use endio_types::{BLOCK_BYTES, LblkRange, Reason, VolumeId};
+
+use super::{Engine, Failure, Outcome, Volume, Wb, opened};
+use crate::block::{CELL_BYTES, from_bytes};
+use crate::exec::{MS, Signal};
+use crate::world::{Planted, World};
+
+/// Starts the process: what an earlier one left is replayed before anything is served.
+pub fn start(world: &Rc<World>, at: usize) {
+    let writeback = &world.writebacks[at];
+    let node = writeback.node;
+    world.exec.start(node);
+    let (log, replay) = match CacheLog::open_simulated(&writeback.disk, world.plan.log) {
+        Ok(opened) => opened,
+        Err(error) => return world.exec.fail(format!("the cache log is refused: {error}")),
+    };
+    writeback.start.set(writeback.start.get() + 1);
+    let engine = Rc::new(Engine {
+        name: format!("wb-{at}/{}", writeback.start.get()),
+        log,
+        log_wanted: Cell::new(Lsn(0)),
+        log_moved: Signal::default(),
+        table: RefCell::default(),
+        sessions: RefCell::new(SessionTable::new(world.plan.sessions)),
+        session_ended: Signal::default(),
+        throttle: RefCell::new(Throttle::new(world.plan.throttle)),
+        room: Signal::default(),
+        link_number: Cell::new(0),
+        link_up: Cell::new(false),
+        link_moved: Signal::default(),
+        outbox: RefCell::default(),
+        owed: RefCell::default(),
+        io_ends: RefCell::default(),
+        next_request: Cell::new(0),
+        clients: RefCell::default(),
+        is_serving: Cell::new(false),
+        opening: RefCell::default(),
+        opened: Signal::default(),
+    });
+    *writeback.engine.borrow_mut() = Some(Rc::clone(&engine));
+    let wb = Wb { world: Rc::clone(world), at, engine };
+    world.exec.note("writeback up", node, &[writeback.start.get()]);
+    wb.spawn(wb.clone().keep_session());
+    wb.spawn(wb.clone().keep_log_durable());
+    wb.spawn(wb.clone().recover(replay));
+}
+
+impl Wb {
+    async fn recover(self, mut replay: Replay) {
+        self.up().await;
+        let power_lost = replay.power_lost();
+        {
+            let now = self.exec().clock(self.node());
+            let mut sessions = self.engine.sessions.borrow_mut();
+            sessions.restore(replay.sessions().clone(), now);
+            if power_lost {
+                sessions.mark_memory_lost();
+            }
+        }
+        let mut writes: BTreeMap<VolumeId, Vec<ReplayedWrite>> = BTreeMap::new();
+        loop {
+            match replay.next_write() {
+                Ok(Some(write)) => writes.entry(write.write.volume).or_default().push(write),
+                Ok(None) => break,
+                Err(error) => return self.exec().fail(format!("the replay: {error}")),
+            }
+        }
+        for open in replay.open_volumes() {
+            let data = writes.remove(&open.volume).unwrap_or_default();
+            let lost = replay.may_have_lost(open.volume);
+            if data.is_empty() && !lost {
+                self.note_closed(open.volume);
+                continue;
+            }
+            self.replay_volume(open, data, lost).await;
+        }
+        let wb = self.clone();
+        self.spawn(wb.keep_log_small());
+        self.engine.is_serving.set(true);
+        self.exec().note("serving", self.node(), &[]);
+    }
+
+    fn note_closed(&self, volume: VolumeId) {
+        if let Err(error) = self.engine.log.append_volume_closed(volume) {
+            self.log_failed(&error);
+        }
+    }
+
+    async fn replay_volume(
+        &self,
+        open: &OpenVolume,
+        data: Vec<ReplayedWrite>,
+        may_have_lost: bool,
+    ) {
+        let id = open.volume;
+        let opened = loop {
+            let opened = match self.is_still_ours(open).await {
+                Ok(true) => self.open_at_conversion(&open.name, false).await,
+                Ok(false) => Err(Failure::new(Reason::OldGeneration)),
+                Err(failure) => Err(failure),
+            };
+            match opened {
+                Err(failure) if passes(&failure) => {
+                    self.exec().sleep(self.world.plan.retry_max_ms * MS).await;
+                }
+                opened => break opened,
+            }
+        };
+        if let Ok((info, grant)) = opened
+            && info.id == id
+        {
+            let volume = Rc::new(Volume::new(&self.world, &info, grant));
+            self.put_back(&volume, &data);
+            if may_have_lost {
+                let mut state = volume.state.borrow_mut();
+                state.errors.set(Failure::new(Reason::LostWrites));
+                state.errors_set += 1;
+                state.may_have_lost = true;
+            }
+            if self.adopt(volume).await.is_ok() {
+                return;
+            }
+        }
+        self.note_closed(id);
+    }
+
+    fn put_back(&self, volume: &Volume, data: &[ReplayedWrite]) {
+        let mut state = volume.state.borrow_mut();
+        let mut blocks = 0;
+        for write in data {
+            for range in &write.live {
+                let Some(bytes) = write.data(*range) else { continue };
+                let end_bytes = write.write.end_bytes;
+                state.size_bytes = state.size_bytes.max(end_bytes.min(range.end() * BLOCK_BYTES));
+                let cached = from_bytes(&bytes);
+                blocks += state.dirty.insert(*range, write.lsn, end_bytes, cached).unwrap_or(0);
+            }
+        }
+        for write in data {
+            state.dirty.join(write.write.blocks);
+        }
+        state.credit.adopt(blocks);
+        state.dirty_since = Some(self.exec().now());
+        state.flush_up_to = self.engine.log.last_lsn();
+        drop(state);
+        self.exec().note("replayed", self.node(), &[volume.id.0, blocks]);
+        self.dirtied(volume.id, blocks);
+    }
+
+    /// Whether nobody else has opened the volume since.
+    async fn is_still_ours(&self, open: &OpenVolume) -> Outcome<bool> {
+        if self.world.planted(Planted::StaleReplay) {
+            return Ok(true);
+        }
+        let (owner, generation) = self.owner(&open.name, self.deadline()).await?;
+        let is_ours = owner.is_some_and(|owner| self.is_earlier_start(&owner));
+        Ok(is_ours || generation == open.generation)
+    }
+
+    fn is_earlier_start(&self, owner: &str) -> bool {
+        let start = self.world.writebacks[self.at].start.get();
+        let ours = owner.strip_prefix(&format!("wb-{}/", self.at));
+        ours.is_some_and(|ours| ours.parse::<u64>().is_ok_and(|ours| ours <= start))
+    }
+
+    async fn open_at_conversion(
+        &self,
+        name: &str,
+        force: bool,
+    ) -> Outcome<(VolumeInfo, ReadGrant)> {
+        let deadline = self.deadline();
+        let (owner, _) = self.owner(name, deadline).await?;
+        let is_ours = owner.is_some_and(|owner| self.is_earlier_start(&owner));
+        let call = Call::OpenVolume {
+            name: name.to_owned(),
+            writeback: self.engine.name.clone(),
+            force: force || is_ours,
+        };
+        let body = self.call(call, deadline).await?;
+        opened(body).ok_or(Failure::new(Reason::Malformed))
+    }
+
+    async fn adopt(&self, volume: Rc<Volume>) -> Outcome<()> {
+        let engine = &self.engine;
+        let noted = engine.log.append_volume_open(volume.id, &volume.name, volume.generation);
+        let noted = noted.map_err(|error| self.log_failed(&error))?;
+        self.log_durable(noted).await?;
+        engine.table.borrow_mut().insert(volume.name.clone(), Rc::clone(&volume));
+        self.exec().note("volume open", self.node(), &[volume.id.0, volume.generation.0]);
+        let wb = self.clone();
+        self.spawn(wb.flush_for_ever(Rc::clone(&volume)));
+        let ask = volume.state.borrow_mut().credit.reset();
+        let wb = self.clone();
+        self.spawn(async move {
+            match wb.reserve(&volume, true, ask.add_blocks, 0).await {
+                Ok(_) => _ = volume.state.borrow_mut().credit.granted(ask.request),
+                Err(failure) if failure.reason == Reason::PeerAway => {}
+                Err(failure) => {
+                    volume.state.borrow_mut().credit.refused(ask.request);
+                    wb.heed(&volume, &failure);
+                }
+            }
+            volume.changed.notify();
+        });
+        Ok(())
+    }
+
+    /// The volume of that name, opened here if need be; `force` takes it from another writeback.
+    pub async fn open(&self, name: &str, force: bool) -> Outcome<Rc<Volume>> {
+        let engine = &self.engine;
+        // A caller that goes away does not leave a volume half open.
+        let (tell, told) = crate::exec::answer();
+        let (wb, name) = (self.clone(), name.to_owned());
+        self.spawn(async move {
+            let turn = || wb.engine.opening.borrow_mut().insert(name.clone()).then_some(());
+            wb.engine.opened.wait(turn).await;
+            let opened = match wb.find(&name) {
+                Some(volume) => Ok(volume),
+                None => wb.open_now(&name, force).await,
+            };
+            wb.engine.opening.borrow_mut().remove(&name);
+            wb.engine.opened.notify();
+            tell.send(opened);
+        });
+        let opened = told.await.unwrap_or(Err(Failure::away()));
+        engine.opened.notify();
+        opened
+    }
+
+    async fn open_now(&self, name: &str, force: bool) -> Outcome<Rc<Volume>> {
+        let (info, grant) = self.open_at_conversion(name, force).await?;
+        let volume = Rc::new(Volume::new(&self.world, &info, grant));
+        // Data of an earlier generation that was let go must not come back at a replay.
+        if self.engine.log.holds(volume.id, LblkRange::new(0, u64::MAX)) {
+            self.note_closed(volume.id);
+        }
+        self.adopt(Rc::clone(&volume)).await?;
+        Ok(volume)
+    }
+
+    /// A volume that was let go is noted as closed, unless it is open here again by now.
+    pub(super) async fn forget_closed(&self, volume: &Volume) {
+        let name = volume.name.clone();
+        let turn = || self.engine.opening.borrow_mut().insert(name.clone()).then_some(());
+        self.engine.opened.wait(turn).await;
+        if self.find(&name).is_none() {
+            self.note_closed(volume.id);
+        }
+        self.engine.opening.borrow_mut().remove(&name);
+        self.engine.opened.notify();
+    }
+
+    /// Creates a volume.
+    pub async fn create(&self, call: Call) -> Outcome<()> {
+        self.call(call, self.deadline()).await.map(drop)
+    }
+
+    async fn alone(&self, volume: &Rc<Volume>, first: u64, deadline: u64) -> Outcome<super::Held> {
+        let held = volume.locks.acquire(LblkRange::new(first, u64::MAX - first));
+        if self.exec().until(deadline, held.held()).await.is_none() {
+            return Err(Failure::new(Reason::TimedOut));
+        }
+        volume.usable()?;
+        Ok(held)
+    }
+
+    /// Sets the size. What lies beyond a smaller one is gone.
+    pub async fn resize(&self, volume: &Rc<Volume>, size_bytes: u64) -> Outcome<()> {
+        let deadline = self.deadline();
+        let first = size_bytes / BLOCK_BYTES;
+        let _held = self.alone(volume, first, deadline).await?;
+        let beyond = LblkRange::new(first, u64::MAX - first);
+        self.forget(volume, beyond, deadline).await?;
+        let old = volume.state.borrow().size_bytes;
+        let tail = size_bytes % BLOCK_BYTES;
+        if size_bytes < old && tail > 0 {
+            let len = (BLOCK_BYTES - tail).min(old - size_bytes);
+            let (first, cells) = (size_bytes / CELL_BYTES, len / CELL_BYTES);
+            let zeroes = vec![0; cells as usize];
+            let whole = self.merge(volume, first, &zeroes, deadline).await?;
+            let block = LblkRange::new(size_bytes / BLOCK_BYTES, 1);
+            self.write_through(volume, block, whole, 0, deadline).await?;
+        }
+        let call = Call::ResizeVolume {
+            name: volume.name.clone(),
+            size_bytes,
+            generation: volume.generation,
+        };
+        match self.call(call, deadline).await {
+            Ok(ReplyBody::Volume(info)) => {
+                let mut state = volume.state.borrow_mut();
+                state.size_bytes = info.size_bytes;
+                state.durable_size_bytes = info.size_bytes;
+                state.saw_map(info.map_version);
+                Ok(())
+            }
+            Ok(_) => Err(Failure::new(Reason::Malformed)),
+            Err(failure) => {
+                self.heed(volume, &failure);
+                Err(failure)
+            }
+        }
+    }
+
+    /// Writes everything out and gives the volume up.
+    pub async fn close(&self, volume: &Rc<Volume>) -> Outcome<()> {
+        let deadline = self.deadline();
+        let _held = self.alone(volume, 0, deadline).await?;
+        self.forget(volume, LblkRange::new(0, u64::MAX), deadline).await?;
+        let call = Call::CloseVolume { name: volume.name.clone(), generation: volume.generation };
+        match self.call(call, deadline).await {
+            Ok(_) => {}
+            Err(failure) if failure.reason == Reason::WrongState => {}
+            Err(failure) => return Err(failure),
+        }
+        self.remove(volume);
+        volume.let_go(Failure::new(Reason::WrongState));
+        Ok(())
+    }
+
+    /// Deletes a volume and drops what is cached of it.
+    pub async fn delete(&self, volume: &Rc<Volume>) -> Outcome<()> {
+        let deadline = self.deadline();
+        let _held = self.alone(volume, 0, deadline).await?;
+        let call = Call::DeleteVolume { name: volume.name.clone(), generation: volume.generation };
+        match self.call(call, deadline).await {
+            Ok(_) => {}
+            Err(failure) if failure.reason == Reason::UnknownVolume => {}
+            Err(failure) => {
+                self.heed(volume, &failure);
+                return Err(failure);
+            }
+        }
+        let all = LblkRange::new(0, u64::MAX);
+        let discarded = volume.state.borrow_mut().dirty.discard(all);
+        self.undirtied(volume.id, discarded.credit_freed_blocks);
+        self.remove(volume);
+        volume.let_go(Failure::new(Reason::UnknownVolume));
+        Ok(())
+    }
+}
+
+fn passes(failure: &Failure) -> bool {
+    matches!(
+        failure.reason,
+        Reason::PeerAway
+            | Reason::NotReady
+            | Reason::Draining
+            | Reason::Limit
+            | Reason::TimedOut
+            | Reason::MetadataFull
+    )
+}

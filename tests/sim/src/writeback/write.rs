@@ -1,0 +1,498 @@
+//! Requests of clients: writes, trims, zeroings, allocations, fsync.
+
+use std::rc::Rc;
+
+use endio_state_machine::machine::{Call, Completion, Lane, MapChange, ReplyBody};
+use endio_state_machine::writeback::Lsn;
+use endio_state_machine::writeback::credit::Take;
+use endio_state_machine::writeback::errseq::Cursor;
+use endio_state_machine::writeback::sessions::{Decision, RequestKey};
+use endio_state_machine::writeback::throttle::Verdict;
+use endio_store::cache_log::{CacheLogError, WriteRecord};
+use endio_types::{BLOCK_BYTES, ByteRange, LblkRange, Reason};
+
+use super::io_end::Job;
+use super::{Admission, Failure, Held, Outcome, Volume, Wb};
+use crate::block::{Block, CELL_BYTES, CELLS, ZEROES, to_bytes};
+use crate::exec::MS;
+
+/// Makes a retry safe.
+#[derive(Clone, Copy, Debug)]
+pub struct Retry {
+    /// Session and number.
+    pub key: RequestKey,
+    /// A second try.
+    pub is_retry: bool,
+}
+
+/// What happens to a range.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RangeKind {
+    /// It becomes a hole.
+    Trim,
+    /// It reads as zeroes.
+    Zero,
+    /// Its holes become unwritten blocks.
+    Allocate,
+}
+
+enum Admitted {
+    New(Option<Admission>),
+    Duplicate,
+    Busy,
+}
+
+impl Wb {
+    fn admit(&self, retry: Option<Retry>) -> Outcome<Admitted> {
+        let Some(Retry { key, is_retry }) = retry else { return Ok(Admitted::New(None)) };
+        let now = self.exec().clock(self.node());
+        match self.engine.sessions.borrow_mut().begin(key, is_retry, now) {
+            Decision::New => Ok(Admitted::New(Some(Admission { wb: self.clone(), key }))),
+            Decision::Duplicate(_) => Ok(Admitted::Duplicate),
+            Decision::InProgress => Ok(Admitted::Busy),
+            Decision::TooOld | Decision::UnknownSession => {
+                Err(Failure::new(Reason::UnknownSession))
+            }
+            Decision::Full => Err(Failure::new(Reason::Limit)),
+            Decision::Malformed => Err(Failure::new(Reason::Malformed)),
+        }
+    }
+
+    /// The request's turn: `None` if it was applied before.
+    async fn turn(
+        &self,
+        volume: &Volume,
+        blocks: LblkRange,
+        retry: Option<Retry>,
+        deadline: u64,
+    ) -> Outcome<Option<(Option<Admission>, Held)>> {
+        let mut admitted = self.admit(retry)?;
+        // Its place in the order is taken before anything else happens.
+        let mut held = matches!(admitted, Admitted::New(_)).then(|| volume.locks.acquire(blocks));
+        while matches!(admitted, Admitted::Busy) {
+            let ended = self.engine.session_ended.wait({
+                let mut is_first = true;
+                move || (!std::mem::replace(&mut is_first, false)).then_some(())
+            });
+            if self.exec().until(deadline, ended).await.is_none() {
+                return Err(Failure::new(Reason::TimedOut));
+            }
+            admitted = self.admit(retry)?;
+        }
+        let Admitted::New(admission) = admitted else { return Ok(None) };
+        let held = held.take().unwrap_or_else(|| volume.locks.acquire(blocks));
+        if self.exec().until(deadline, held.held()).await.is_none() {
+            return Err(Failure::new(Reason::TimedOut));
+        }
+        volume.usable()?;
+        Ok(Some((admission, held)))
+    }
+
+    /// The blocks of a range of bytes that a request may touch.
+    fn check(&self, volume: &Volume, bytes: ByteRange, extends: bool) -> Outcome<LblkRange> {
+        let state = volume.state.borrow();
+        if let Some(gone) = state.gone {
+            return Err(gone);
+        }
+        if bytes.offset + bytes.len > state.size_bytes && !(extends && volume.growable) {
+            return Err(Failure::new(Reason::OutOfRange));
+        }
+        Ok(bytes.blocks())
+    }
+
+    /// Writes cells from cell `first` on.
+    pub async fn write(
+        &self,
+        volume: &Rc<Volume>,
+        first: u64,
+        cells: Vec<u64>,
+        direct: bool,
+        retry: Option<Retry>,
+    ) -> Outcome<()> {
+        let bytes = ByteRange { offset: first * CELL_BYTES, len: cells.len() as u64 * CELL_BYTES };
+        let deadline = self.deadline();
+        let blocks = self.check(volume, bytes, true)?;
+        let turn = self.turn(volume, blocks, retry, deadline).await?;
+        let Some((admission, _held)) = turn else { return Ok(()) };
+        let end = bytes.offset + bytes.len;
+        if direct {
+            self.forget(volume, blocks, deadline).await?;
+            let whole = self.merge(volume, first, &cells, deadline).await?;
+            self.write_through(volume, blocks, whole, end, deadline).await?;
+            self.note_done(admission, bytes.len);
+            return Ok(());
+        }
+        let whole = self.merge(volume, first, &cells, deadline).await?;
+        self.make_room(volume, blocks.len, deadline).await?;
+        self.take_credit(volume, blocks.len, deadline).await?;
+        let inserted = self.insert(volume, blocks, &whole, end, admission.as_ref(), deadline);
+        let used = match inserted.await {
+            Ok(used) => used,
+            Err(failure) => {
+                volume.state.borrow_mut().credit.put_back(blocks.len);
+                return Err(failure);
+            }
+        };
+        self.dirtied(volume.id, used);
+        if let Some(admission) = admission {
+            admission.applied(bytes.len);
+        }
+        self.ask_credit(volume, false);
+        volume.changed.notify();
+        Ok(())
+    }
+
+    /// Remembers that the request was applied, in the log first.
+    fn note_done(&self, admission: Option<Admission>, result: u64) {
+        let Some(admission) = admission else { return };
+        if let Err(error) = self.engine.log.append_done(admission.key, result) {
+            self.log_failed(&error);
+        }
+        admission.applied(result);
+    }
+
+    /// A write of whole blocks through an io_end. The lock of the blocks is held, and cache and log
+    /// hold nothing of them.
+    pub(super) async fn write_through(
+        &self,
+        volume: &Rc<Volume>,
+        range: LblkRange,
+        data: Vec<Block>,
+        end_bytes: u64,
+        deadline: u64,
+    ) -> Outcome<Completion> {
+        let size_after_bytes = match volume.growable {
+            true => volume.state.borrow().size_after(end_bytes),
+            false => 0,
+        };
+        let lane = Lane::Direct;
+        let job = Job { lane, range, data, size_after_bytes, deadline, gate: None };
+        let outcome = self.submit(volume, &job).await;
+        match &outcome {
+            Ok(done) => {
+                let mut state = volume.state.borrow_mut();
+                state.saw_map(done.map_version);
+                state.durable_size_bytes = state.durable_size_bytes.max(done.size_bytes);
+                state.size_bytes = state.size_bytes.max(done.size_bytes);
+            }
+            Err(failure) => self.heed(volume, failure),
+        }
+        volume.changed.notify();
+        outcome
+    }
+
+    /// Forgets what cache and log hold of blocks, before something goes around the cache.
+    pub(super) async fn forget(
+        &self,
+        volume: &Rc<Volume>,
+        range: LblkRange,
+        deadline: u64,
+    ) -> Outcome<()> {
+        if self.world.planted(crate::world::Planted::ForgetSkipped) {
+            return Ok(());
+        }
+        let touches = volume.state.borrow().dirty.touches(range);
+        if touches {
+            self.flush_range(volume, range, deadline).await?;
+        }
+        if self.engine.log.holds(volume.id, range) {
+            let clean = volume.state.borrow().last_clean;
+            self.log_durable(clean).await?;
+        }
+        Ok(())
+    }
+
+    /// Asks conversion for credit where a volume wants some.
+    pub(super) fn ask_credit(&self, volume: &Rc<Volume>, idle: bool) {
+        let Some(ask) = volume.state.borrow_mut().credit.next_ask(idle) else { return };
+        let (wb, volume) = (self.clone(), Rc::clone(volume));
+        self.spawn(async move {
+            let outcome = loop {
+                let (add, drop) = (ask.add_blocks, ask.drop_blocks);
+                match wb.reserve(&volume, ask.reset, add, drop).await {
+                    Err(failure) if failure.reason == Reason::Limit => {
+                        wb.exec().sleep(wb.world.plan.retry_max_ms * MS).await;
+                    }
+                    outcome => break outcome,
+                }
+            };
+            match outcome {
+                Ok(_) => _ = volume.state.borrow_mut().credit.granted(ask.request),
+                // The next session sets the credit anew and replaces this request.
+                Err(failure) if failure.reason == Reason::PeerAway => return,
+                Err(failure) => {
+                    wb.heed(&volume, &failure);
+                    if ask.reset {
+                        wb.exec().sleep(wb.world.plan.retry_max_ms * MS).await;
+                    }
+                    volume.state.borrow_mut().credit.refused(ask.request);
+                }
+            }
+            volume.changed.notify();
+        });
+    }
+
+    /// Waits until the limits of dirty bytes let the write go on.
+    async fn make_room(&self, volume: &Rc<Volume>, blocks: u64, deadline: u64) -> Outcome<()> {
+        let bytes = blocks * BLOCK_BYTES;
+        loop {
+            let verdict = self.engine.throttle.borrow().decide(volume.id, bytes);
+            match verdict {
+                Verdict::Proceed => return Ok(()),
+                Verdict::WriteOut => {
+                    volume.changed.notify();
+                    return Ok(());
+                }
+                Verdict::Delay(ms) => {
+                    volume.changed.notify();
+                    self.exec().sleep(ms * MS).await;
+                    return Ok(());
+                }
+                Verdict::WaitForRoom => {
+                    self.all().iter().for_each(|volume| volume.changed.notify());
+                    volume.usable()?;
+                    let look = || {
+                        let verdict = self.engine.throttle.borrow().decide(volume.id, bytes);
+                        (verdict != Verdict::WaitForRoom).then_some(())
+                    };
+                    let room = self.engine.room.wait(look);
+                    if self.exec().until(deadline, room).await.is_none() {
+                        return Err(Failure::new(Reason::Limit));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes credit for as many blocks as the write may make dirty.
+    async fn take_credit(&self, volume: &Rc<Volume>, wanted: u64, deadline: u64) -> Outcome<()> {
+        loop {
+            let look = |state: &mut super::State| {
+                if let Some(gone) = state.gone {
+                    return Some(Err(gone));
+                }
+                match state.credit.take(wanted) {
+                    Take::Taken => Some(Ok(())),
+                    Take::NoSpace => Some(Err(Failure::new(Reason::NoSpace))),
+                    Take::Short => None,
+                }
+            };
+            let first = look(&mut volume.state.borrow_mut());
+            if let Some(outcome) = first {
+                return outcome;
+            }
+            self.ask_credit(volume, false);
+            let until = deadline.min(self.exec().now() + self.world.plan.retry_max_ms * MS);
+            if let Some(outcome) = self.exec().until(until, volume.wait(look)).await {
+                return outcome;
+            }
+            if self.exec().now() >= deadline {
+                return Err(Failure::away());
+            }
+        }
+    }
+
+    /// Log first, then the cache. Returns how many blocks of credit were needed.
+    async fn insert(
+        &self,
+        volume: &Rc<Volume>,
+        blocks: LblkRange,
+        whole: &[Block],
+        end_bytes: u64,
+        admission: Option<&Admission>,
+        deadline: u64,
+    ) -> Outcome<u64> {
+        let bytes = to_bytes(whole);
+        loop {
+            volume.usable()?;
+            let record = WriteRecord {
+                volume: volume.id,
+                generation: volume.generation,
+                blocks,
+                end_bytes,
+                request: admission.map(|admission| admission.key),
+                result: bytes.len() as u64,
+            };
+            match self.engine.log.append_write(&record, &[&bytes]) {
+                Ok(lsn) => return Ok(self.put_into_cache(volume, blocks, lsn, end_bytes, whole)),
+                Err(CacheLogError::Full { .. } | CacheLogError::DiskFull) => {}
+                Err(error) => return Err(self.log_failed(&error)),
+            }
+            self.want_everything_out();
+            self.exec().sleep_until(deadline.min(self.exec().now() + 100 * MS)).await;
+            if self.exec().now() >= deadline {
+                return Err(Failure::new(Reason::Limit));
+            }
+        }
+    }
+
+    fn put_into_cache(
+        &self,
+        volume: &Volume,
+        blocks: LblkRange,
+        lsn: Lsn,
+        end_bytes: u64,
+        whole: &[Block],
+    ) -> u64 {
+        let mut state = volume.state.borrow_mut();
+        let used = state.dirty.insert(blocks, lsn, end_bytes, whole.to_vec());
+        let used = used.expect("as much data as blocks");
+        state.credit.put_back(blocks.len - used);
+        state.size_bytes = state.size_bytes.max(end_bytes);
+        state.dirty_since.get_or_insert(self.exec().now());
+        used
+    }
+
+    /// Whole blocks: cells over what their blocks hold now. The lock of the blocks is held.
+    pub(super) async fn merge(
+        &self,
+        volume: &Rc<Volume>,
+        first: u64,
+        cells: &[u64],
+        deadline: u64,
+    ) -> Outcome<Vec<Block>> {
+        let end = first + cells.len() as u64;
+        let (from, to) = (first / CELLS, end.div_ceil(CELLS));
+        let mut whole = vec![ZEROES; (to - from) as usize];
+        for edge in [
+            (!first.is_multiple_of(CELLS)).then_some(from),
+            (!end.is_multiple_of(CELLS)).then_some(to - 1),
+        ] {
+            let Some(edge) = edge else { continue };
+            let held = self.read_blocks(volume, LblkRange::new(edge, 1), deadline).await?;
+            whole[(edge - from) as usize] = held[0];
+        }
+        for (at, cell) in (first..).zip(cells) {
+            whole[(at / CELLS - from) as usize][(at % CELLS) as usize] = *cell;
+        }
+        Ok(whole)
+    }
+
+    /// Trim, zeroing or allocation.
+    pub async fn range(
+        &self,
+        volume: &Rc<Volume>,
+        kind: RangeKind,
+        first: u64,
+        cells: u64,
+        retry: Option<Retry>,
+    ) -> Outcome<()> {
+        let bytes = ByteRange { offset: first * CELL_BYTES, len: cells * CELL_BYTES };
+        let deadline = self.deadline();
+        let blocks = self.check(volume, bytes, false)?;
+        let turn = self.turn(volume, blocks, retry, deadline).await?;
+        let Some((admission, _held)) = turn else { return Ok(()) };
+        if kind == RangeKind::Allocate {
+            self.change_map(volume, MapChange::Allocate, blocks, deadline).await?;
+            self.note_done(admission, 0);
+            return Ok(());
+        }
+        self.forget(volume, blocks, deadline).await?;
+        let size = volume.state.borrow().size_bytes;
+        let (inner, edges) = inner_and_edges(bytes, size);
+        for edge in edges {
+            self.zero_cells(volume, edge.offset / CELL_BYTES, edge.len / CELL_BYTES, deadline)
+                .await?;
+        }
+        let change = match kind {
+            RangeKind::Trim => MapChange::Trim,
+            _ => MapChange::Zero,
+        };
+        if inner.len > 0 {
+            self.change_map(volume, change, inner, deadline).await?;
+        }
+        self.note_done(admission, 0);
+        Ok(())
+    }
+
+    /// Zeroes cells inside one block.
+    pub(super) async fn zero_cells(
+        &self,
+        volume: &Rc<Volume>,
+        first: u64,
+        cells: u64,
+        deadline: u64,
+    ) -> Outcome<()> {
+        let block = LblkRange::new(first / CELLS, 1);
+        let held = self.read_blocks(volume, block, deadline).await?;
+        if held[0] == ZEROES {
+            return Ok(());
+        }
+        let zeroes = vec![0; cells as usize];
+        let whole = self.merge(volume, first, &zeroes, deadline).await?;
+        self.write_through(volume, block, whole, 0, deadline).await?;
+        Ok(())
+    }
+
+    async fn change_map(
+        &self,
+        volume: &Volume,
+        change: MapChange,
+        range: LblkRange,
+        deadline: u64,
+    ) -> Outcome<()> {
+        let (id, generation) = (volume.id, volume.generation);
+        let call = Call::ChangeMap { volume: id, generation, change, range };
+        match self.call(call, deadline).await {
+            Ok(ReplyBody::Changed { map_version, .. }) => {
+                volume.state.borrow_mut().saw_map(map_version);
+                Ok(())
+            }
+            Ok(_) => Err(Failure::new(Reason::Malformed)),
+            Err(failure) => {
+                self.heed(volume, &failure);
+                Err(failure)
+            }
+        }
+    }
+
+    /// Waits until everything acknowledged before is converted.
+    pub async fn fsync(&self, volume: &Rc<Volume>, cursor: &mut Cursor) -> Outcome<()> {
+        let lsn = self.engine.log.last_lsn();
+        let errors = {
+            let mut state = volume.state.borrow_mut();
+            if state.dirty.pending_up_to(lsn) {
+                state.flush_up_to = state.flush_up_to.max(lsn);
+            }
+            state.error_count
+        };
+        volume.changed.notify();
+        let ended = volume.wait(|state| match state.gone {
+            Some(gone) => Some(Err(gone)),
+            None if state.error_count != errors => Some(Ok(())),
+            None if !state.dirty.pending_up_to(lsn) => Some(Ok(())),
+            None => None,
+        });
+        let patience = self.exec().now() + 2 * self.world.plan.io_timeout_ms * MS;
+        match self.exec().until(patience, ended).await {
+            Some(ended) => ended?,
+            None => return Err(Failure::new(Reason::TimedOut)),
+        }
+        let mut state = volume.state.borrow_mut();
+        match state.errors.check(cursor) {
+            Some(failure) => Err(failure),
+            None if state.dirty.pending_up_to(lsn) => Err(Failure::new(Reason::IoError)),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The whole blocks of a range, and what is left of it inside single blocks.
+fn inner_and_edges(bytes: ByteRange, size_bytes: u64) -> (LblkRange, Vec<ByteRange>) {
+    let end = bytes.offset + bytes.len;
+    let first = bytes.offset.div_ceil(BLOCK_BYTES);
+    let last = if end == size_bytes { end.div_ceil(BLOCK_BYTES) } else { end / BLOCK_BYTES };
+    if first > last {
+        return (LblkRange::new(first, 0), vec![bytes]);
+    }
+    let mut edges = Vec::new();
+    let head = first * BLOCK_BYTES - bytes.offset;
+    if head > 0 {
+        edges.push(ByteRange { offset: bytes.offset, len: head.min(bytes.len) });
+    }
+    let tail = end.saturating_sub(last * BLOCK_BYTES);
+    if tail > 0 && last * BLOCK_BYTES >= bytes.offset {
+        edges.push(ByteRange { offset: last * BLOCK_BYTES, len: tail });
+    }
+    (LblkRange::new(first, last - first), edges)
+}
