@@ -61,6 +61,15 @@ pub(crate) enum Command {
         #[arg(long, default_value_t = 100)]
         limit: u32,
     },
+    /// Ask the service at the endpoint (any of the three) whether it takes work; exit code 0: it does.
+    Health {
+        /// Full name of a gRPC service, such as endio.writeback.v1.Io. Empty: all of them.
+        #[arg(long, default_value = "")]
+        service: String,
+        /// Wait so long for the answer.
+        #[arg(long, default_value = "3s", value_parser = parse_duration)]
+        patience: std::time::Duration,
+    },
     /// Show block-stores and their space.
     Stores,
     /// Show the state of the writeback service and of its volumes.

@@ -8,6 +8,7 @@ mod attach;
 mod client;
 mod commands;
 mod failure;
+mod health;
 mod inspect;
 mod output;
 mod trace;
@@ -63,6 +64,7 @@ async fn run(cli: Cli) -> Outcome {
         Command::Allocate(args) => commands::range(&client, out, args, "allocate").await,
         Command::Extents(args) => inspect::extents(&client, out, args).await,
         Command::IoEnds { volume, limit } => inspect::io_ends(&client, out, volume, limit).await,
+        Command::Health { service, patience } => health::run(&client, out, service, patience).await,
         Command::Stores => inspect::stores(&client, out).await,
         Command::Status => inspect::status(&client, out).await,
         Command::Check(args) => inspect::check(&client, out, args).await,

@@ -98,10 +98,14 @@ impl Default for Config {
 #[derive(Clone, Debug, Default, clap::Parser, Serialize)]
 #[command(name = "endio-block-store", version, about = "Serves physical blocks of endio volumes")]
 pub struct Flags {
-    /// TOML file with any of the configuration's keys.
+    /// TOML file with any of the configuration's keys. Environment: `ENDIO_BLOCK_STORE_KEY`.
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]
     pub config: Option<PathBuf>,
+    /// Print the effective configuration and end; no data is touched.
+    #[arg(long)]
+    #[serde(skip)]
+    pub check_config: bool,
     /// Directory of the superblock and the blocks; made if absent.
     #[arg(long, value_name = "DIR")]
     pub data_dir: Option<PathBuf>,
@@ -174,6 +178,7 @@ mod tests {
     fn every_flag_is_a_key_of_the_configuration() {
         let flags = Flags {
             config: None,
+            check_config: false,
             data_dir: Some("d".into()),
             listen: Some(ListenAddr::loopback()),
             conversion: Some("http://c:1".to_owned()),

@@ -13,7 +13,11 @@ use endio_chassis::{
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let flags = Flags::parse();
-    let config: Config = config::load(flags.config.as_deref(), "ENDIO_BLOCK_STORE_", &flags)?;
+    let config: Config = config::load(flags.config.as_deref(), "ENDIO_BLOCK_STORE", &flags)?;
+    if flags.check_config {
+        print!("{}", config::effective(&config));
+        return Ok(());
+    }
     let recorder = telemetry::init(&config.telemetry, "endio-block-store")?;
     config::log_effective(&config);
     let shutdown = Shutdown::new();

@@ -51,6 +51,10 @@ pub struct Flags {
     #[arg(long)]
     #[serde(skip)]
     pub config: Option<PathBuf>,
+    /// Print the effective configuration and end; no data is touched.
+    #[arg(long)]
+    #[serde(skip)]
+    pub check_config: bool,
     /// Directory of the metadata.
     #[arg(long)]
     pub data_dir: Option<PathBuf>,

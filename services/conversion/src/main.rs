@@ -9,6 +9,10 @@ use endio_conversion::{Config, Deps, Flags, start};
 async fn main() -> anyhow::Result<()> {
     let flags = Flags::parse();
     let config: Config = config::load(flags.config.as_deref(), "ENDIO_CONVERSION", &flags)?;
+    if flags.check_config {
+        print!("{}", config::effective(&config));
+        return Ok(());
+    }
     let recorder = telemetry::init(&config.telemetry, "endio-conversion")?;
     config::log_effective(&config);
     let shutdown = Shutdown::new();

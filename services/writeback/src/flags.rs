@@ -14,6 +14,10 @@ pub struct Flags {
     #[arg(long)]
     #[serde(skip)]
     pub config: Option<PathBuf>,
+    /// Print the effective configuration and end; no data is touched.
+    #[arg(long)]
+    #[serde(skip)]
+    pub check_config: bool,
     /// Address to listen on, e.g. 127.0.0.1:7400; port 0 chooses one.
     #[arg(long)]
     pub listen: Option<ListenAddr>,
