@@ -239,13 +239,13 @@ impl Write {
             let dedupe = &self.engine.dedupe;
             admitted = dedupe.admit_in_turn(self.op.retry, self.deadline).await?;
         }
-        let trace_id = self.span.trace_id();
         let written_bytes = self.op.data.len() as u64;
         let admission = match admitted {
             Admitted::New(admission) => admission,
             Admitted::Duplicate(result) => {
                 self.engine.metrics.duplicates.inc();
                 let written_bytes = result.unwrap_or(written_bytes);
+                let trace_id = self.span.trace_id();
                 return Ok(Acked { trace_id, written_bytes, duplicate: true, convert_us: 0 });
             }
             Admitted::Busy => return Err(Failure::task_lost()),
@@ -269,6 +269,8 @@ impl Write {
             self.buffered(admission).await?;
             0
         };
+        // A write that had to be tried again is recorded from then on.
+        let trace_id = self.span.trace_id();
         Ok(Acked { trace_id, written_bytes, duplicate: false, convert_us })
     }
 
