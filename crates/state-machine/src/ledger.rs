@@ -275,6 +275,12 @@ impl IoEnd {
         ranges
     }
 
+    /// Logical blocks whose data is durable.
+    pub fn durable_blocks(&self) -> u64 {
+        let durable = self.pieces.iter().filter(|piece| self.is_durable(piece));
+        durable.map(|piece| u64::from(piece.blocks)).sum()
+    }
+
     /// The size that the durable part extends the volume to, bytes: never beyond its last block.
     pub fn durable_size(&self) -> u64 {
         let end = self.durable_ranges().last().map_or(0, |range| range.end());

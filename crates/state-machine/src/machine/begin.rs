@@ -84,8 +84,9 @@ impl<T: ChunkTable> Machine<T> {
             Ok(plan) => plan,
             Err(refusal) => return Ok(Err(refusal)),
         };
-        let io_end = self.enter(session, name, begin.clone(), &volume, &plan);
-        let message = self.begun_message(begin.request, &io_end);
+        let request = begin.request;
+        let io_end = self.enter(session, name, begin, &volume, &plan);
+        let message = self.begun_message(request, &io_end);
         self.counters.begun += 1;
         self.ledger.insert(io_end);
         Ok(Ok(message))

@@ -26,19 +26,19 @@ impl<T: ChunkTable> Machine<T> {
         let mut by_volume: BTreeMap<VolumeId, Draft> = BTreeMap::new();
         let mut batch = ConvertedBatch { seq: 0, traceparents: vec![], io_ends: vec![], blocks: 0 };
         for (volume, id) in taken {
-            let Some(io_end) = self.ledger.get(id).cloned() else { continue };
-            if let Err(error) = self.read_chunks(&io_end) {
+            let Some(io_end) = self.ledger.get(id) else { continue };
+            if let Err(error) = read_chunks(&mut self.table, io_end) {
                 let (range, why) = (io_end.span(), error.to_string());
                 let kind = EffectKind::ConversionFailed { io_end: id, volume, range, why };
                 self.push(self.when_committed(), kind, out);
                 self.abort(id, Reason::MetadataFull, None, out)?;
                 continue;
             }
-            self.add_to_batch(&mut by_volume, &io_end);
+            self.add_to_batch(&mut by_volume, io_end);
             batch.io_ends.push(id);
-            batch.blocks += io_end.durable_ranges().iter().map(|range| range.len).sum::<u64>();
+            batch.blocks += io_end.durable_blocks();
             if !io_end.traceparent.is_empty() {
-                batch.traceparents.push(io_end.traceparent);
+                batch.traceparents.push(io_end.traceparent.clone());
             }
         }
         if by_volume.is_empty() {
@@ -94,22 +94,6 @@ impl<T: ChunkTable> Machine<T> {
         older[..count].iter().map(|other| other.id).collect()
     }
 
-    /// Reads every chunk that the conversion will change, so that what cannot be read is found
-    /// before there is a record of it.
-    fn read_chunks(&mut self, io_end: &IoEnd) -> Result<(), T::Error> {
-        // Ascending ranges visit their chunks in order: each is read once.
-        let mut next = 0;
-        for range in &io_end.ranges {
-            let first = (range.start.0 / CHUNK_BLOCKS).max(next);
-            let last = range.end().saturating_sub(1) / CHUNK_BLOCKS;
-            for index in first..=last {
-                self.table.read(ChunkId { volume: io_end.volume, index }, &mut |_| {})?;
-            }
-            next = last + 1;
-        }
-        Ok(())
-    }
-
     fn add_to_batch(&self, batch: &mut BTreeMap<VolumeId, Draft>, io_end: &IoEnd) {
         let in_place = self.durable.volumes.get(&io_end.volume).is_some_and(|v| v.in_place);
         let draft = batch.entry(io_end.volume).or_insert_with(|| Draft::new(io_end.volume));
@@ -135,6 +119,22 @@ impl<T: ChunkTable> Machine<T> {
         item.size_after_bytes = item.size_after_bytes.max(io_end.durable_size());
         item.io_ends.push(io_end.id);
     }
+}
+
+/// Reads every chunk that the conversion will change, so that what cannot be read is found before
+/// there is a record of it.
+fn read_chunks<T: ChunkTable>(table: &mut T, io_end: &IoEnd) -> Result<(), T::Error> {
+    // Ascending ranges visit their chunks in order: each is read once.
+    let mut next = 0;
+    for range in &io_end.ranges {
+        let first = (range.start.0 / CHUNK_BLOCKS).max(next);
+        let last = range.end().saturating_sub(1) / CHUNK_BLOCKS;
+        for index in first..=last {
+            table.read(ChunkId { volume: io_end.volume, index }, &mut |_| {})?;
+        }
+        next = last + 1;
+    }
+    Ok(())
 }
 
 /// A volume's part of a record while it is put together.

@@ -206,9 +206,13 @@ impl<T: ChunkTable> Machine<T> {
         Ok(())
     }
 
-    /// Ends every lease that has run out, and every io_end that has lived too long.
+    /// Ends every lease that has run out, and every io_end that has lived too long. Every event asks
+    /// for this, so the holders and io_ends are only looked at when one of them can be due.
     pub(super) fn expire(&mut self, out: &mut Output) -> Step<T> {
         let now = self.now;
+        if now < self.expires_from {
+            return Ok(());
+        }
         let ended =
             self.writebacks.iter().filter(|(_, rt)| rt.lease.is_some_and(|l| l.has_ended(now)));
         let ended: Vec<String> = ended.map(|(name, _)| name.clone()).collect();
@@ -226,7 +230,21 @@ impl<T: ChunkTable> Machine<T> {
             }
             self.abort(id, Reason::Aborted, None, out)?;
         }
+        // Renewals and releases only move what runs to later or end it.
+        let shortest = u64::from(self.limits.lease_ms).min(self.limits.io_end_life_max_ms);
+        let granted_from_now = now.plus(shortest);
+        let next = self.next_expiry();
+        self.expires_from = next.map_or(granted_from_now, |next| next.min(granted_from_now));
         Ok(())
+    }
+
+    /// When the first lease ends, or the life of the oldest io_end.
+    pub(super) fn next_expiry(&self) -> Option<Millis> {
+        let writebacks = self.writebacks.values().filter_map(|writeback| writeback.lease);
+        let stores = self.stores.values().filter_map(|store| store.lease);
+        let leases = writebacks.chain(stores).map(|lease| lease.ends());
+        let life = self.oldest_leased().map(|(_, ends)| ends);
+        leases.chain(life).min()
     }
 
     /// The io_end with live tokens that began first, and when its life ends.

@@ -83,6 +83,8 @@ pub struct Machine<T> {
     /// Record of this start's epoch; 0 during recovery.
     epoch_seq: Seq,
     now: Millis,
+    /// Before this nothing can expire: neither what runs now nor what is granted meanwhile.
+    expires_from: Millis,
     ledger: Ledger,
     lanes: [LaneQueue; 2],
     volumes: BTreeMap<VolumeId, VolumeRt>,
@@ -172,11 +174,7 @@ impl<T: ChunkTable> Machine<T> {
 
     /// When an [`Input::Tick`] (and a `drain`) is due at the latest; `None`: nothing runs.
     pub fn next_deadline(&self) -> Option<Millis> {
-        let writebacks = self.writebacks.values().filter_map(|writeback| writeback.lease);
-        let stores = self.stores.values().filter_map(|store| store.lease);
-        let leases = writebacks.chain(stores).map(|lease| lease.ends());
-        let life = self.oldest_leased().map(|(_, ends)| ends);
-        leases.chain(life).chain(self.next_punch()).min()
+        self.next_expiry().into_iter().chain(self.next_punch()).min()
     }
 
     /// Makes a record: applies it to memory, accounts for it and hands it to the driver.

@@ -28,6 +28,7 @@ impl<T: ChunkTable> Machine<T> {
             key: None,
             epoch_seq: 0,
             now: Millis(0),
+            expires_from: Millis(0),
             lanes: Default::default(),
             volumes: BTreeMap::new(),
             names: BTreeMap::new(),
