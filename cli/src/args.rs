@@ -41,6 +41,9 @@ pub(crate) enum Command {
     Fsync {
         /// Volume.
         volume: String,
+        /// Keep trying so long while services are away.
+        #[arg(long, default_value = "30s", value_parser = parse_duration)]
+        patience: std::time::Duration,
     },
     /// Make everything that was acknowledged on every volume durable.
     Sync,
@@ -72,8 +75,16 @@ pub(crate) enum Command {
     },
     /// Show block-stores and their space.
     Stores,
-    /// Show the state of the writeback service and of its volumes.
+    /// Show the state of all services and volumes on one screen, and what is blocked and why.
     Status,
+    /// Show rates and latencies of volumes and block-stores, again and again.
+    Top(TopArgs),
+    /// Copy what cannot be lost, while everything runs.
+    #[command(subcommand)]
+    Backup(BackupCommand),
+    /// Make data directories from backups, offline.
+    #[command(subcommand)]
+    Restore(RestoreCommand),
     /// Verify the invariants of the whole system, running or stopped.
     Check(CheckArgs),
     /// Show where a write spent its time, across all services.
@@ -87,6 +98,72 @@ pub(crate) enum Command {
         /// Shell.
         shell: clap_complete::Shell,
     },
+}
+
+/// Rates and latencies.
+#[derive(Debug, Args)]
+pub(crate) struct TopArgs {
+    /// Time between two looks, 100ms to 1h.
+    #[arg(long, default_value = "2s", value_parser = parse_interval)]
+    pub(crate) interval: std::time::Duration,
+    /// One frame, of one interval, printed plainly.
+    #[arg(long, conflicts_with = "iterations")]
+    pub(crate) once: bool,
+    /// End after so many frames.
+    #[arg(long)]
+    pub(crate) iterations: Option<u64>,
+}
+
+/// What to back up.
+#[derive(Debug, Subcommand)]
+pub(crate) enum BackupCommand {
+    /// The metadata of the conversion service: volumes and where their blocks lie, not the blocks.
+    Metadata(BackupArgs),
+}
+
+/// Backup of the metadata.
+#[derive(Debug, Args)]
+pub(crate) struct BackupArgs {
+    /// File to write; must not exist.
+    #[arg(long)]
+    pub(crate) out: PathBuf,
+}
+
+/// What to restore.
+#[derive(Debug, Subcommand)]
+pub(crate) enum RestoreCommand {
+    /// The data directory of the conversion service (`DIR/conversion` of an `endio up`).
+    Metadata(RestoreArgs),
+}
+
+/// Restoring the metadata.
+#[derive(Debug, Args)]
+pub(crate) struct RestoreArgs {
+    /// File that `endio backup metadata` wrote.
+    #[arg(long = "in", value_name = "FILE")]
+    pub(crate) input: PathBuf,
+    /// Data directory of the conversion service; must be empty or absent.
+    #[arg(long)]
+    pub(crate) data_dir: PathBuf,
+    /// Begin with at least this epoch. Without it the epoch leaps by 65536, which is more starts
+    /// of the conversion service than there can have been since the backup.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) epoch_at_least: u64,
+    /// What to do with in-place volumes. They have no checksums: of a block that was given to
+    /// others since the backup they would read foreign data.
+    #[arg(long, value_enum, default_value_t = InPlaceArg::Refuse)]
+    pub(crate) in_place: InPlaceArg,
+}
+
+/// See [`RestoreArgs::in_place`].
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(crate) enum InPlaceArg {
+    /// Restore nothing if there are any.
+    Refuse,
+    /// Delete them.
+    Drop,
+    /// Keep them: nothing was written, trimmed or deleted since the backup.
+    Keep,
 }
 
 /// A volume for NBD clients.
@@ -354,6 +431,14 @@ pub(crate) fn parse_duration(text: &str) -> Result<std::time::Duration, String> 
     };
     let ms = number.checked_mul(ms).ok_or("too long")?;
     Ok(std::time::Duration::from_millis(ms))
+}
+
+fn parse_interval(text: &str) -> Result<std::time::Duration, String> {
+    let interval = parse_duration(text)?;
+    if !(100..=3_600_000).contains(&interval.as_millis()) {
+        return Err("must be 100ms to 1h".into());
+    }
+    Ok(interval)
 }
 
 fn parse_checkpoint(text: &str) -> Result<ByteSize, String> {

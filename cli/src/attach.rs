@@ -33,7 +33,7 @@ pub(crate) async fn run(client: &Client, out: Output, args: AttachArgs) -> Outco
     let what = format!("attach volume {volume}");
     let known = client.volumes().get(VolumeRequest { name: volume.clone() }).await;
     known.map_err(|error| client.failure(what.clone(), &error))?;
-    let status = client.inspect().status(StatusRequest {}).await;
+    let status = client.inspect().status(StatusRequest::default()).await;
     let status = status.map_err(|error| client.failure(what.clone(), &error))?.into_inner();
     let listeners = status.nbd.iter().filter_map(|listener| {
         let address = reachable(listener.address.parse().ok()?, client.endpoint());

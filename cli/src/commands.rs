@@ -1,13 +1,18 @@
 //! Commands that change something: volumes, writes, ranges, syncs, load.
 
-use std::io::{Read as _, Write as _};
+use std::{
+    collections::BTreeSet,
+    io::{Read as _, Write as _},
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use endio_api::{
     conversion::{CreateVolumeRequest, ListVolumesRequest},
     writeback::{
-        DeleteRequest, FsyncRequest, OpenRequest, RangeRequest, ResizeRequest, SyncAllRequest,
-        VolumeRequest, WriteMode, WriteRequest, io_request::Op,
+        DeleteRequest, FsyncRequest, OpenRequest, RangeRequest, ResizeRequest, RetryKey,
+        SyncAllRequest, VolumeRequest, WriteMode, WriteRequest, io_request::Op,
     },
 };
 use endio_types::ByteSize;
@@ -20,6 +25,7 @@ use crate::{
     failure::{Exit, Failure, Outcome},
     output::{Output, human, volume_json, volume_table},
     transfer::{
+        patience::Patience,
         pipeline::{Job, Pipeline, Settings, Verdict},
         reader::{Piece, read_range},
     },
@@ -27,6 +33,8 @@ use crate::{
 
 /// Longest write that becomes visible whole, in bytes: what one request carries.
 const REQUEST_BYTES_MAX: usize = 1 << 20;
+/// A write that makes no progress for so long says what it waits for.
+const STALL_LOOK: Duration = Duration::from_secs(3);
 
 /// `endio volume …`
 pub(crate) async fn volume(client: &Client, out: Output, command: VolumeCommand) -> Outcome {
@@ -111,10 +119,29 @@ pub(crate) async fn write(client: &Client, out: Output, args: WriteArgs) -> Outc
     });
     let settings = Settings { depth: 8, patience: args.patience, what };
     let mut pipeline = Pipeline::new(client.clone(), settings);
-    let mut written = 0;
-    match pipeline.run(&mut jobs, |bytes| written += bytes).await? {
-        Verdict::Done => {}
-        Verdict::Repeat(failure) => return Err(failure),
+    let progress = AtomicU64::new(0);
+    let verdict = {
+        let run = pipeline.run(&mut jobs, |bytes| {
+            progress.fetch_add(bytes, Ordering::Relaxed);
+        });
+        tokio::pin!(run);
+        let (mut told, mut before) = (BTreeSet::new(), 0);
+        loop {
+            tokio::select! {
+                biased;
+                verdict = &mut run => break verdict?,
+                () = tokio::time::sleep(STALL_LOOK) => {
+                    let now = progress.load(Ordering::Relaxed);
+                    if std::mem::replace(&mut before, now) == now {
+                        tell_blocked(client, &args.volume, &mut told).await;
+                    }
+                }
+            }
+        }
+    };
+    let written = progress.into_inner();
+    if let Verdict::Repeat(failure) = verdict {
+        return Err(failure);
     }
     let trace = pipeline.last_trace_id().to_owned();
     let value = json!({ "written_bytes": written, "trace_id": trace });
@@ -123,6 +150,20 @@ pub(crate) async fn write(client: &Client, out: Output, args: WriteArgs) -> Outc
             if trace.is_empty() { String::new() } else { format!("; see `endio trace {trace}`") };
         format!("wrote {} to {} at {}{hint}", human(written), args.volume, args.offset)
     })
+}
+
+/// Says on stderr, once each, what keeps a volume's writes from going on.
+async fn tell_blocked(client: &Client, volume: &str, told: &mut BTreeSet<String>) {
+    // A service that does not answer is told by the pipeline.
+    let Ok(status) = crate::status::ask(client).await else { return };
+    let of_volume = format!("volume {volume}");
+    for blocked in status.blocked {
+        let concerns = !blocked.what.starts_with("volume ") || blocked.what == of_volume;
+        let line = format!("waiting: {}: {}", blocked.what, blocked.message);
+        if concerns && told.insert(line.clone()) {
+            eprintln!("{line}");
+        }
+    }
 }
 
 fn read_input(most: usize) -> std::io::Result<Bytes> {
@@ -152,10 +193,18 @@ pub(crate) async fn read(client: &Client, args: &RangeArgs) -> Outcome {
 }
 
 /// `endio fsync`
-pub(crate) async fn fsync(client: &Client, out: Output, volume: String) -> Outcome {
-    let answer = client.io().fsync(FsyncRequest { volume: volume.clone() }).await;
-    let answer = answer.map_err(|e| client.failure(format!("fsync volume {volume}"), &e))?;
-    let waited = answer.into_inner().waited_for;
+pub(crate) async fn fsync(
+    client: &Client,
+    out: Output,
+    volume: String,
+    patience: Duration,
+) -> Outcome {
+    let what = format!("fsync volume {volume}");
+    let call = || {
+        let (mut io, volume) = (client.io(), volume.clone());
+        async move { io.fsync(FsyncRequest { volume }).await }
+    };
+    let waited = Patience::new(patience).call(client, &what, call).await?.waited_for;
     out.print(&json!({ "volume": volume, "waited_for": waited }), || {
         format!("volume {volume} is durable (waited for {waited} writes)")
     })
@@ -184,14 +233,24 @@ pub(crate) async fn range(
         length_bytes: args.length.bytes(),
         ..RangeRequest::default()
     };
-    let mut io = client.io();
-    let answer = match verb {
-        "trim" => io.trim(request).await,
-        "zero" => io.write_zeroes(request).await,
-        _ => io.allocate(request).await,
+    let what = format!("{verb} {} at {} of volume {}", args.length, args.offset, args.volume);
+    // The same session and number with each try: it is applied once.
+    let session = Bytes::copy_from_slice(&rand::random::<[u8; 16]>());
+    let mut is_retry = false;
+    let call = || {
+        let retry = RetryKey { session: session.clone(), sequence: 1, is_retry };
+        is_retry = true;
+        let request = RangeRequest { retry: Some(retry), ..request.clone() };
+        let mut io = client.io();
+        async move {
+            match verb {
+                "trim" => io.trim(request).await,
+                "zero" => io.write_zeroes(request).await,
+                _ => io.allocate(request).await,
+            }
+        }
     };
-    let what = || format!("{verb} {} at {} of volume {}", args.length, args.offset, args.volume);
-    let changed = answer.map_err(|e| client.failure(what(), &e))?.into_inner().blocks_changed;
+    let changed = Patience::new(args.patience).call(client, &what, call).await?.blocks_changed;
     out.print(&json!({ "volume": args.volume, "blocks_changed": changed }), || {
         format!("{verb}: {changed} blocks changed")
     })

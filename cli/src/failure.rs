@@ -188,6 +188,9 @@ pub(crate) fn advice(reason: Reason) -> &'static str {
         Reason::PeerAway => "see which service is away with `endio status` and `endio stores`",
         Reason::NotReady | Reason::Draining | Reason::Limit => "try again in a moment",
         Reason::TimedOut => "the write is still retried; see `endio status` and `endio io-ends`",
+        Reason::Protocol => {
+            "upgrade the older service: first conversion, then block-stores, then writebacks"
+        }
         Reason::IoError => "see the log of the block-store and its disk",
         _ => "",
     }

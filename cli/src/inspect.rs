@@ -1,9 +1,9 @@
-//! Commands that only ask: extents, io-ends, stores, status, check.
+//! Commands that only ask: extents, io-ends, stores, check.
 
 use endio_api::{
     common::Extent,
     conversion::{ListIoEndsRequest, ListStoresRequest},
-    writeback::{CheckRequest, CheckResponse, ExtentsRequest, StatusRequest, VolumeRequest},
+    writeback::{CheckRequest, CheckResponse, ExtentsRequest, VolumeRequest},
 };
 use endio_chassis::{net::ListenAddr, shutdown::Shutdown};
 use serde_json::{Value, json};
@@ -13,8 +13,7 @@ use crate::{
     client::Client,
     failure::{Exit, Failure, Outcome},
     output::{
-        Output, extent_json, extent_table, io_end_json, io_end_table, status_json, status_text,
-        store_json, store_table,
+        Output, extent_json, extent_table, io_end_json, io_end_table, store_json, store_table,
     },
     up,
 };
@@ -102,13 +101,6 @@ pub(crate) async fn stores(client: &Client, out: Output) -> Outcome {
     let stores = answer.map_err(|e| client.failure("list block-stores", &e))?.into_inner().stores;
     let list: Vec<Value> = stores.iter().map(store_json).collect();
     out.print(&json!({ "stores": list }), || store_table(&stores))
-}
-
-/// `endio status`
-pub(crate) async fn status(client: &Client, out: Output) -> Outcome {
-    let answer = client.inspect().status(StatusRequest {}).await;
-    let status = answer.map_err(|e| client.failure("show the status", &e))?.into_inner();
-    out.print(&status_json(&status), || status_text(&status))
 }
 
 /// `endio check`

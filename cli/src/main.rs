@@ -5,12 +5,15 @@
 
 mod args;
 mod attach;
+mod backup;
 mod client;
 mod commands;
 mod failure;
 mod health;
 mod inspect;
 mod output;
+mod status;
+mod top;
 mod trace;
 mod transfer;
 mod up;
@@ -20,7 +23,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, Parser as _};
 
 use crate::{
-    args::{Cli, Command},
+    args::{BackupCommand, Cli, Command, RestoreCommand},
     client::Client,
     failure::{Exit, Failure, Outcome},
     output::Output,
@@ -57,7 +60,9 @@ async fn run(cli: Cli) -> Outcome {
         Command::Read(args) => commands::read(&client, &args).await,
         Command::Import(args) => transfer::import::run(&client, out, args).await,
         Command::Export(args) => transfer::export::run(&client, out, args).await,
-        Command::Fsync { volume } => commands::fsync(&client, out, volume).await,
+        Command::Fsync { volume, patience } => {
+            commands::fsync(&client, out, volume, patience).await
+        }
         Command::Sync => commands::sync(&client, out).await,
         Command::Trim(args) => commands::range(&client, out, args, "trim").await,
         Command::Zero(args) => commands::range(&client, out, args, "zero").await,
@@ -66,7 +71,10 @@ async fn run(cli: Cli) -> Outcome {
         Command::IoEnds { volume, limit } => inspect::io_ends(&client, out, volume, limit).await,
         Command::Health { service, patience } => health::run(&client, out, service, patience).await,
         Command::Stores => inspect::stores(&client, out).await,
-        Command::Status => inspect::status(&client, out).await,
+        Command::Status => status::run(&client, out).await,
+        Command::Top(args) => top::run(&client, out, args).await,
+        Command::Backup(BackupCommand::Metadata(args)) => backup::backup(&client, out, args).await,
+        Command::Restore(RestoreCommand::Metadata(args)) => backup::restore(out, &args),
         Command::Check(args) => inspect::check(&client, out, args).await,
         Command::Trace(args) => trace::run(&client, out, args).await,
         Command::Attach(args) => attach::run(&client, out, args).await,

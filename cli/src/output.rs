@@ -5,7 +5,6 @@ use std::io::{self, Write as _};
 use endio_api::{
     common::{Extent, ExtentState},
     conversion::{IoEnd, Lane, Store, Volume},
-    writeback::StatusResponse,
 };
 use endio_types::{BLOCK_BYTES, ByteSize};
 use serde_json::{Value, json};
@@ -303,59 +302,6 @@ pub(crate) fn io_end_table(io_ends: &[IoEnd], total: u64) -> String {
     if total > shown {
         text.push_str(&format!("{} more; show them with --limit\n", total - shown));
     }
-    text
-}
-
-/// The state of a writeback as JSON.
-pub(crate) fn status_json(status: &StatusResponse) -> Value {
-    let volumes: Vec<Value> = status
-        .volumes
-        .iter()
-        .map(|volume| {
-            json!({
-                "name": volume.name, "generation": volume.generation,
-                "dirty_bytes": volume.dirty_bytes, "in_flight_bytes": volume.in_flight_bytes,
-                "error_pending": volume.error_pending, "blocked": volume.blocked,
-            })
-        })
-        .collect();
-    json!({
-        "writeback": status.writeback, "cluster_epoch": status.cluster_epoch,
-        "connected": status.connected, "dirty_bytes": status.dirty_bytes,
-        "dirty_bytes_max": status.dirty_bytes_max, "log_bytes": status.log_bytes,
-        "volumes": volumes,
-    })
-}
-
-/// The state of a writeback for people.
-pub(crate) fn status_text(status: &StatusResponse) -> String {
-    let connected = if status.connected { "connected" } else { "NOT connected" };
-    let mut text = format!(
-        "writeback {}: {connected} to conversion, epoch {}\n\
-         dirty {} of at most {}; cache log {}\n",
-        status.writeback,
-        status.cluster_epoch,
-        human(status.dirty_bytes),
-        human(status.dirty_bytes_max),
-        human(status.log_bytes),
-    );
-    if status.volumes.is_empty() {
-        text.push_str("no volume is open here\n");
-        return text;
-    }
-    let mut table =
-        Table::new(&["VOLUME", "GENERATION", "DIRTY", "IN FLIGHT", "ERROR PENDING", "WAITS FOR"]);
-    for volume in &status.volumes {
-        table.row(vec![
-            volume.name.clone(),
-            volume.generation.to_string(),
-            human(volume.dirty_bytes),
-            human(volume.in_flight_bytes),
-            if volume.error_pending { "YES" } else { "no" }.into(),
-            if volume.blocked.is_empty() { "-" } else { &volume.blocked }.into(),
-        ]);
-    }
-    text.push_str(&table.render());
     text
 }
 

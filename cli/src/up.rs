@@ -269,7 +269,7 @@ impl Stack {
         let client = Client::new(&self.grpc)?;
         let is_ready = async {
             loop {
-                let status = client.inspect().status(StatusRequest {}).await;
+                let status = client.inspect().status(StatusRequest::default()).await;
                 let stores = client.inspect().stores(ListStoresRequest {}).await;
                 let live = stores.map_or(0, |stores| {
                     stores.into_inner().stores.iter().filter(|store| store.live).count()

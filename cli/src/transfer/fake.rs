@@ -398,6 +398,15 @@ impl Inspect for Fake {
         no()
     }
 
+    type BackupStream = Answers<cv::BackupPiece>;
+
+    async fn backup(
+        &self,
+        _: Request<cv::BackupRequest>,
+    ) -> Result<Response<Self::BackupStream>, Status> {
+        no()
+    }
+
     async fn status(
         &self,
         _: Request<wb::StatusRequest>,

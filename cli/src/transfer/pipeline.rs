@@ -204,7 +204,7 @@ impl Pipeline {
     /// caller tries again.
     async fn connect(&mut self, flight: &mut Flight) -> Outcome {
         // Asking first keeps requests from being marked as retries that were never sent.
-        if let Err(status) = self.client.inspect().status(StatusRequest {}).await {
+        if let Err(status) = self.client.inspect().status(StatusRequest::default()).await {
             return self.wait(&status).await;
         }
         let (requests, receiver) = mpsc::channel(self.settings.depth + 1);

@@ -5,6 +5,7 @@
 //! domain types that are valid by construction.
 
 pub mod convert;
+pub mod protocol;
 pub mod status;
 pub mod traces;
 

@@ -36,7 +36,7 @@ pub fn code(reason: Reason) -> Code {
         | Reason::Aborted
         | Reason::UnknownSession
         | Reason::NotSubmitted => Code::Aborted,
-        Reason::OutcomeConflict | Reason::WrongState | Reason::VolumeBusy => {
+        Reason::OutcomeConflict | Reason::WrongState | Reason::VolumeBusy | Reason::Protocol => {
             Code::FailedPrecondition
         }
         Reason::AlreadyExists => Code::AlreadyExists,

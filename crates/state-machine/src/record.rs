@@ -77,6 +77,12 @@ pub struct Snapshot {
     pub stores: BTreeMap<StoreId, StoreState>,
 }
 
+/// How far the numbers of volumes and the generations leap at a restore: more volumes, and more opens
+/// of one volume, than there can have been since any backup.
+pub const RESTORE_LEAP: u64 = 1 << 20;
+/// How far the numbers of stores leap at a restore.
+pub const RESTORE_STORES_LEAP: u32 = 1 << 10;
+
 impl Snapshot {
     /// An empty database.
     pub fn new(database: DatabaseId) -> Self {
@@ -196,5 +202,11 @@ pub enum Record {
         volume: VolumeId,
         /// The blocks.
         range: LblkRange,
+    },
+    /// Everything up to here comes from a backup. What was given out after it was taken must never
+    /// be given out again, so every number makes a leap; nobody has a volume open.
+    Restored {
+        /// The epoch from here on: higher than any that a store has seen.
+        epoch: ClusterEpoch,
     },
 }

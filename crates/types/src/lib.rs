@@ -4,6 +4,7 @@
 //! 0 is never handed out and means "none" on the wire.
 
 mod ids;
+mod protocol;
 mod reason;
 mod size;
 mod span;
@@ -12,6 +13,7 @@ pub use ids::{
     ClusterEpoch, Generation, Incarnation, IoEndId, Lblk, MapVersion, Millis, Pblk, SegmentIndex,
     StoreId, VolumeId,
 };
+pub use protocol::{Protocol, ProtocolError};
 pub use reason::Reason;
 pub use size::{ByteSize, ByteSizeError};
 pub use span::{ByteRange, LblkRange, PblkRange};

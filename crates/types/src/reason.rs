@@ -66,6 +66,8 @@ pub enum Reason {
     NotReady = 28,
     /// The submitter gave the io_end up.
     NotSubmitted = 29,
+    /// The peer speaks a version of the protocol that this one does not: upgrade the older of the two.
+    Protocol = 30,
 }
 
 impl Reason {
@@ -100,6 +102,7 @@ impl Reason {
         Self::MetadataFull,
         Self::NotReady,
         Self::NotSubmitted,
+        Self::Protocol,
     ];
 
     /// The name as it stands in `google.rpc.ErrorInfo.reason`.
@@ -134,6 +137,7 @@ impl Reason {
             Self::MetadataFull => "METADATA_FULL",
             Self::NotReady => "NOT_READY",
             Self::NotSubmitted => "NOT_SUBMITTED",
+            Self::Protocol => "PROTOCOL",
         }
     }
 

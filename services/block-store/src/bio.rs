@@ -50,6 +50,8 @@ pub(crate) struct Segment {
     /// When the leg that it is in began.
     pub(crate) leg_began: Instant,
     pub(crate) reply: Reply<blockstore::BioDone>,
+    /// When the bio arrived.
+    pub(crate) arrived: std::time::Instant,
 }
 
 impl Segment {

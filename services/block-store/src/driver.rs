@@ -166,7 +166,9 @@ impl Driver {
         let Some(wire) = token else { return };
         let span = bio::segment_span(&wire, &traceparent);
         let leg_began = Instant::now();
-        let segment = Segment { token: domain, wire, crc32c, span, traceparent, leg_began, reply };
+        let arrived = leg_began;
+        let segment =
+            Segment { token: domain, wire, crc32c, span, traceparent, leg_began, arrived, reply };
         self.begin(flight, segment, data);
     }
 
@@ -191,7 +193,11 @@ impl Driver {
     /// A segment has ended: tells its submitter and conversion.
     pub(crate) fn finish(&self, flight: FlightId, mut segment: Segment, outcome: Outcome) {
         match outcome {
-            Ok(()) => self.metrics.segments.inc(),
+            Ok(()) => {
+                self.metrics.segments.inc();
+                self.metrics.written_blocks.add(segment.wire.blocks.into());
+                self.metrics.write_us.add(segment.arrived.elapsed().as_micros() as u64);
+            }
             Err(reason) => {
                 self.metrics.failed_segments.inc();
                 segment.span.fail(reason.name());
@@ -252,6 +258,7 @@ impl Driver {
             message: message.to_owned(),
             ..blockstore::ReadDone::default()
         };
+        let began = Instant::now();
         let mut data = vec![0; request.blocks as usize * BLOCK_SIZE];
         if let Err(error) = self.device.read_at(endio_types::Pblk(request.pblk), &mut data) {
             warn!(pblk = request.pblk, blocks = request.blocks, %error, "blocks cannot be read");
@@ -267,6 +274,8 @@ impl Driver {
             return blockstore::ReadDone { bad_pblk, ..answer(reason, "the block is damaged") };
         }
         self.metrics.reads.inc();
+        self.metrics.read_blocks.add(request.blocks.into());
+        self.metrics.read_us.add(began.elapsed().as_micros() as u64);
         blockstore::ReadDone { data: data.into(), ..answer(None, "") }
     }
 
@@ -437,6 +446,14 @@ impl Driver {
             refused: self.metrics.refused.value(),
             flushes: self.device.flushes(),
             segments: self.metrics.segments.value(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            protocol: endio_api::protocol::ours(),
+            uptime_ms: self.now().0,
+            written_blocks: self.metrics.written_blocks.value(),
+            read_blocks: self.metrics.read_blocks.value(),
+            reads: self.metrics.reads.value(),
+            write_us: self.metrics.write_us.value(),
+            read_us: self.metrics.read_us.value(),
         }
     }
 

@@ -12,7 +12,7 @@ use endio_api::{
         block_store_server::BlockStore,
     },
     convert::reason_to_wire,
-    status,
+    protocol, status,
 };
 use endio_state_machine::gate::FlightId;
 use endio_types::{BLOCK_BYTES, IO_END_BLOCKS_MAX};
@@ -84,6 +84,7 @@ impl BlockStore for BlockStoreService {
         &self,
         request: Request<Streaming<Bio>>,
     ) -> Result<Response<Self::WriteStream>, Status> {
+        protocol::check_metadata(request.metadata())?;
         let driver = Arc::clone(&self.driver);
         let (budget, answers) = Budget::new(driver.in_flight_per_stream_max, &driver.bio_bytes);
         let mut bios = request.into_inner();
@@ -100,6 +101,7 @@ impl BlockStore for BlockStoreService {
         &self,
         request: Request<Streaming<ReadRequest>>,
     ) -> Result<Response<Self::ReadStream>, Status> {
+        protocol::check_metadata(request.metadata())?;
         let driver = Arc::clone(&self.driver);
         let (budget, answers) = Budget::new(driver.in_flight_per_stream_max, &driver.read_bytes);
         let mut requests = request.into_inner();

@@ -21,6 +21,14 @@ pub struct Metrics {
     pub(crate) bad_blocks: Counter,
     /// Reads answered with data.
     pub(crate) reads: Counter,
+    /// Blocks made durable.
+    pub(crate) written_blocks: Counter,
+    /// Blocks read.
+    pub(crate) read_blocks: Counter,
+    /// Time of all segments written, from arrival to durable.
+    pub(crate) write_us: Counter,
+    /// Time of all reads.
+    pub(crate) read_us: Counter,
     /// Releases that conversion refused.
     pub(crate) refused_releases: Counter,
     /// Sessions with conversion that were registered.
@@ -84,6 +92,16 @@ impl Metrics {
                 flush: leg("flush"),
                 release: leg("release"),
             },
+            written_blocks: counter(
+                "endio_block_store_written_blocks_total",
+                "Blocks made durable",
+            ),
+            read_blocks: counter("endio_block_store_read_blocks_total", "Blocks read"),
+            write_us: counter(
+                "endio_block_store_write_microseconds_total",
+                "Time of all segments, from arrival to durable",
+            ),
+            read_us: counter("endio_block_store_read_microseconds_total", "Time of all reads"),
             registry,
         }
     }

@@ -12,6 +12,7 @@ use endio_api::conversion::{
     RegisterStore, StoreBatch, StoreCommandBatch, StoreMessage, StoreRenew,
     conversion_client::ConversionClient, store_command::Command, store_message::Message,
 };
+use endio_api::protocol;
 use endio_chassis::{
     backoff::Backoff,
     net::{Dialer, NetError},
@@ -19,7 +20,7 @@ use endio_chassis::{
 };
 use endio_state_machine::{gate::Registration, token::TokenKey};
 use endio_types::{
-    ClusterEpoch, Generation, IoEndId, Millis, PblkRange, Reason, StoreId, VolumeId,
+    ClusterEpoch, Generation, IoEndId, Millis, PblkRange, ProtocolError, Reason, StoreId, VolumeId,
 };
 use rand::{SeedableRng as _, rngs::StdRng};
 use tokio::{
@@ -65,8 +66,25 @@ enum SessionEnd {
     Closed,
     #[error("conversion sent something malformed: {0}")]
     Malformed(&'static str),
-    #[error("the registration cannot be taken in: {0}")]
-    Registration(Reason),
+    #[error("the registration cannot be taken in: {0}{1}")]
+    Registration(Reason, &'static str),
+    #[error("conversion is too old")]
+    Protocol(#[source] ProtocolError),
+}
+
+/// What to do about a registration that was refused here.
+fn advice(reason: Reason) -> &'static str {
+    match reason {
+        Reason::OldEpoch => {
+            " (this store has seen a higher epoch: conversion runs on older metadata than before; \
+             restore it with `endio restore metadata --epoch-at-least`)"
+        }
+        Reason::WrongState => {
+            " (conversion gave this store another number than before: its metadata was restored \
+             from before this store registered; restart the store)"
+        }
+        _ => "",
+    }
 }
 
 /// One open stream.
@@ -136,6 +154,7 @@ impl Session {
             incarnation: superblock.incarnation.0,
             capacity_blocks: self.driver.device.capacity_blocks(),
             url: self.url.clone(),
+            protocol: protocol::ours(),
         };
         let register_sent = self.driver.now();
         let first = batch(vec![StoreMessage { message: Some(Message::Register(register)) }]);
@@ -217,6 +236,8 @@ impl Open<'_> {
         let driver = &self.session.driver;
         match command {
             Command::Registered(registered) => {
+                protocol::check_answer(registered.protocol.as_ref())
+                    .map_err(SessionEnd::Protocol)?;
                 let key: [u8; 32] = registered
                     .key
                     .as_ref()
@@ -231,7 +252,7 @@ impl Open<'_> {
                 };
                 driver
                     .register(self.register_sent, registration)
-                    .map_err(SessionEnd::Registration)?;
+                    .map_err(|reason| SessionEnd::Registration(reason, advice(reason)))?;
                 info!(
                     store = registered.store,
                     cluster_epoch = registered.cluster_epoch,

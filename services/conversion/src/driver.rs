@@ -14,6 +14,7 @@ mod outbox;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use endio_api::conversion::DescribeResponse;
 use endio_chassis::server::Readiness;
 use endio_chassis::shutdown::Shutdown;
 use endio_failpoints::{Bug, Point, is_planted, reach};
@@ -336,11 +337,32 @@ impl Driver {
             Question::IoEnds(volume, limit, reply) => {
                 drop(reply.send(self.machine.io_ends(now, volume, limit)));
             }
+            Question::Describe(reply) => drop(reply.send(self.describe())),
+            Question::Journal(reply) => drop(reply.send(self.committer.journal().clone())),
             Question::Check(reply) => {
                 drop(reply.send(self.machine.check().map_err(DriverError::Machine)?));
             }
         }
         Ok(())
+    }
+
+    fn describe(&self) -> DescribeResponse {
+        let stats = self.committer.journal().stats();
+        let [queued_write_out, queued_direct] = self.machine.queued().map(|count| count as u64);
+        DescribeResponse {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            protocol: endio_api::protocol::ours(),
+            cluster_epoch: self.machine.epoch().0,
+            uptime_ms: self.now().0,
+            queued_write_out,
+            queued_direct,
+            io_ends: self.machine.io_ends_in_flight() as u64,
+            metadata_full: stats.degraded,
+            durable_record: stats.durable_seq,
+            journal_bytes: stats.bytes_since_checkpoint,
+            checkpoint_bytes: stats.checkpoint_bytes,
+            draining: self.machine.is_stopping(),
+        }
     }
 
     /// Tells the machine when the metadata disk fills up or has room again.
@@ -415,7 +437,7 @@ impl Driver {
 
 /// The machine's database id from the store's: the same number twice, so that it is never zero by
 /// accident and stays the same for the life of the directory.
-fn database(id: u64) -> DatabaseId {
+pub(crate) fn database(id: u64) -> DatabaseId {
     let mut database = [0; 16];
     database[..8].copy_from_slice(&id.to_le_bytes());
     database[8..].copy_from_slice(&id.to_le_bytes());

@@ -1,18 +1,20 @@
 //! The skin: decode, hand over, await, encode. No rule of the domain lives here.
 
 use std::pin::Pin;
+use std::sync::Arc;
 
 use endio_api::conversion as proto;
 use endio_api::conversion::conversion_server::Conversion;
 use endio_api::convert::{self, Malformed};
-use endio_api::status;
+use endio_api::{protocol, status};
 use endio_state_machine::machine::{Call, Input, Refusal, ReplyBody, VolumeInfo};
 use endio_types::{Generation, LblkRange, Reason, VolumeId};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::backup;
 use crate::handle::{Handle, Outgoing, Question, Stream as Session, Traced};
 
 /// Messages put into one batch of a stream.
@@ -24,15 +26,19 @@ const LOOKUP_BLOCKS_MAX: u32 = 65_536;
 /// io_ends listed where the request sets no limit, and at the most.
 const IO_ENDS_DEFAULT: u32 = 1_000;
 const IO_ENDS_MAX: u32 = 100_000;
+/// When to ask again for a backup while another one is taken, milliseconds.
+const BACKUP_RETRY_MS: u32 = 5_000;
 
 /// The service on the wire.
 #[derive(Clone)]
 pub(crate) struct Grpc {
     pub(crate) handle: Handle,
+    /// The turn of the one backup that may be taken at a time: it keeps files from being dropped.
+    pub(crate) backups: Arc<Semaphore>,
 }
 
 type Answer<T> = Result<Response<T>, Status>;
-type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+pub(crate) type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 fn refused(refusal: Refusal) -> Status {
     convert::call_refused(&refusal)
@@ -207,6 +213,7 @@ impl Conversion for Grpc {
         let session = stream.session;
         let decode = move |batch: proto::WritebackBatch| {
             batch.messages.into_iter().map(move |message| {
+                protocol::check_writeback(&message)?;
                 let traceparent = writeback_trace(&message);
                 let message = convert::from_writeback(message)?;
                 Ok((Input::Writeback { session, message }, traceparent))
@@ -229,6 +236,7 @@ impl Conversion for Grpc {
         let session = stream.session;
         let decode = move |batch: proto::StoreBatch| {
             batch.messages.into_iter().map(move |message| {
+                protocol::check_store(&message)?;
                 let traceparent = store_trace(&message);
                 let message = convert::from_store(message)?;
                 Ok((Input::Store { session, message }, traceparent))
@@ -312,6 +320,24 @@ impl Conversion for Grpc {
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
+    async fn describe(
+        &self,
+        _: Request<proto::DescribeRequest>,
+    ) -> Answer<proto::DescribeResponse> {
+        Ok(Response::new(self.handle.ask(Question::Describe).await.map_err(refused)?))
+    }
+
+    type BackupStream = Streamed<proto::BackupPiece>;
+
+    async fn backup(&self, _: Request<proto::BackupRequest>) -> Answer<Self::BackupStream> {
+        let turn = Arc::clone(&self.backups).try_acquire_owned().map_err(|_| {
+            let message = "another backup is being taken";
+            status::status_retry(Reason::Limit, message, BACKUP_RETRY_MS)
+        })?;
+        let journal = self.handle.ask(Question::Journal).await.map_err(refused)?;
+        Ok(Response::new(backup::start(journal, turn)))
+    }
+
     async fn check(&self, _: Request<proto::CheckRequest>) -> Answer<proto::CheckResponse> {
         let report = self.handle.ask(Question::Check).await.map_err(refused)?;
         Ok(Response::new(proto::CheckResponse {
@@ -360,7 +386,7 @@ fn read_session<B, M, S, I>(
 ) where
     B: Send + 'static,
     M: Send + 'static,
-    I: Iterator<Item = Result<Traced, Malformed>> + Send,
+    I: Iterator<Item = Result<Traced, Status>> + Send,
 {
     let ended = session.ended.clone();
     let fail = session.fail.clone();
@@ -389,10 +415,10 @@ fn read_session<B, M, S, I>(
                         break;
                     }
                 }
-                Err(malformed) => {
+                Err(refused) => {
                     // Nothing of a batch that cannot be understood is taken.
                     if let Some(fail) = fail.upgrade() {
-                        drop(fail.try_send(Outgoing::Fail(malformed.into())));
+                        drop(fail.try_send(Outgoing::Fail(refused)));
                     }
                     break;
                 }

@@ -1,11 +1,13 @@
 //! What the skin may ask of the driver: events go in, one answer each comes out.
 
+use endio_api::conversion::DescribeResponse;
 use endio_state_machine::extent_map::MapExtent;
 use endio_state_machine::machine::{
     Call, CheckReport, Input, IoEndInfo, MapView, Refusal, ReplyBody, StoreInfo, ToStore,
     ToWriteback, VolumeInfo,
 };
 use endio_state_machine::machine::{StoreSession, WritebackSession};
+use endio_store::meta::JournalHandle;
 use endio_types::{Generation, LblkRange, Reason, VolumeId};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -52,6 +54,8 @@ pub(crate) enum Question {
     Stores(oneshot::Sender<Vec<StoreInfo>>),
     IoEnds(Option<VolumeId>, usize, oneshot::Sender<(Vec<IoEndInfo>, u64)>),
     Check(oneshot::Sender<CheckReport>),
+    Describe(oneshot::Sender<DescribeResponse>),
+    Journal(oneshot::Sender<JournalHandle>),
 }
 
 /// The driver has ended: the service is stopping or has failed.

@@ -4,12 +4,16 @@
 //! A service is a library that is given its listener, its clients and its store; a binary only
 //! supplies them.
 
+mod backup;
 mod commit;
 mod config;
 mod driver;
 mod grpc;
 mod handle;
 mod metrics;
+mod restore;
+
+use std::sync::Arc;
 
 use endio_api::conversion::conversion_server::ConversionServer;
 use endio_api::traces::RecorderTraces;
@@ -21,11 +25,12 @@ use endio_chassis::server::{Readiness, ServeError, ServerOptions, serve};
 use endio_chassis::shutdown::Shutdown;
 use endio_chassis::trace::Tracer;
 use endio_store::meta::{DiskMeta, MetaOptions, MetaStore};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use tonic::service::Routes;
 
 pub use config::{Config, Flags};
 pub use driver::DriverError;
+pub use restore::{EPOCH_LEAP, InPlace, RestoreError, RestoreOptions, Restored, restore};
 
 /// Makes the spans of this service.
 pub(crate) const TRACER: Tracer = Tracer::new("conversion");
@@ -117,7 +122,7 @@ pub async fn start(config: Config, deps: Deps) -> Result<Running, StartError> {
     admin::watch("conversion", &readiness);
     let (events, queue) = mpsc::channel(config.input_queue_max);
     let handle = handle::Handle { events, session_queue_max: config.session_queue_max };
-    let grpc = grpc::Grpc { handle };
+    let grpc = grpc::Grpc { handle, backups: Arc::new(Semaphore::new(1)) };
     let service = ConversionServer::new(grpc)
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);

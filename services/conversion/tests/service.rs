@@ -1,6 +1,7 @@
 //! The service over real gRPC, with a scripted store and a scripted writeback as its peers.
 #![allow(missing_docs, clippy::unwrap_used)]
 
+mod operations;
 mod peers;
 
 use endio_api::conversion as proto;

@@ -38,6 +38,11 @@ impl Conversion {
         self.channel.clone()
     }
 
+    /// A client for a call that streams.
+    pub(crate) fn client(&self) -> Client {
+        self.client.clone()
+    }
+
     /// One call, tried again until `deadline` while conversion is away, starting or out of room
     /// for one more request. The call must be idempotent.
     ///

@@ -140,6 +140,7 @@ pub(crate) fn build(
         log: Log::start(log),
         metrics,
         recorder,
+        started: tokio::time::Instant::now(),
         room: Notify::new(),
         opening: Mutex::default(),
         tasks: TaskTracker::new(),

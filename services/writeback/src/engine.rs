@@ -9,6 +9,7 @@ mod merge;
 mod range;
 mod read;
 mod replay;
+mod status;
 mod sync;
 mod volumes;
 mod write;
@@ -30,6 +31,7 @@ use tokio_util::task::TaskTracker;
 
 pub use range::{RangeKind, RangeOp, Ranged};
 pub use read::{Piece, ReadOp};
+pub use status::Meter;
 pub use sync::Observer;
 pub use write::{Acked, WriteOp};
 
@@ -94,6 +96,8 @@ pub struct Engine {
     pub(crate) dedupe: Arc<Dedupe>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) recorder: Recorder,
+    /// When this process started to serve.
+    pub(crate) started: Instant,
     pub(crate) throttle: Mutex<Throttle>,
     /// Dirty bytes became fewer, or the log got room.
     pub(crate) room: Notify,

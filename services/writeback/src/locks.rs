@@ -44,6 +44,16 @@ impl Locks {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Places that are held or waited for: changes of the volume under way.
+    pub fn len(&self) -> usize {
+        self.table().lock.len()
+    }
+
+    /// Whether no change is under way.
+    pub fn is_empty(&self) -> bool {
+        self.table().lock.is_empty()
+    }
+
     /// Takes a place in the order now. The range is held once [`Held::held`] has returned.
     pub fn acquire(self: &Arc<Self>, range: LblkRange) -> Held {
         let mut table = self.table();

@@ -11,7 +11,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use endio_api::blockstore::{Bio, ReadRequest};
+use endio_api::blockstore::block_store_client::BlockStoreClient;
+use endio_api::blockstore::{Bio, DescribeRequest, DescribeResponse, ReadRequest};
 use endio_api::common::{Span, Token};
 use endio_api::conversion::Store;
 use endio_chassis::net::Dialer;
@@ -155,6 +156,18 @@ impl Stores {
         let kept = tokio::time::timeout(self.limits.connect, client.keep_traces(request)).await;
         kept.map_err(|_| store_away())??;
         Ok(())
+    }
+
+    /// What one store says of itself.
+    ///
+    /// # Errors
+    /// The store cannot be reached.
+    pub(crate) async fn describe(&self, store: u32) -> Result<DescribeResponse, Failure> {
+        let url = self.client(store)?.url.clone();
+        let channel = self.dialer.channel(&url).map_err(|_| store_away())?;
+        let mut client = BlockStoreClient::new(channel);
+        let answer = tokio::time::timeout(self.limits.connect, client.describe(DescribeRequest {}));
+        Ok(answer.await.map_err(|_| store_away())??.into_inner())
     }
 
     fn client(&self, store: u32) -> Result<Arc<Client>, Failure> {

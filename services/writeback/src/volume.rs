@@ -18,6 +18,7 @@ use endio_types::{BLOCK_BYTES, ByteRange, LblkRange, Reason, VOLUME_BYTES_MAX};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use crate::engine::Meter;
 use crate::failure::Failure;
 use crate::locks::Locks;
 
@@ -44,6 +45,10 @@ pub struct Volume {
     pub growable: bool,
     /// The order of overlapping requests.
     pub locks: Arc<Locks>,
+    /// Writes, trims and zeroings that were acknowledged.
+    pub writes: Meter,
+    /// Reads that were answered.
+    pub reads: Meter,
     state: Mutex<State>,
     changed: Notify,
     flusher: Notify,
@@ -154,6 +159,8 @@ impl Volume {
             in_place: volume.in_place,
             growable: volume.growable,
             locks: Arc::default(),
+            writes: Meter::default(),
+            reads: Meter::default(),
             state: Mutex::new(State {
                 size_bytes: volume.size_bytes,
                 durable_size_bytes: volume.size_bytes,

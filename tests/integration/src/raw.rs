@@ -43,7 +43,10 @@ impl RawWriteback {
     /// Opens a session and says hello.
     pub async fn connect(url: &str, name: &str) -> Self {
         let (sender, messages) = mpsc::channel(64);
-        let hello = FromWriteback::Hello(Hello { writeback: name.to_owned() });
+        let hello = FromWriteback::Hello(Hello {
+            writeback: name.to_owned(),
+            protocol: endio_api::protocol::ours(),
+        });
         sender.send(batch([hello])).await.expect("the channel is open");
         let opened = conversion(url).writeback_session(ReceiverStream::new(messages)).await;
         let answers = opened.expect("a session opens").into_inner();
@@ -198,6 +201,7 @@ impl RawStore {
             incarnation,
             capacity_blocks,
             url: "http://127.0.0.1:1".to_owned(),
+            protocol: endio_api::protocol::ours(),
         };
         let first = store_batch([FromStore::Register(register)]);
         sender.send(first).await.expect("the channel is open");

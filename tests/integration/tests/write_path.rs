@@ -295,7 +295,7 @@ async fn replicas_and_many_volumes_survive_a_restart_of_everything() {
     }
     let io = client.stack.client();
     io.io().sync_all(SyncAllRequest {}).await.unwrap();
-    let status = io.inspect().status(StatusRequest {}).await.unwrap().into_inner();
+    let status = io.inspect().status(StatusRequest::default()).await.unwrap().into_inner();
     assert_eq!((status.dirty_bytes, status.connected), (0, true));
     client.assert_clean().await;
     let mut client = client;

@@ -527,6 +527,7 @@ fn kind_of(record: &Record) -> u64 {
         Record::Unmap { .. } => 11,
         Record::Allocate { .. } => 12,
         Record::Zero { .. } => 13,
+        Record::Restored { .. } => 14,
     }
 }
 

@@ -135,7 +135,8 @@ pub fn to_writeback(
     let message = match message {
         ToWriteback::SessionRefused(refusal) => return Err(call_refused(&refusal)),
         ToWriteback::Welcome { epoch, lease_ms } => {
-            Message::Welcome(proto::Welcome { cluster_epoch: epoch.0, lease_ms })
+            let protocol = crate::protocol::ours();
+            Message::Welcome(proto::Welcome { cluster_epoch: epoch.0, lease_ms, protocol })
         }
         ToWriteback::Begun { request, submitter, segments, owes_conversion } => {
             let segment = |s: &domain::GrantedSegment| proto::Segment {
@@ -204,6 +205,7 @@ pub fn to_store(command: ToStore) -> Result<proto::StoreCommand, tonic::Status> 
                 key: Bytes::copy_from_slice(key.expose()),
                 lease_ms,
                 io_end_floor: floor.0,
+                protocol: crate::protocol::ours(),
             })
         }
         ToStore::Released { io_end, segment, refused } => Command::Released(proto::ReleaseResult {

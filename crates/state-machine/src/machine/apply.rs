@@ -1,11 +1,11 @@
 //! Applying records: the same function for a record that was just made and for one replayed.
 
-use endio_types::{LblkRange, MapVersion, StoreId, VolumeId};
+use endio_types::{Generation, LblkRange, MapVersion, StoreId, VolumeId};
 
 use super::MachineError;
 use crate::chunk::{Change, OpSeq, Place, Places};
 use crate::extent_map::{self, ChunkTable, MapError};
-use crate::record::{ConvertVolume, Record, Run, Seq, Snapshot};
+use crate::record::{ConvertVolume, RESTORE_LEAP, RESTORE_STORES_LEAP, Record, Run, Seq, Snapshot};
 
 /// What a record changed in the map, by volume.
 pub(super) type Changes = Vec<(VolumeId, Change)>;
@@ -70,7 +70,8 @@ fn apply_map<T: ChunkTable>(
         | Record::DeleteVolume { .. }
         | Record::ForgetVolume { .. }
         | Record::Reserve { .. }
-        | Record::Store(_) => {}
+        | Record::Store(_)
+        | Record::Restored { .. } => {}
     }
     Ok(changes)
 }
@@ -151,6 +152,19 @@ fn apply_small(durable: &mut Snapshot, record: &Record) -> Result<(), &'static s
                 volume.map_version = MapVersion(volume.map_version.0 + 1);
                 volume.size_bytes = volume.size_bytes.max(item.size_after_bytes);
                 volume.promised = volume.promised.saturating_sub(item.credit_used);
+            }
+        }
+        Record::Restored { epoch } => {
+            if *epoch <= durable.epoch {
+                return Err("the epoch does not grow");
+            }
+            durable.epoch = *epoch;
+            durable.next_volume = VolumeId(durable.next_volume.0 + RESTORE_LEAP);
+            durable.next_store = StoreId(durable.next_store.0.saturating_add(RESTORE_STORES_LEAP));
+            for volume in volumes.values_mut() {
+                volume.generation = Generation(volume.generation.0 + RESTORE_LEAP);
+                volume.owner = None;
+                volume.promised = 0;
             }
         }
         Record::Unmap { volume, .. }

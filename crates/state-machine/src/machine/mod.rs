@@ -293,6 +293,21 @@ impl<T: ChunkTable> Machine<T> {
         self.ledger.is_empty() && self.changing.is_empty()
     }
 
+    /// io_ends that wait for conversion, by lane: write-out, direct.
+    pub fn queued(&self) -> [usize; 2] {
+        [self.lanes[0].len(), self.lanes[1].len()]
+    }
+
+    /// io_ends in flight.
+    pub fn io_ends_in_flight(&self) -> usize {
+        self.ledger.len()
+    }
+
+    /// Whether new work is refused because of a stop.
+    pub fn is_stopping(&self) -> bool {
+        self.stopping
+    }
+
     /// The table of chunks, for checkpoints and write-back.
     pub fn table_mut(&mut self) -> &mut T {
         &mut self.table

@@ -21,7 +21,7 @@ use endio_types::VolumeId;
 
 use super::api::MetaTable;
 use super::journal::damaged;
-use super::segment::segment_first;
+use super::segment::{other_version, segment_first};
 use super::shared::{Shared, fault};
 use super::vfs::{Vfs, VfsFile};
 use super::{MetaError, names};
@@ -237,6 +237,11 @@ impl Checkpointer {
     }
 
     fn drop_old(&self) -> Result<(), MetaError> {
+        let backups = self.shared.backups();
+        if *backups > 0 {
+            // The next checkpoint drops what this one leaves.
+            return Ok(());
+        }
         let vfs = self.shared.vfs.as_ref();
         let names = vfs.list().map_err(|error| fault(vfs, "list", ".", error))?;
         let remove = |name: &str| {
@@ -329,6 +334,9 @@ impl<'a> Reader<'a> {
         let seq = checkpoint_seq(self.name).ok_or_else(|| self.bad("the name has no number"))?;
         let len = raw.get(28..).and_then(|raw| raw.first_chunk().copied());
         let len = len.map_or(0, u32::from_le_bytes);
+        if let Some(version) = other_version(Some(&raw), VERSION) {
+            return Err(MetaError::UnknownVersion { file: self.vfs.path(self.name), version });
+        }
         if raw != header(database, seq, len) || len as usize > SNAPSHOT_BYTES_MAX {
             return Err(self.bad("the header is damaged or belongs to another database"));
         }

@@ -40,6 +40,15 @@ pub enum MetaError {
         /// In which way.
         what: String,
     },
+    /// A whole file of another version of this program. Nothing is wrong with it.
+    #[error("{} has format version {version}, which this program does not know: start the version \
+             that wrote it, or a later one", .file.display())]
+    UnknownVersion {
+        /// The file.
+        file: PathBuf,
+        /// Its version.
+        version: u32,
+    },
     /// A chunk of the extent map cannot be trusted. The service must stop; the next start
     /// rebuilds the map from checkpoint and journal.
     #[error("chunk {} of volume {} is damaged: {what}", .id.index, .id.volume)]

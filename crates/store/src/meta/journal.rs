@@ -248,7 +248,7 @@ pub(crate) struct Found {
     pub(crate) bytes: u64,
 }
 
-fn read_segment(vfs: &dyn Vfs, name: &str) -> Result<Bytes, MetaError> {
+pub(crate) fn read_segment(vfs: &dyn Vfs, name: &str) -> Result<Bytes, MetaError> {
     vfs.len(name)
         .and_then(|len| vfs.read(name, 0, len as usize))
         .map(Bytes::from)

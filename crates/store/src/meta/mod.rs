@@ -16,12 +16,14 @@
 
 mod api;
 mod backend;
+mod backup;
 mod canary;
 mod checkpoint;
 mod error;
 mod journal;
 mod names;
 mod open;
+mod restore;
 mod segment;
 mod shared;
 mod sim;
@@ -30,10 +32,12 @@ mod table;
 mod vfs;
 
 pub use api::{MetaOptions, MetaStore, MetaTable, Record, Recovered, TableStats};
+pub use backup::{BACKUP_VERSION, Backup, BackupError, BackupHead, verify_backup};
 pub use checkpoint::{Checkpointer, SNAPSHOT_BYTES_MAX};
 pub use error::MetaError;
 pub use journal::{Journal, Records};
 pub use open::{DiskMeta, MemoryMeta};
+pub use restore::Restoring;
 pub use segment::PAYLOAD_BYTES_MAX;
 pub use shared::{JournalHandle, JournalStats};
 pub use sim::{LossMode, SimVfs};

@@ -160,20 +160,21 @@ fn finish(
 
 const IDENTITY_MAGIC: &[u8; 8] = b"ENDIOMET";
 
+pub(crate) fn encode_identity(id: u64) -> Vec<u8> {
+    let mut bytes = IDENTITY_MAGIC.to_vec();
+    bytes.extend_from_slice(&id.to_le_bytes());
+    bytes.extend_from_slice(&crc32c::crc32c(&bytes).to_le_bytes());
+    bytes
+}
+
 /// Who the database is; made at the first open.
 fn identity(vfs: &dyn Vfs) -> Result<u64, MetaError> {
     let fail = |error| fault(vfs, "read", names::IDENTITY, error);
-    let encode = |id: u64| {
-        let mut bytes = IDENTITY_MAGIC.to_vec();
-        bytes.extend_from_slice(&id.to_le_bytes());
-        bytes.extend_from_slice(&crc32c::crc32c(&bytes).to_le_bytes());
-        bytes
-    };
     if vfs.exists(names::IDENTITY).map_err(fail)? {
         let bytes = vfs.read(names::IDENTITY, 0, 64).map_err(fail)?;
         let id = bytes.get(8..).and_then(|bytes| bytes.first_chunk().copied());
         let id = id.map_or(0, u64::from_le_bytes);
-        if bytes != encode(id) {
+        if bytes != encode_identity(id) {
             return Err(damaged(vfs, names::IDENTITY, 0, "checksum mismatch".into()));
         }
         return Ok(id);
@@ -186,7 +187,7 @@ fn identity(vfs: &dyn Vfs) -> Result<u64, MetaError> {
     }
     // The keys of a fresh hasher come from the system's source of randomness.
     let id = std::hash::RandomState::new().build_hasher().finish() | 1;
-    write_durably(vfs, names::IDENTITY_NEW, names::IDENTITY, &encode(id))?;
+    write_durably(vfs, names::IDENTITY_NEW, names::IDENTITY, &encode_identity(id))?;
     Ok(id)
 }
 

@@ -116,6 +116,10 @@ pub(crate) enum Tail {
 pub(crate) fn scan(bytes: &Bytes, database: u64, first: u64, epoch: u64) -> Scan {
     let mut scan = Scan { records: Vec::new(), good_len: 0, tail: Tail::Clean };
     if bytes.get(..SEGMENT_HEADER) != Some(&segment_header(database, first)[..]) {
+        if let Some(version) = other_version(bytes.get(..SEGMENT_HEADER), VERSION) {
+            scan.tail = Tail::Damaged(version_fault(version));
+            return scan;
+        }
         // Records are written only behind a header that is durable.
         scan.tail = if bytes.len() <= SEGMENT_HEADER {
             Tail::Torn
@@ -143,6 +147,22 @@ pub(crate) fn scan(bytes: &Bytes, database: u64, first: u64, epoch: u64) -> Scan
     }
     scan.good_len = at as u64;
     scan
+}
+
+/// The version of a header that is whole, but not of version `known`. All headers of this directory
+/// begin with a magic and a version, and end with a checksum of themselves.
+pub(crate) fn other_version(header: Option<&[u8]>, known: u32) -> Option<u32> {
+    let (fields, crc) = header?.split_last_chunk::<4>()?;
+    let version = u32_at(fields, 8).filter(|version| *version != known)?;
+    (u32::from_le_bytes(*crc) == crc32c::crc32c(fields)).then_some(version)
+}
+
+/// What is said about it.
+pub(crate) fn version_fault(version: u32) -> String {
+    format!(
+        "it has format version {version}, which this program does not know: start the version \
+         that wrote it, or a later one"
+    )
 }
 
 fn header_fault(bytes: &[u8], database: u64) -> String {

@@ -39,6 +39,8 @@ pub(crate) struct Shared {
     pub(crate) database: u64,
     _lock: DirLock,
     numbers: Mutex<Numbers>,
+    /// Backups that are being taken: no file is dropped meanwhile.
+    backups: Mutex<u32>,
 }
 
 impl Shared {
@@ -48,11 +50,23 @@ impl Shared {
         database: u64,
         lock: DirLock,
     ) -> Self {
-        Self { vfs, options, database, _lock: lock, numbers: Mutex::default() }
+        Self {
+            vfs,
+            options,
+            database,
+            _lock: lock,
+            numbers: Mutex::default(),
+            backups: <_>::default(),
+        }
     }
 
     fn numbers(&self) -> MutexGuard<'_, Numbers> {
         self.numbers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The number of backups that are being taken, held still.
+    pub(crate) fn backups(&self) -> MutexGuard<'_, u32> {
+        self.backups.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn stats(&self) -> JournalStats {
@@ -157,6 +171,22 @@ impl Shared {
 
     pub(crate) fn fail(&self, what: &'static str, name: &str, source: io::Error) -> MetaError {
         fault(self.vfs.as_ref(), what, name, source)
+    }
+}
+
+/// Keeps every file of the journal and every checkpoint until it is dropped.
+pub(crate) struct Pin(Arc<Shared>);
+
+impl Pin {
+    pub(crate) fn new(shared: &Arc<Shared>) -> Self {
+        *shared.backups() += 1;
+        Self(Arc::clone(shared))
+    }
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        *self.0.backups() -= 1;
     }
 }
 

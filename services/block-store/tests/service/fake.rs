@@ -122,6 +122,7 @@ impl FakeSession {
             key: key(epoch).expose().to_vec().into(),
             lease_ms,
             io_end_floor: IoEndId::new(ClusterEpoch(epoch), 0).0,
+            protocol: None,
         }))
         .await;
     }
@@ -255,6 +256,8 @@ impl Conversion for Service {
     type WritebackSessionStream =
         Pin<Box<dyn Stream<Item = Result<ConversionBatch, Status>> + Send>>;
     type StoreSessionStream = Commands;
+    type BackupStream =
+        Pin<Box<dyn Stream<Item = Result<endio_api::conversion::BackupPiece, Status>> + Send>>;
     type ListExtentsStream =
         Pin<Box<dyn Stream<Item = Result<ListExtentsResponse, Status>> + Send>>;
 
@@ -316,6 +319,8 @@ impl Conversion for Service {
         list_io_ends(ListIoEndsRequest) -> ListIoEndsResponse;
         list_extents(ListExtentsRequest) -> Self::ListExtentsStream;
         check(CheckRequest) -> CheckResponse;
+        describe(endio_api::conversion::DescribeRequest) -> endio_api::conversion::DescribeResponse;
+        backup(endio_api::conversion::BackupRequest) -> Self::BackupStream;
     }
 }
 

@@ -120,3 +120,29 @@ async fn commands_that_make_no_sense_end_the_session_or_change_nothing() {
     let want = Want { epoch: 3, ..Want::default() };
     assert_eq!(store.write(want, blocks(1, 1)).await.reason, 0);
 }
+
+/// On the legs to a block-store the version of the protocol travels with the call.
+#[tokio::test]
+async fn writebacks_of_this_and_the_previous_major_protocol_are_served_and_no_others() {
+    let (_conversion, store, _session) = ready(Arc::new(MemoryDevice::new(100))).await;
+    let current = endio_types::Protocol::CURRENT.major;
+    let said = [format!("{current}.7"), format!("{}.0", current - 1), String::new()];
+    let refused = [format!("{}.0", current + 1), "0.1".to_owned(), "new".to_owned()];
+    for (versions, is_taken) in [(said, true), (refused, false)] {
+        for version in versions {
+            let request = || {
+                let mut request = tonic::Request::new(tokio_stream::pending::<Bio>());
+                if !version.is_empty() {
+                    let value = version.parse().unwrap();
+                    request.metadata_mut().insert(endio_api::protocol::METADATA, value);
+                }
+                request
+            };
+            let opened = within("an answer", store.client.clone().write(request())).await;
+            assert_eq!(opened.is_ok(), is_taken, "{version}: {opened:?}");
+            if let Err(status) = opened {
+                assert_eq!(endio_api::status::reason(&status), endio_types::Reason::Protocol);
+            }
+        }
+    }
+}

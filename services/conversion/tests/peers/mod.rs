@@ -37,6 +37,11 @@ impl Service {
         Self::start_in(tempfile::tempdir().unwrap()).await
     }
 
+    /// Over the metadata that lies in `meta` of this directory.
+    pub(crate) async fn start_at(dir: tempfile::TempDir) -> Self {
+        Self::start_in(dir).await
+    }
+
     async fn start_in(dir: tempfile::TempDir) -> Self {
         Self::try_start(dir, None).await.unwrap()
     }
@@ -86,6 +91,55 @@ impl Service {
     }
 }
 
+/// How a session that begins like this goes: it is answered, or refused with "REASON: message".
+fn told<T>(answer: Result<Option<T>, tonic::Status>) -> Result<(), String> {
+    match answer {
+        Ok(Some(_)) => Ok(()),
+        Ok(None) => Err("closed".to_owned()),
+        Err(status) => Err(format!("{}: {}", endio_api::status::reason(&status), status.message())),
+    }
+}
+
+/// Opens a session as a writeback that speaks this.
+pub(crate) async fn hello(
+    service: &Service,
+    protocol: Option<endio_api::common::Protocol>,
+) -> Result<(), String> {
+    let hello = proto::Hello { writeback: format!("wb-{}", rand::random::<u64>()), protocol };
+    let hello = proto::writeback_message::Message::Hello(hello);
+    let first = proto::WritebackMessage { message: Some(hello) };
+    let first = proto::WritebackBatch { messages: vec![first] };
+    let stream =
+        tokio_stream::StreamExt::chain(tokio_stream::iter([first]), tokio_stream::pending());
+    match within("session", service.client().writeback_session(stream)).await {
+        Ok(session) => told(within("answer", session.into_inner().message()).await),
+        Err(status) => told::<()>(Err(status)),
+    }
+}
+
+/// Opens a session as a block-store that speaks this.
+pub(crate) async fn register(
+    service: &Service,
+    protocol: Option<endio_api::common::Protocol>,
+) -> Result<(), String> {
+    let register = proto::RegisterStore {
+        uuid: rand::random::<[u8; 16]>().to_vec().into(),
+        incarnation: 1,
+        capacity_blocks: 1 << 20,
+        url: "memory:store".to_owned(),
+        protocol,
+    };
+    let register = proto::store_message::Message::Register(register);
+    let first = proto::StoreMessage { message: Some(register) };
+    let first = proto::StoreBatch { messages: vec![first] };
+    let stream =
+        tokio_stream::StreamExt::chain(tokio_stream::iter([first]), tokio_stream::pending());
+    match within("session", service.client().store_session(stream)).await {
+        Ok(session) => told(within("answer", session.into_inner().message()).await),
+        Err(status) => told::<()>(Err(status)),
+    }
+}
+
 /// A block-store that writes nothing.
 pub(crate) struct ScriptedStore {
     pub(crate) id: u32,
@@ -106,6 +160,7 @@ impl ScriptedStore {
             incarnation: 1,
             capacity_blocks: 1 << 20,
             url: format!("memory:store-{number}"),
+            ..Default::default()
         };
         let register = proto::store_message::Message::Register(register);
         let first = proto::StoreMessage { message: Some(register) };
@@ -201,7 +256,7 @@ impl ScriptedWriteback {
         let (outgoing, queue) = mpsc::channel(16);
         let mut client = service.client();
         let session = client.writeback_session(ReceiverStream::new(queue));
-        let hello = proto::Hello { writeback: name.clone() };
+        let hello = proto::Hello { writeback: name.clone(), ..Default::default() };
         let hello = proto::writeback_message::Message::Hello(hello);
         let first = proto::WritebackMessage { message: Some(hello) };
         outgoing.send(proto::WritebackBatch { messages: vec![first] }).await.unwrap();

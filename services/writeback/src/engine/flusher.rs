@@ -58,10 +58,14 @@ impl Engine {
             if bytes > 0 {
                 held.push(format!("volume {}: {bytes} dirty bytes", volume.name));
             }
+            let requests = volume.locks.len();
+            if requests > 0 {
+                held.push(format!("volume {}: {requests} changes under way", volume.name));
+            }
         }
-        let requests = self.tasks.len();
-        if requests > 0 {
-            held.push(format!("{requests} requests"));
+        let tasks = self.tasks.len();
+        if tasks > 0 {
+            held.push(format!("{tasks} tasks of requests"));
         }
         held
     }

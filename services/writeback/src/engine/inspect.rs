@@ -11,7 +11,7 @@ use endio_api::conversion::{
     ListStoresResponse,
 };
 use endio_api::traces::span_to_proto;
-use endio_api::writeback::{CheckResponse, NbdListener, NbdTls, StatusResponse, VolumeStatus};
+use endio_api::writeback::{CheckResponse, NbdListener, NbdTls};
 use endio_chassis::metrics::Gauge;
 use endio_chassis::net::ListenAddr;
 use endio_chassis::recorder::SpanQuery;
@@ -86,41 +86,8 @@ impl Engine {
         volume.check(ByteRange { offset: offset_bytes, len }, false)
     }
 
-    /// This writeback's state.
-    pub fn status(&self) -> StatusResponse {
-        let link = self.session.link();
-        let rest = Instant::now();
-        let of = |volume: &Arc<Volume>| {
-            let state = volume.state();
-            let blocked = match &state.gone {
-                Some(gone) => gone.detail.to_string(),
-                None if state.rest_until.is_some_and(|until| until > rest) => {
-                    "write-out failed and is tried again".to_owned()
-                }
-                None => String::new(),
-            };
-            VolumeStatus {
-                name: volume.name.to_string(),
-                generation: volume.generation,
-                dirty_bytes: state.dirty_bytes(),
-                in_flight_bytes: state.dirty.in_flight_blocks() * BLOCK_BYTES + state.direct_bytes,
-                error_pending: state.errors.is_untold(),
-                blocked,
-            }
-        };
-        StatusResponse {
-            writeback: self.identity.writeback(),
-            cluster_epoch: link.epoch.unwrap_or(0),
-            connected: link.epoch.is_some(),
-            dirty_bytes: self.throttle().total_bytes(),
-            dirty_bytes_max: self.config.dirty_bytes_max,
-            log_bytes: self.log.usage_bytes().0,
-            volumes: self.table.all().iter().map(of).collect(),
-            nbd: self.nbd_listeners(),
-        }
-    }
-
-    fn nbd_listeners(&self) -> Vec<NbdListener> {
+    /// Where NBD clients attach.
+    pub(super) fn nbd_listeners(&self) -> Vec<NbdListener> {
         let tls = match &self.config.nbd_tls {
             None => NbdTls::Off,
             Some(tls) if tls.required => NbdTls::Required,

@@ -92,9 +92,12 @@ impl Engine {
             let (change, admitted, held) = begun?;
             let (engine, kind) = (Arc::clone(&change.engine), change.op.kind.counted());
             let span = change.span.clone();
+            let (began, volume) = (Instant::now(), Arc::clone(&change.volume));
             let outcome = span.clone().scope(change.run(admitted, held)).await;
-            if let Err(failure) = &outcome {
-                span.fail(&failure.detail);
+            match &outcome {
+                // It moves no bytes.
+                Ok(_) => volume.writes.add(0, began.elapsed()),
+                Err(failure) => span.fail(&failure.detail),
             }
             engine.metrics.answered(kind, started.elapsed(), &span, outcome.is_ok());
             outcome

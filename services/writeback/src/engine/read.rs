@@ -95,7 +95,10 @@ impl Engine {
         let outcome = span.clone().scope(read).await;
         self.metrics.answered(Kind::Read, started.elapsed(), &span, outcome.is_ok());
         match outcome {
-            Ok(runs) => Ok(cut(runs, blocks, op.bytes)),
+            Ok(runs) => {
+                volume.reads.add(op.bytes.len, started.elapsed());
+                Ok(cut(runs, blocks, op.bytes))
+            }
             Err(failure) => {
                 span.fail(&failure.detail);
                 Err(failure)

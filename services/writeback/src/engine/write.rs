@@ -74,9 +74,11 @@ impl Engine {
             let (write, admitted, held) = begun?;
             let span = write.span.clone();
             let (engine, kind) = (Arc::clone(&write.engine), write.kind());
+            let (began, volume) = (Instant::now(), Arc::clone(&write.volume));
             let outcome = span.clone().scope(write.run(admitted, held)).await;
-            if let Err(failure) = &outcome {
-                span.fail(&failure.detail);
+            match &outcome {
+                Ok(acked) => volume.writes.add(acked.written_bytes, began.elapsed()),
+                Err(failure) => span.fail(&failure.detail),
             }
             engine.metrics.answered(kind, started.elapsed(), &span, outcome.is_ok());
             outcome

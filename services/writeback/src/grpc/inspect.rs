@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use endio_api::common::{ListSpansRequest, ListSpansResponse};
 use endio_api::conversion::{
-    ListIoEndsRequest, ListIoEndsResponse, ListStoresRequest, ListStoresResponse,
+    BackupPiece, BackupRequest, ListIoEndsRequest, ListIoEndsResponse, ListStoresRequest,
+    ListStoresResponse,
 };
 use endio_api::writeback::inspect_server::Inspect;
 use endio_api::writeback::{
@@ -80,7 +81,25 @@ impl Inspect for InspectService {
         Ok(Response::new(self.engine.trace(request.into_inner()).await))
     }
 
-    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
-        Ok(Response::new(self.engine.status()))
+    async fn status(
+        &self,
+        request: Request<StatusRequest>,
+    ) -> Result<Response<StatusResponse>, Status> {
+        let status = match request.into_inner().cluster {
+            true => self.engine.cluster_status().await,
+            false => self.engine.status(),
+        };
+        Ok(Response::new(status))
+    }
+
+    type BackupStream = BoxStream<'static, Result<BackupPiece, Status>>;
+
+    async fn backup(
+        &self,
+        request: Request<BackupRequest>,
+    ) -> Result<Response<Self::BackupStream>, Status> {
+        // Not tried again in here: the file begins anew with each try.
+        let pieces = self.engine.conversion.client().backup(request.into_inner()).await?;
+        Ok(Response::new(pieces.into_inner().boxed()))
     }
 }

@@ -9,6 +9,7 @@ use endio_api::conversion::{
     WritebackBatch, WritebackMessage, WritebackRenew, conversion_client::ConversionClient,
     conversion_message::Message as Incoming, writeback_message::Message as Outgoing,
 };
+use endio_api::protocol;
 use endio_chassis::net::Dialer;
 use endio_types::Reason;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -47,6 +48,8 @@ enum Ended {
     Closed,
     #[error("the first answer was not a welcome")]
     NoWelcome,
+    #[error("conversion is too old")]
+    Protocol(#[source] endio_types::ProtocolError),
     #[error("no answer within {0:?}")]
     Silent(Duration),
 }
@@ -87,6 +90,9 @@ impl Task {
                 ended if stood => {
                     tracing::warn!(error = %ended, "session with conversion lost");
                     backoff = shortest;
+                }
+                Ended::Broke(status) if endio_api::status::reason(&status) == Reason::Protocol => {
+                    tracing::error!(error = %status, "conversion refuses to speak with us");
                 }
                 ended => tracing::debug!(error = ?ended, "no session with conversion yet"),
             }
@@ -149,7 +155,10 @@ impl Task {
         let mut client = ConversionClient::new(channel)
             .max_decoding_message_size(crate::MESSAGE_BYTES_MAX)
             .max_encoding_message_size(crate::MESSAGE_BYTES_MAX);
-        let hello = Outgoing::Hello(Hello { writeback: self.writeback.clone() });
+        let hello = Outgoing::Hello(Hello {
+            writeback: self.writeback.clone(),
+            protocol: protocol::ours(),
+        });
         // The channel was made just now and holds nothing: this never waits.
         out.send(batch([WritebackMessage { message: Some(hello) }]))
             .await
@@ -170,7 +179,10 @@ impl Task {
             return Err(Ended::NoWelcome);
         }
         match first.messages.remove(0).message {
-            Some(Incoming::Welcome(welcome)) => Ok((inbound, welcome, first)),
+            Some(Incoming::Welcome(welcome)) => {
+                protocol::check_answer(welcome.protocol.as_ref()).map_err(Ended::Protocol)?;
+                Ok((inbound, welcome, first))
+            }
             _ => Err(Ended::NoWelcome),
         }
     }

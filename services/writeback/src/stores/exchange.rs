@@ -7,6 +7,7 @@ use bytes::Bytes;
 use endio_api::blockstore::{
     Bio, BioDone, ReadDone, ReadRequest, block_store_client::BlockStoreClient,
 };
+use endio_api::protocol;
 use endio_types::Reason;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
@@ -84,7 +85,11 @@ async fn run<P: Protocol>(mut protocol: P, mut queue: mpsc::Receiver<Job<P>>, li
         match opened {
             Ok(Ok(inbound)) => standing(&mut protocol, first, &mut queue, asks, inbound).await,
             Ok(Err(status)) => {
-                tracing::debug!(error = %status, "no stream to a block-store");
+                if endio_api::status::reason(&status) == Reason::Protocol {
+                    tracing::error!(error = %status, "a block-store refuses to speak with us");
+                } else {
+                    tracing::debug!(error = %status, "no stream to a block-store");
+                }
                 let _ = first.reply.send(Err(store_away()));
             }
             Err(_) => drop(first.reply.send(Err(store_away()))),
@@ -184,7 +189,7 @@ impl Protocol for Writes {
     }
 
     async fn open(&mut self, asks: ReceiverStream<Bio>) -> Result<Streaming<BioDone>, Status> {
-        Ok(self.client.write(asks).await?.into_inner())
+        Ok(self.client.write(protocol::say(asks)).await?.into_inner())
     }
 
     fn value(done: BioDone) -> (Self::Key, Result<(), Failure>) {
@@ -221,7 +226,7 @@ impl Protocol for Reads {
         &mut self,
         asks: ReceiverStream<ReadRequest>,
     ) -> Result<Streaming<ReadDone>, Status> {
-        Ok(self.client.read(asks).await?.into_inner())
+        Ok(self.client.read(protocol::say(asks)).await?.into_inner())
     }
 
     fn value(done: ReadDone) -> (u64, Result<Bytes, Failure>) {

@@ -272,7 +272,7 @@ async fn store_session(url: &str, messages: Vec<Option<FromStore>>) -> Option<St
 }
 
 fn hello(name: &str) -> Option<FromWriteback> {
-    Some(FromWriteback::Hello(Hello { writeback: name.to_owned() }))
+    Some(FromWriteback::Hello(Hello { writeback: name.to_owned(), protocol: None }))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -310,7 +310,13 @@ async fn sessions_that_break_the_protocol_are_ended_with_a_reason() {
     let register = |uuid: usize, incarnation, capacity_blocks, url: &str| {
         let uuid = Bytes::from(vec![9; uuid]);
         let url = url.to_owned();
-        Some(FromStore::Register(RegisterStore { uuid, incarnation, capacity_blocks, url }))
+        Some(FromStore::Register(RegisterStore {
+            uuid,
+            incarnation,
+            capacity_blocks,
+            url,
+            protocol: None,
+        }))
     };
     let good = "http://127.0.0.1:1";
     let sessions = [

@@ -554,6 +554,7 @@ async fn an_older_incarnation_cannot_register() {
         incarnation: 4,
         capacity_blocks: STORE_BLOCKS,
         url: "http://127.0.0.1:1".into(),
+        protocol: None,
     };
     let message = Some(store_message::Message::Register(register));
     sender.send(StoreBatch { messages: vec![StoreMessage { message }] }).await.unwrap();

@@ -137,7 +137,7 @@ async fn sync_all_covers_every_volume() {
         }
     }
     client.io().sync_all(SyncAllRequest {}).await.unwrap();
-    let status = client.inspect().status(StatusRequest {}).await.unwrap().into_inner();
+    let status = client.inspect().status(StatusRequest::default()).await.unwrap().into_inner();
     assert_eq!(status.dirty_bytes, 0, "{status:?}");
     assert!(status.connected);
     let delayed = |(_, _, state): &(u64, u32, ExtentState)| *state == ExtentState::Delayed;
@@ -248,7 +248,7 @@ async fn a_takeover_by_force_fences_the_first_writeback() {
     let other = Writeback::start(&stack.conversion.url, &cache).await;
     let second = other.client();
     for _ in 0..200 {
-        let status = second.inspect().status(StatusRequest {}).await;
+        let status = second.inspect().status(StatusRequest::default()).await;
         if status.is_ok_and(|status| status.into_inner().connected) {
             break;
         }
