@@ -204,4 +204,5 @@ class Ledger:
         total = lambda name: sum(getattr(worker, name) for worker in self.workers)
         return {name: total(name) for name in
                 ("writes", "acknowledged", "unknown", "reads", "connections")} | {
-                    "errors told": len(self.errors())}
+                    "errors told": len(self.errors()),
+                    "first error told": next((text for _, text in self.errors()), None)}

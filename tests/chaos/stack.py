@@ -116,9 +116,9 @@ class Stack:
     def uri(self, volume, port=None):
         return f"nbd://127.0.0.1:{port or self.nbd_port}/{volume}"
 
-    def check(self):
+    def check(self, port=None):
         """`endio check`: every invariant, and every block against its checksum."""
-        found = json.loads(self.endio("--json", "check", check=False) or b"{}")
+        found = json.loads(self.endio("--json", "check", check=False, port=port) or b"{}")
         assert found.get("clean"), f"endio check: {found}"
         return found["blocks_verified"]
 

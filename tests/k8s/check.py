@@ -36,6 +36,9 @@ ARROWS = {
     ("block-store", "conversion", 7401),
     ("block-store", "dns", 53),
     ("writeback", "dns", 53),
+    ("prometheus", "conversion", 9464),
+    ("prometheus", "block-store", 9464),
+    ("prometheus", "writeback", 9464),
 }
 SERVICES = ["conversion", "block-store", "writeback"]
 
@@ -245,7 +248,8 @@ def configured(service, pod, container, ports, effective, objects):
     if fault:
         yield f"{service}: the binary refuses its arguments: {fault}"
         return
-    for key, port in (("listen", "grpc"), ("nbd_listen", "nbd")):
+    for key, port in (("listen", "grpc"), ("nbd_listen", "nbd"),
+                      ("metrics_listen", "metrics")):
         if key in config and int(config[key].rsplit(":", 1)[1]) != ports.get(port):
             yield f"{service}: {key} is {config[key]}, but its port {port} is {ports.get(port)}"
     drain = config.get("drain_deadline_ms", config.get("drain_timeout_ms", 0))
