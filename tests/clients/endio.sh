@@ -40,6 +40,36 @@ for program in nbdinfo qemu-img fio; do
         failed=1
     fi
 done
+# A machine starts from the volume: its boot sector says so on the serial line, and halts.
+if command -v qemu-system-x86_64 >/dev/null && command -v qemu-io >/dev/null; then
+    {
+        printf '\xfa\x31\xc0\x8e\xd8\xbe\x1e\x7c\xba\xf8\x03\xac\x08\xc0\x74\x03\xee'
+        printf '\xeb\xf8\xf4\xeb\xfd%-8sFROM ENDIO\r\n' ''
+        head -c 468 /dev/zero
+        printf '\x55\xaa'
+    } >"$work/boot"
+    qemu-img convert -n -f raw -O raw "$work/boot" "nbd://$nbd/disk" || failed=1
+    : >"$work/serial"
+    line=$(grep "^qemu-system" "$work/attach")
+    # shellcheck disable=SC2086 # the line is words
+    $line -display none -m 64 -serial "file:$work/serial" 2>"$work/machine" &
+    machine=$!
+    for _ in $(seq 600); do
+        grep -q "FROM ENDIO" "$work/serial" && break
+        kill -0 $machine 2>/dev/null || break
+        sleep 0.1
+    done
+    kill $machine 2>/dev/null
+    wait $machine 2>/dev/null
+    if grep -q "FROM ENDIO" "$work/serial"; then
+        echo "ok   $line"
+    else
+        echo "FAIL $line: $(cat "$work/machine")"
+        failed=1
+    fi
+else
+    echo "skip a machine: qemu-system-x86_64 is not installed"
+fi
 
 "$endio" --endpoint "$grpc" volume create big --size 2TiB >/dev/null || failed=1
 export PATH="/usr/bin:/bin:$PATH"
