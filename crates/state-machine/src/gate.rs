@@ -18,6 +18,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use endio_types::planted::{self, Bug};
 use endio_types::{
     BLOCK_BYTES, ClusterEpoch, Generation, Incarnation, IoEndId, Millis, PblkRange, Reason,
     SegmentIndex, StoreId, VolumeId,
@@ -282,7 +283,7 @@ impl Gate {
         if token.store != registered.store {
             return Err(Reason::UnknownStore);
         }
-        if token.incarnation != self.incarnation {
+        if token.incarnation != self.incarnation && !planted::is(Bug::IncarnationUnchecked) {
             return Err(Reason::OldIncarnation);
         }
         let range = PblkRange::new(token.pblk.0, token.blocks.into());
@@ -290,7 +291,8 @@ impl Gate {
             return Err(Reason::Malformed);
         }
         self.check_range(range)?;
-        match self.seen.get(&(token.io_end, token.segment)) {
+        let seen = self.seen.get(&(token.io_end, token.segment));
+        match seen.filter(|_| !planted::is(Bug::SeenForgotten)) {
             Some(Seen::InFlight(flight)) => return Ok(Admit::Pending(*flight)),
             Some(Seen::Done(outcome)) => return Ok(Admit::Repeat(*outcome)),
             None => {}
@@ -298,7 +300,7 @@ impl Gate {
         if token.io_end < self.floor {
             return Err(Reason::UnknownIoEnd);
         }
-        if self.fenced_io_ends.contains(&token.io_end) {
+        if self.fenced_io_ends.contains(&token.io_end) && !planted::is(Bug::NoFence) {
             return Err(Reason::Aborted);
         }
         self.check_generation(token.volume, token.generation)?;
@@ -447,7 +449,9 @@ impl Gate {
 
     fn check_generation(&self, volume: VolumeId, generation: Generation) -> Result<(), Reason> {
         match self.fenced_volumes.get(&volume) {
-            Some(lowest) if generation < *lowest => Err(Reason::OldGeneration),
+            Some(lowest) if generation < *lowest && !planted::is(Bug::GenerationUnchecked) => {
+                Err(Reason::OldGeneration)
+            }
             _ => Ok(()),
         }
     }

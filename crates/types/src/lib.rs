@@ -4,6 +4,7 @@
 //! 0 is never handed out and means "none" on the wire.
 
 mod ids;
+pub mod planted;
 mod protocol;
 mod reason;
 mod size;

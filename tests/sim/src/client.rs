@@ -45,6 +45,8 @@ struct Known {
     is_resizing: bool,
     /// Changes that were sent.
     changes: u64,
+    /// Resizes that were sent.
+    resizes: u64,
     /// A power cut of the owner may have taken writes, and no fsync has said so yet.
     unsaid_loss: bool,
 }
@@ -81,7 +83,7 @@ pub struct Clients {
 
 struct Observer {
     engine: String,
-    generation: u64,
+    open: (u64, u64),
     cursor: Cursor,
     seen: u64,
 }
@@ -95,6 +97,7 @@ impl Known {
             size_cells: plan.blocks * CELLS,
             is_resizing: false,
             changes: 0,
+            resizes: 0,
             unsaid_loss: false,
         }
     }
@@ -379,7 +382,7 @@ impl Clients {
         };
         let details = [first, cells, sequence, direct.into()];
         self.exec().note("write", slot.owner.get(), &details);
-        let tenure = slot.tenure.get();
+        let (tenure, resizes) = (slot.tenure.get(), slot.known.borrow().resizes);
         let outcome = self
             .at_most_once(slot, wb, volume, retry, move |wb, volume, retry| {
                 let data = data.clone();
@@ -389,7 +392,7 @@ impl Clients {
         self.judge(slot, wb, tenure, (sequence, invoked, first, cells), outcome, direct);
         if slot.tenure.get() == tenure && outcome == Some(Ok(())) && direct {
             let mut known = slot.known.borrow_mut();
-            if !known.is_resizing {
+            if known.resizes == resizes && !known.is_resizing {
                 known.size_cells = known.size_cells.max(first + cells);
             }
         }
@@ -514,6 +517,7 @@ impl Clients {
         let change = {
             let known = &mut *slot.known.borrow_mut();
             known.is_resizing = true;
+            known.resizes += 1;
             known.changes += 1;
             known.size_cells = known.size_cells.min(cells);
             let invoked = known.oracle.now();
@@ -600,16 +604,15 @@ impl Clients {
     ) -> bool {
         let tenure = slot.tenure.get();
         let flush = slot.known.borrow_mut().oracle.invoke_flush();
-        let generation = volume.generation.0;
-        let is_same = observer
-            .as_ref()
-            .is_some_and(|o| o.engine == wb.engine.name && o.generation == generation);
+        let open = (volume.id.0, volume.generation.0);
+        let is_same =
+            observer.as_ref().is_some_and(|o| o.engine == wb.engine.name && o.open == open);
         if !is_same {
             let state = volume.state.borrow();
             let seen = state.errors_set - u64::from(state.errors.is_untold());
             let engine = wb.engine.name.clone();
             drop(state);
-            *observer = Some(Observer { engine, generation, cursor: volume.watch(), seen });
+            *observer = Some(Observer { engine, open, cursor: volume.watch(), seen });
         }
         let mut cursor = observer.as_ref().map(|o| o.cursor).unwrap_or_default();
         let (inner, open) = (wb.clone(), Rc::clone(volume));

@@ -27,6 +27,8 @@ pub const CONVERSION: Node = 1;
 pub enum Planted {
     /// A submitter's token is released before the log is durable.
     LogFirstOff,
+    /// A write that waited for a resize is not compared with the new end.
+    EndUnchecked,
     /// The end of a deleted volume closes the one that has its name since.
     NamesakeForgotten,
     /// Data in the log is replayed although somebody else has had the volume since.

@@ -12,6 +12,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use endio_types::planted::{self, Bug};
 use endio_types::{Generation, IoEndId, MapVersion, Millis, PblkRange, StoreId, VolumeId};
 
 use super::io::{EffectKind, Output, ToStore};
@@ -55,7 +56,7 @@ impl<T: ChunkTable> Machine<T> {
     pub(super) fn settle_committed(&mut self) -> Step<T> {
         let mut touched = BTreeSet::new();
         while let Some(freed) = self.freed.front().copied() {
-            if freed.seq > self.committed {
+            if freed.seq > self.committed && !planted::is(Bug::FreedBeforeDurable) {
                 break;
             }
             self.freed.pop_front();
@@ -76,12 +77,13 @@ impl<T: ChunkTable> Machine<T> {
         let needed = reads.min_generation.unwrap_or(Generation(0));
         for (store, queue) in &mut reads.freed {
             let acked = reads.acked.get(store).copied().unwrap_or(Generation(0));
-            if acked < needed {
+            let is_lax = planted::is(Bug::ReadersIgnored);
+            if acked < needed && !is_lax {
                 continue;
             }
             let rt = self.stores.get_mut(store).ok_or(NO_STORE)?;
             while let Some((version, range)) = queue.front().copied() {
-                if is_open && version > reads.confirmed {
+                if is_open && version > reads.confirmed && !is_lax {
                     break;
                 }
                 queue.pop_front();
@@ -110,6 +112,10 @@ impl<T: ChunkTable> Machine<T> {
     ) -> Step<T> {
         let rt = self.stores.get_mut(&store).ok_or(NO_STORE)?;
         rt.space.quarantine_reserved(range)?;
+        if planted::is(Bug::AbortedIsFree) {
+            rt.space.release(range, false)?;
+            return Ok(());
+        }
         rt.wait_fence.entry(io_end).or_default().push(range);
         rt.fence_io_ends.insert(io_end);
         Ok(())

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use endio_types::planted::{self, Bug};
 use endio_types::{ClusterEpoch, Millis, PblkRange, StoreId, VolumeId};
 
 use super::state::{Reads, StoreRt, VolumeRt, WritebackRt};
@@ -76,6 +77,12 @@ impl<T: ChunkTable> Machine<T> {
             let mapped = mapped.remove(id).unwrap_or_default();
             let mut rt = StoreRt::new(StoreSpace::recovered(store.capacity_blocks, &mapped));
             rt.wait_epoch = mapped.complement(store.capacity_blocks);
+            if planted::is(Bug::EpochIgnored) {
+                for range in std::mem::take(&mut rt.wait_epoch) {
+                    rt.space.release(range, false)?;
+                }
+                rt.ready = true;
+            }
             self.stores.insert(*id, rt);
         }
         let ids: Vec<VolumeId> = self.durable.volumes.keys().copied().collect();

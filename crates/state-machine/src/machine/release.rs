@@ -1,5 +1,6 @@
 //! Releases of tokens, and the end of an io_end.
 
+use endio_types::planted::{self, Bug};
 use endio_types::{IoEndId, LblkRange, PblkRange, Reason, SegmentIndex, StoreId};
 
 use super::io::{Completion, Output, SegmentOutcome, ToWriteback};
@@ -131,7 +132,7 @@ impl<T: ChunkTable> Machine<T> {
     fn finish_if_last(&mut self, id: IoEndId, out: &mut Output) -> Step<T> {
         let now = self.now;
         let Some(io_end) = self.ledger.get_mut(id) else { return Ok(()) };
-        if !io_end.live.is_empty() {
+        if !io_end.live.is_empty() && !planted::is(Bug::ConvertOnFirstRelease) {
             return Ok(());
         }
         io_end.released = Some(now);
@@ -140,7 +141,9 @@ impl<T: ChunkTable> Machine<T> {
         if io_end.failed.is_none() && io_end.has_mismatch() {
             io_end.failed = Some((Reason::ChecksumMismatch, None));
         }
-        if let Some((reason, store)) = io_end.failed {
+        if let Some((reason, store)) = io_end.failed
+            && !planted::is(Bug::ConvertDespiteFailure)
+        {
             return self.abort(id, reason, store, out);
         }
         let is_empty = io_end.pieces.iter().all(|piece| !io_end.is_durable(piece));

@@ -20,6 +20,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use endio_types::planted::{self, Bug};
 use endio_types::{BLOCK_BYTES, Lblk, LblkRange};
 
 use super::Lsn;
@@ -216,6 +217,9 @@ impl<D: Clone> DirtyMap<D> {
     /// Waiting blocks of a range are parts of one write: they are picked together. Done by
     /// [`insert`](Self::insert); a replay, which inserts a write in pieces, says so afterwards.
     pub fn join(&mut self, range: LblkRange) {
+        if planted::is(Bug::WholeRequestsOff) {
+            return;
+        }
         let before_last = range.start.0..range.end().saturating_sub(1).max(range.start.0);
         for (_, block) in self.blocks.range_mut(before_last) {
             if let Some(waiting) = &mut block.waiting {
@@ -457,6 +461,9 @@ impl<D: Clone> DirtyMap<D> {
 
     /// Makes a failed version wait again; `false` if a newer one waits, which then stands for both.
     fn put_back(&mut self, lblk: u64, version: Version<D>) -> bool {
+        if planted::is(Bug::FailedIsClean) {
+            return false;
+        }
         let Some(block) = self.blocks.get_mut(&lblk) else { return false };
         if let Some(newer) = &mut block.waiting {
             self.since.remove(&(newer.since, lblk, false));

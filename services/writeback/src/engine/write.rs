@@ -258,6 +258,9 @@ impl Write {
             return Err(Failure::new(Reason::TimedOut, detail));
         }
         self.volume.usable()?;
+        // A resize that was ahead may have made the volume smaller: data that is acknowledged
+        // beyond its end could never be written out.
+        self.volume.check(self.bytes(), true)?;
         let convert_us = if self.op.data.is_empty() {
             // Nothing to convert: it completes inline, like an io_end of size zero.
             self.note_done(admission);

@@ -114,6 +114,9 @@ impl Wb {
         let blocks = self.check(volume, bytes, true)?;
         let turn = self.turn(volume, blocks, retry, deadline).await?;
         let Some((admission, _held)) = turn else { return Ok(()) };
+        if !self.world.planted(crate::world::Planted::EndUnchecked) {
+            self.check(volume, bytes, true)?;
+        }
         let end = bytes.offset + bytes.len;
         if direct {
             self.forget(volume, blocks, deadline).await?;

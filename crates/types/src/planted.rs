@@ -1,0 +1,86 @@
+//! Bugs that a test may plant into the pure crates, to see that a checker catches them.
+//!
+//! Without the feature `planted-bugs`, which only tests set, [`is`] is constantly false. With it, a
+//! test says for its own thread which bug there is.
+
+/// A bug.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Bug {
+    /// A store admits io_ends that it has fenced.
+    NoFence,
+    /// A store does not compare incarnations.
+    IncarnationUnchecked,
+    /// A store does not compare generations with its fences.
+    GenerationUnchecked,
+    /// A store forgets which tokens it has seen.
+    SeenForgotten,
+    /// An io_end completes with its first release.
+    ConvertOnFirstRelease,
+    /// An io_end converts although a segment failed.
+    ConvertDespiteFailure,
+    /// Blocks of an aborted io_end are free at once.
+    AbortedIsFree,
+    /// Overwritten blocks do not wait for readers.
+    ReadersIgnored,
+    /// After a restart blocks do not wait for stores to drain.
+    EpochIgnored,
+    /// Blocks are free before the record that freed them is durable.
+    FreedBeforeDurable,
+    /// A range is granted whoever holds it.
+    LockGrantsAll,
+    /// Blocks of one write are written out one by one.
+    WholeRequestsOff,
+    /// Data of a failed write-out is dropped.
+    FailedIsClean,
+    /// An observer is told an error again and again.
+    ToldTwice,
+    /// Nobody is told of an error.
+    NeverTold,
+    /// Credit that is not needed is not given back.
+    CreditLeaked,
+}
+
+impl Bug {
+    /// All of them.
+    pub const ALL: &[Self] = &[
+        Self::NoFence,
+        Self::IncarnationUnchecked,
+        Self::GenerationUnchecked,
+        Self::SeenForgotten,
+        Self::ConvertOnFirstRelease,
+        Self::ConvertDespiteFailure,
+        Self::AbortedIsFree,
+        Self::ReadersIgnored,
+        Self::EpochIgnored,
+        Self::FreedBeforeDurable,
+        Self::LockGrantsAll,
+        Self::WholeRequestsOff,
+        Self::FailedIsClean,
+        Self::ToldTwice,
+        Self::NeverTold,
+        Self::CreditLeaked,
+    ];
+}
+
+#[cfg(feature = "planted-bugs")]
+thread_local! {
+    static PLANTED: std::cell::Cell<Option<Bug>> = const { std::cell::Cell::new(None) };
+}
+
+/// Plants a bug in this thread, or takes it out.
+#[cfg(feature = "planted-bugs")]
+pub fn plant(bug: Option<Bug>) {
+    PLANTED.with(|planted| planted.set(bug));
+}
+
+/// Whether this bug is planted.
+#[inline(always)]
+pub fn is(bug: Bug) -> bool {
+    #[cfg(feature = "planted-bugs")]
+    return PLANTED.with(|planted| planted.get() == Some(bug));
+    #[cfg(not(feature = "planted-bugs"))]
+    {
+        let _ = bug;
+        false
+    }
+}
