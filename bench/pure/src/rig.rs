@@ -25,7 +25,7 @@ use endio_types::{BLOCK_BYTES, BLOCK_SIZE, IO_END_RANGES_MAX, Incarnation, LblkR
 const WRITEBACK: WritebackSession = WritebackSession(1);
 const STORE: StoreSession = StoreSession(2);
 const INCARNATION: Incarnation = Incarnation(1);
-/// So often the writeback confirms which map its reads use, in turns (= ms).
+/// So often the writeback confirms which map its reads use, in turns (= ms), unless it is told.
 const CONFIRM_TURNS: u64 = 250;
 /// Most blocks of one write-out, as in the writeback's configuration.
 const WRITE_OUT_BLOCKS: u64 = 256;
@@ -51,6 +51,7 @@ pub struct Rig<T> {
     dirty: DirtyMap<Bytes>,
     now: Millis,
     turns: u64,
+    confirm_turns: u64,
     lsn: u64,
     data: Bytes,
     volume: Option<VolumeInfo>,
@@ -69,6 +70,7 @@ impl<T: ChunkTable> Rig<T> {
             dirty: DirtyMap::new(),
             now: Millis(1),
             turns: 0,
+            confirm_turns: CONFIRM_TURNS,
             lsn: 0,
             data: Bytes::from(vec![0x5a; BLOCK_SIZE]),
             volume: None,
@@ -106,6 +108,11 @@ impl<T: ChunkTable> Rig<T> {
             other => return Err(anyhow!("open was answered with {other:?}")),
         }
         Ok(rig)
+    }
+
+    /// Sets after how many turns, at least 1, the writeback confirms which map its reads use.
+    pub fn confirm_every(&mut self, turns: u64) {
+        self.confirm_turns = turns.max(1);
     }
 
     /// What was done since the start.
@@ -405,7 +412,7 @@ impl<T: ChunkTable> Rig<T> {
     fn tick(&mut self) -> Result<()> {
         self.now = self.now.plus(1);
         self.turns += 1;
-        if !self.turns.is_multiple_of(CONFIRM_TURNS) {
+        if !self.turns.is_multiple_of(self.confirm_turns) {
             return Ok(());
         }
         let name = self.volume()?.name.clone();

@@ -42,6 +42,8 @@ fn main() -> Result<()> {
     let Arguments { blocks, write_blocks, .. } = arguments;
     let store = blocks * arguments.store_percent / 100;
     let mut rig = Rig::new(MemoryTable::new(), store, blocks)?;
+    // A write-out of 256 blocks at 100 writes a second takes longer than a confirmation.
+    rig.confirm_every(1);
     let credit = arguments.batch.max(1_024);
     for start in (0..blocks).step_by(1_024) {
         rig.reserve(credit)?;
