@@ -121,8 +121,8 @@ mod tests {
         assert_eq!(outbox.take(2).len(), 2);
         assert_eq!(outbox.take(9).len(), 1);
         assert!(!outbox.has_unsent());
-        assert!(outbox.answered((2, 1)));
-        assert!(!outbox.answered((2, 1)));
+        assert!(outbox.answered((2, 1)).is_some());
+        assert!(outbox.answered((2, 1)).is_none());
         outbox.send_again();
         assert_eq!(outbox.take(9).len(), 2);
     }
