@@ -170,6 +170,15 @@ impl Log {
         Ok(trimmed.await.map_err(|_| Failure::task_lost())??)
     }
 
+    /// Notes that somebody was told of a volume's losses.
+    pub(crate) async fn loss_told(&self, volume: u64) {
+        let inner = Arc::clone(&self.inner);
+        let noted = tokio::task::spawn_blocking(move || inner.loss_told(VolumeId(volume)));
+        if let Ok(Err(error)) = noted.await {
+            tracing::warn!(volume, %error, "a loss that was told may be told once more");
+        }
+    }
+
     /// Makes all durable and notes that the log ended well.
     ///
     /// # Errors

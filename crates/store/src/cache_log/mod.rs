@@ -53,7 +53,7 @@ use writer::{Body, Writer};
 /// they block on the disk, so an asynchronous caller uses a blocking thread.
 pub struct CacheLog {
     disk: Box<dyn Disk>,
-    state: State,
+    state: Mutex<State>,
     max_bytes: u64,
     writer: Mutex<Writer>,
     durable: AtomicU64,
@@ -139,7 +139,7 @@ impl CacheLog {
         let writer = Writer::start(&*disk, state.tag, options, scan)?;
         let log = Self {
             disk,
-            state,
+            state: Mutex::new(state),
             max_bytes,
             writer: Mutex::new(writer),
             durable,
@@ -388,6 +388,20 @@ impl CacheLog {
         self.writer().rotate(&*self.disk, self.durable_lsn())
     }
 
+    /// Notes, durably, that somebody was told of a volume's losses: the next start does not tell
+    /// them again. Idempotent.
+    ///
+    /// # Errors
+    /// The note may be missing, and the loss be told once more.
+    pub fn loss_told(&self, volume: VolumeId) -> Result<(), CacheLogError> {
+        // Held while it is written: two notes must not overtake each other.
+        let mut state = lock(&self.state);
+        if state.lost.as_mut().is_none_or(|lost| !lost.remove(&volume)) {
+            return Ok(());
+        }
+        scan::write_state(&*self.disk, &state)
+    }
+
     /// Makes all durable and notes that the log ended well. Everything after it is refused with
     /// [`CacheLogError::Closed`].
     ///
@@ -400,7 +414,8 @@ impl CacheLog {
             writer.last()
         };
         self.sync_to(last)?;
-        let state = State { clean: true, durable: last, lost: None, ..self.state.clone() };
+        let mut state = lock(&self.state);
+        *state = State { clean: true, durable: last, lost: None, ..state.clone() };
         scan::write_state(&*self.disk, &state)
     }
 

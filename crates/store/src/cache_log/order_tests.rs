@@ -209,6 +209,29 @@ fn a_loss_is_told_again_after_a_kill_until_the_volume_or_the_log_is_closed() {
     assert!(!replay.may_have_lost(VOLUME));
 }
 
+#[test]
+fn a_loss_that_was_told_is_not_told_again_and_the_next_one_is() {
+    let other = VolumeId(8);
+    let disk = SimDisk::default();
+    let (log, _) = open(&disk);
+    for volume in [VOLUME, other] {
+        log.append_volume_open(volume, "vol", Generation(3)).unwrap();
+    }
+    log.sync_to(log.last_lsn()).unwrap();
+    drop(log);
+    disk.cut_power(|| false);
+    let (log, _) = open(&disk);
+    log.loss_told(VOLUME).unwrap();
+    log.loss_told(VOLUME).unwrap();
+    drop(log);
+    let (log, replay) = open(&disk);
+    assert!(!replay.may_have_lost(VOLUME) && replay.may_have_lost(other));
+    drop(log);
+    disk.cut_power(|| false);
+    let (_, replay) = open(&disk);
+    assert!(replay.may_have_lost(VOLUME) && replay.may_have_lost(other));
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Write(u64, u64),

@@ -67,8 +67,8 @@ impl Replay {
     }
 
     /// Acknowledged writes of an open volume may be missing, and its clients are to be told. Still
-    /// true after a kill that follows the power loss, until the volume or the log is closed: the
-    /// process may have died before it told anybody.
+    /// true after a kill that follows the power loss, until somebody was told
+    /// ([`CacheLog::loss_told`](super::CacheLog::loss_told)) or the volume or the log is closed.
     pub fn may_have_lost(&self, volume: VolumeId) -> bool {
         self.lost.as_ref().is_some_and(|lost| lost.contains(&volume))
     }

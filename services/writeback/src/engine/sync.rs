@@ -100,18 +100,26 @@ impl Engine {
                 return Err(Failure::new(Reason::TimedOut, detail));
             }
         }
-        let mut state = volume.state();
-        let untold = match observer {
-            Some(observer) => observer.check(volume, &mut state),
-            None => {
-                let State { errors, told, .. } = &mut *state;
-                errors.check(told)
-            }
+        let (untold, is_pending) = {
+            let mut state = volume.state();
+            let untold = match observer {
+                Some(observer) => observer.check(volume, &mut state),
+                None => {
+                    let State { errors, told, .. } = &mut *state;
+                    errors.check(told)
+                }
+            };
+            (untold, state.dirty.pending_up_to(lsn))
         };
         match untold {
-            Some(failure) => Err(failure),
+            Some(failure) => {
+                if failure.reason == Reason::LostWrites {
+                    self.log.loss_told(volume.id).await;
+                }
+                Err(failure)
+            }
             // Somebody else was told of the failure; the data is still not there.
-            None if state.dirty.pending_up_to(lsn) => {
+            None if is_pending => {
                 Err(Failure::new(Reason::IoError, "a write-out failed and is tried again"))
             }
             None => {
