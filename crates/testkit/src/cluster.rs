@@ -24,6 +24,8 @@ pub struct Options {
     pub store_args: Vec<String>,
     /// More arguments of each writeback.
     pub writeback_args: Vec<String>,
+    /// Where the data directories are made; `None`: in the cluster's own directory.
+    pub data_root: Option<PathBuf>,
     /// Environment of all processes.
     pub env: Vec<(String, String)>,
 }
@@ -36,6 +38,7 @@ impl Default for Options {
             conversion_args: Vec::new(),
             store_args: Vec::new(),
             writeback_args: Vec::new(),
+            data_root: None,
             env: vec![("ENDIO_CONVERSION_LIMITS__LEASE_MS".to_owned(), "2000".to_owned())],
         }
     }
@@ -70,11 +73,12 @@ impl Cluster {
     /// A process cannot be started.
     pub fn start(options: Options) -> anyhow::Result<Self> {
         let directory = tempfile::tempdir()?;
+        let data = options.data_root.as_deref().unwrap_or(directory.path()).to_owned();
         let conversion = Process::start(Spec {
             name: "conversion".to_owned(),
             binary: "endio-conversion",
             args: arguments(
-                &[("--data-dir", &path(directory.path(), "conversion")?), ("--listen", LISTEN)],
+                &[("--data-dir", &path(&data, "conversion")?), ("--listen", LISTEN)],
                 &options.conversion_args,
             ),
             env: options.env.clone(),
@@ -98,7 +102,7 @@ impl Cluster {
         let name = format!("store-{number}");
         let args = arguments(
             &[
-                ("--data-dir", &path(self.dir(), &name)?),
+                ("--data-dir", &path(self.data(), &name)?),
                 ("--listen", LISTEN),
                 ("--conversion", self.conversion.url()),
                 ("--capacity", &self.options.capacity),
@@ -121,7 +125,7 @@ impl Cluster {
             &[
                 ("--listen", LISTEN),
                 ("--conversion", self.conversion.url()),
-                ("--cache-dir", &path(self.dir(), &name)?),
+                ("--cache-dir", &path(self.data(), &name)?),
             ],
             &self.options.writeback_args,
         );
@@ -135,7 +139,11 @@ impl Cluster {
         Spec { name, binary, args, env: self.options.env.clone(), log_dir }
     }
 
-    /// The directory of everything.
+    fn data(&self) -> &Path {
+        self.options.data_root.as_deref().unwrap_or(self.directory.path())
+    }
+
+    /// The directory of everything but data that has a directory of its own.
     pub fn dir(&self) -> &Path {
         self.directory.path()
     }
@@ -156,10 +164,25 @@ impl Cluster {
         [Who::Conversion].into_iter().chain(stores).chain(writebacks).collect()
     }
 
-    /// SIGKILL to every process, as close together as possible.
+    /// SIGKILL to every process, as close together as possible. Returns when all are gone.
     pub fn kill_all(&mut self) {
+        self.signal_kill();
         for who in self.everyone() {
             self.process(who).kill();
+        }
+    }
+
+    /// SIGKILL to every process, without waiting until they are gone.
+    pub fn signal_kill(&mut self) {
+        for who in self.everyone() {
+            self.process(who).signal_kill();
+        }
+    }
+
+    /// Sets a variable of the environment of all processes for their next start.
+    pub fn set_env(&mut self, name: &str, value: Option<&str>) {
+        for who in self.everyone() {
+            self.process(who).set_env(name, value);
         }
     }
 

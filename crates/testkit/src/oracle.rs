@@ -164,7 +164,7 @@ pub const NEVER: u64 = 0;
 pub const ATOMIC_BYTES_MAX: u64 = 1 << 20;
 
 /// What one volume may hold. Methods take cell numbers; a cell is `cell_bytes` long.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Oracle {
     tag: u64,
     cell_bytes: usize,

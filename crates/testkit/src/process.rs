@@ -291,6 +291,11 @@ impl Process {
         self.wait();
     }
 
+    /// SIGKILL, without waiting until it is gone.
+    pub fn signal_kill(&self) {
+        self.signal(Signal::KILL);
+    }
+
     /// SIGSTOP: it keeps everything and does nothing.
     pub fn pause(&self) {
         self.signal(Signal::STOP);

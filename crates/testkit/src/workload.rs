@@ -229,6 +229,16 @@ impl Workload {
         self.oracle.crash(mode);
     }
 
+    /// What is known now: several futures of one past can be judged, each by a copy of its own.
+    pub fn knowledge(&self) -> Oracle {
+        self.oracle.clone()
+    }
+
+    /// Takes back what was known at another time.
+    pub fn know(&mut self, oracle: Oracle) {
+        self.oracle = oracle;
+    }
+
     /// From now on talks to another writeback, in a new session. Nothing may be in flight.
     pub fn move_to(&mut self, client: Client) {
         assert_eq!(self.pipe.in_flight(), 0, "drain or give up first");
