@@ -39,6 +39,9 @@ use crate::{
     writer::{Job, Stages},
 };
 
+/// Blocks of a read that is tried on the stream's own task: the copy and the checksums of more would
+/// hold up what else the task's thread has to do.
+const AT_ONCE_BLOCKS_MAX: u32 = 16;
 /// Submitters that may wait for one segment under way, the first one aside.
 const REPEATS_MAX: usize = 4;
 
@@ -252,18 +255,49 @@ impl Driver {
 
     /// Reads and compares. Blocks on the device.
     pub(crate) fn read(&self, request: &blockstore::ReadRequest) -> blockstore::ReadDone {
+        let began = Instant::now();
+        let mut data = vec![0; request.blocks as usize * BLOCK_SIZE];
+        let read = self.device.read_at(endio_types::Pblk(request.pblk), &mut data);
+        self.compare(request, began, read.map(|()| data))
+    }
+
+    /// Reads and compares a few blocks, if that needs no wait for a disk.
+    pub(crate) fn read_at_once(
+        &self,
+        request: &blockstore::ReadRequest,
+    ) -> Option<blockstore::ReadDone> {
+        if request.blocks > AT_ONCE_BLOCKS_MAX {
+            return None;
+        }
+        let began = Instant::now();
+        let mut data = vec![0; request.blocks as usize * BLOCK_SIZE];
+        match self.device.read_at_once(endio_types::Pblk(request.pblk), &mut data) {
+            Ok(true) => Some(self.compare(request, began, Ok(data))),
+            Ok(false) => None,
+            Err(error) => Some(self.compare(request, began, Err(error))),
+        }
+    }
+
+    fn compare(
+        &self,
+        request: &blockstore::ReadRequest,
+        began: Instant,
+        read: std::io::Result<Vec<u8>>,
+    ) -> blockstore::ReadDone {
         let answer = |reason: Option<Reason>, message: &str| blockstore::ReadDone {
             request: request.request,
             reason: reason_to_wire(reason),
             message: message.to_owned(),
             ..blockstore::ReadDone::default()
         };
-        let began = Instant::now();
-        let mut data = vec![0; request.blocks as usize * BLOCK_SIZE];
-        if let Err(error) = self.device.read_at(endio_types::Pblk(request.pblk), &mut data) {
-            warn!(pblk = request.pblk, blocks = request.blocks, %error, "blocks cannot be read");
-            return answer(Some(Reason::IoError), "the device failed to read");
-        }
+        let data = match read {
+            Ok(data) => data,
+            Err(error) => {
+                let (pblk, blocks) = (request.pblk, request.blocks);
+                warn!(pblk, blocks, %error, "blocks cannot be read");
+                return answer(Some(Reason::IoError), "the device failed to read");
+            }
+        };
         if let Some(block) = wire::first_mismatch(&data, &request.crc32c)
             && !is_planted(Bug::ReadSkipsChecksum)
         {

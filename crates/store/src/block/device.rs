@@ -27,6 +27,16 @@ pub trait BlockDevice: Send + Sync + 'static {
     /// As for [`write_at`](Self::write_at).
     fn read_at(&self, pblk: Pblk, data: &mut [u8]) -> io::Result<()>;
 
+    /// Fills `data` as [`read_at`](Self::read_at) does, if that needs no wait for a disk. `false`:
+    /// it may need one, and what `data` holds is unknown.
+    ///
+    /// # Errors
+    /// As for [`read_at`](Self::read_at).
+    fn read_at_once(&self, pblk: Pblk, data: &mut [u8]) -> io::Result<bool> {
+        let _ = (pblk, data);
+        Ok(false)
+    }
+
     /// Makes everything durable whose write returned before this call.
     ///
     /// # Errors

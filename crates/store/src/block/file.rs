@@ -8,13 +8,14 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io,
+    io::{self, IoSliceMut},
     os::unix::fs::{FileExt as _, MetadataExt as _},
     path::{Path, PathBuf},
 };
 
 use endio_types::{BLOCK_BYTES, BLOCK_SIZE, Incarnation, Pblk, PblkRange};
 use rustix::fs::{FallocateFlags, FlockOperation};
+use rustix::io::{Errno, ReadWriteFlags};
 
 use super::{BlockDevice, Superblock, SuperblockError, device::checked_offset};
 
@@ -204,6 +205,19 @@ impl BlockDevice for BlockFile {
         self.blocks.read_exact_at(data, offset)
     }
 
+    fn read_at_once(&self, pblk: Pblk, data: &mut [u8]) -> io::Result<bool> {
+        let offset = checked_offset(self.superblock.capacity_blocks, pblk, data.len())?;
+        let wanted = data.len();
+        let mut parts = [IoSliceMut::new(data)];
+        match rustix::io::preadv2(&self.blocks, &mut parts, offset, ReadWriteFlags::NOWAIT) {
+            // Less than all: the rest is not in memory.
+            Ok(read) => Ok(read == wanted),
+            // Not in memory, or a file system that cannot tell.
+            Err(Errno::AGAIN | Errno::OPNOTSUPP | Errno::INTR | Errno::NOSYS) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     fn flush(&self) -> io::Result<()> {
         self.blocks.sync_data()
     }
@@ -304,6 +318,23 @@ mod tests {
         assert!(matches!(zero, OpenBlockFileError::BadCapacity(0)));
         let huge = options(&dir.path().join("huge"), Some(1 << 60)).open().unwrap_err();
         assert!(matches!(huge, OpenBlockFileError::BadCapacity(_)));
+    }
+
+    #[test]
+    fn what_is_in_the_page_cache_is_read_at_once_and_the_bounds_are_those_of_a_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = options(directory.path(), Some(100)).open().unwrap();
+        file.write_at(Pblk(3), &[7; 2 * BLOCK_SIZE]).unwrap();
+        let mut data = [1; 2 * BLOCK_SIZE];
+        // A file system that cannot tell says no; then there is nothing to compare.
+        if file.read_at_once(Pblk(3), &mut data).unwrap() {
+            assert_eq!(data, [7; 2 * BLOCK_SIZE]);
+        } else {
+            println!("skipped: this file system cannot read without waiting");
+        }
+        let beyond = Pblk(file.capacity_blocks() - 1);
+        let error = file.read_at_once(beyond, &mut data).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
     }
 
     #[test]

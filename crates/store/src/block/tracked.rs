@@ -104,6 +104,14 @@ impl TrackedDevice {
         self.device.read_at(pblk, data)
     }
 
+    /// Reads as [`BlockDevice::read_at_once`] does.
+    ///
+    /// # Errors
+    /// Those of [`BlockDevice::read_at_once`].
+    pub fn read_at_once(&self, pblk: Pblk, data: &mut [u8]) -> io::Result<bool> {
+        self.device.read_at_once(pblk, data)
+    }
+
     /// Gives blocks back as [`BlockDevice::punch`] does.
     ///
     /// # Errors

@@ -169,6 +169,8 @@ impl Engine {
                     | Reason::Draining
                     | Reason::Limit
                     | Reason::ForgedToken
+                    // A store that was cut off from conversion takes no part until it is back.
+                    | Reason::LeaseExpired
             );
             if !passes || Instant::now() + pause >= deadline {
                 return Err(failure);
