@@ -60,6 +60,8 @@ pub struct State {
     pub size_bytes: u64,
     /// Size that conversion knows, bytes.
     pub durable_size_bytes: u64,
+    /// Map version at which the size was set last; what an older map says of it is of the past.
+    sized_at: u64,
     /// Acknowledged and not yet converted.
     pub dirty: DirtyMap<CachedBlock>,
     /// Since when something is dirty.
@@ -164,6 +166,7 @@ impl Volume {
             state: Mutex::new(State {
                 size_bytes: volume.size_bytes,
                 durable_size_bytes: volume.size_bytes,
+                sized_at: volume.map_version,
                 dirty: DirtyMap::new(),
                 dirty_since: None,
                 credit: Credit::new(limits.credit),
@@ -270,6 +273,24 @@ impl State {
     /// A map of this version, or a newer one, is what conversion has now.
     pub fn saw_map(&mut self, version: u64) {
         self.map_version = self.map_version.max(version);
+    }
+
+    /// A map of this version has this size. An answer that was under way while the volume was
+    /// resized says nothing of the size now.
+    pub fn saw_size(&mut self, version: u64, size_bytes: u64) {
+        self.saw_map(version);
+        if version > self.sized_at {
+            self.durable_size_bytes = self.durable_size_bytes.max(size_bytes);
+            self.size_bytes = self.size_bytes.max(size_bytes);
+        }
+    }
+
+    /// The volume was resized.
+    pub fn resized(&mut self, version: u64, size_bytes: u64) {
+        self.saw_map(version);
+        self.sized_at = self.sized_at.max(version);
+        self.size_bytes = size_bytes;
+        self.durable_size_bytes = size_bytes;
     }
 
     /// The oldest map version that a read may still use.

@@ -267,8 +267,7 @@ impl Engine {
             |mut client: crate::conversion::Client| async move { client.lookup(request).await };
         let map = self.conversion.call(deadline, call).await?;
         let mut state = volume.state();
-        state.saw_map(map.map_version);
-        state.durable_size_bytes = state.durable_size_bytes.max(map.size_bytes);
+        state.saw_size(map.map_version, map.size_bytes);
         Ok(map)
     }
 

@@ -260,9 +260,7 @@ impl Engine {
         let described = resized?;
         changing.ended(Vec::new());
         let mut state = volume.state();
-        state.size_bytes = described.size_bytes;
-        state.durable_size_bytes = described.size_bytes;
-        state.saw_map(described.map_version);
+        state.resized(described.map_version, described.size_bytes);
         Ok(described)
     }
 

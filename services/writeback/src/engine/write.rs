@@ -149,9 +149,7 @@ impl Engine {
         state.direct_bytes -= bytes;
         state.direct.remove(&range.start.0);
         if let Ok(done) = &outcome {
-            state.saw_map(done.map_version);
-            state.durable_size_bytes = state.durable_size_bytes.max(done.size_bytes);
-            state.size_bytes = state.size_bytes.max(done.size_bytes);
+            state.saw_size(done.map_version, done.size_bytes);
         }
         drop(state);
         if let Err(failure) = &outcome {

@@ -129,8 +129,7 @@ impl Engine {
         let blocks = gathered.blocks();
         let mut state = volume.state();
         state.write_outs -= 1;
-        state.saw_map(done.map_version);
-        state.durable_size_bytes = state.durable_size_bytes.max(done.size_bytes);
+        state.saw_size(done.map_version, done.size_bytes);
         state.credit.consumed(blocks);
         state.rest_until = None;
         let mut clean = Vec::with_capacity(gathered.picks.len());

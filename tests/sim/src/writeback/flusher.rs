@@ -166,8 +166,7 @@ impl Wb {
         done: &Completion,
     ) -> Outcome<()> {
         let mut state = volume.state.borrow_mut();
-        state.saw_map(done.map_version);
-        state.durable_size_bytes = state.durable_size_bytes.max(done.size_bytes);
+        state.saw_size(done.map_version, done.size_bytes);
         state.credit.consumed(picked.range.len);
         state.rest_until = 0;
         let completed = state.dirty.complete(picked.io);

@@ -181,6 +181,8 @@ pub struct State {
     /// As its clients see it.
     pub size_bytes: u64,
     durable_size_bytes: u64,
+    /// Map version at which the size was set last.
+    sized_at: MapVersion,
     /// Acknowledged and not yet converted.
     pub dirty: DirtyMap<Block>,
     dirty_since: Option<u64>,
@@ -213,6 +215,7 @@ impl Volume {
             state: RefCell::new(State {
                 size_bytes: info.size_bytes,
                 durable_size_bytes: info.size_bytes,
+                sized_at: info.map_version,
                 dirty: DirtyMap::new(),
                 dirty_since: None,
                 credit: Credit::new(world.plan.credit),
@@ -256,6 +259,14 @@ impl Volume {
 impl State {
     fn saw_map(&mut self, version: MapVersion) {
         self.map_version = self.map_version.max(version);
+    }
+
+    fn saw_size(&mut self, version: MapVersion, size_bytes: u64) {
+        self.saw_map(version);
+        if version > self.sized_at {
+            self.durable_size_bytes = self.durable_size_bytes.max(size_bytes);
+            self.size_bytes = self.size_bytes.max(size_bytes);
+        }
     }
 
     fn oldest_read(&self) -> MapVersion {

@@ -318,8 +318,7 @@ impl Wb {
         });
         let view = view.await.map_err(|failure| Failure { doubt: None, ..failure })?;
         let mut state = volume.state.borrow_mut();
-        state.saw_map(view.map_version);
-        state.durable_size_bytes = state.durable_size_bytes.max(view.size_bytes);
+        state.saw_size(view.map_version, view.size_bytes);
         Ok(view)
     }
 

@@ -303,6 +303,7 @@ impl Wb {
                 let mut state = volume.state.borrow_mut();
                 state.size_bytes = info.size_bytes;
                 state.durable_size_bytes = info.size_bytes;
+                state.sized_at = state.sized_at.max(info.map_version);
                 state.saw_map(info.map_version);
                 Ok(())
             }

@@ -174,9 +174,7 @@ impl Wb {
         match &outcome {
             Ok(done) => {
                 let mut state = volume.state.borrow_mut();
-                state.saw_map(done.map_version);
-                state.durable_size_bytes = state.durable_size_bytes.max(done.size_bytes);
-                state.size_bytes = state.size_bytes.max(done.size_bytes);
+                state.saw_size(done.map_version, done.size_bytes);
             }
             Err(failure) => self.heed(volume, failure),
         }
