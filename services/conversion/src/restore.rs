@@ -164,7 +164,7 @@ fn settle(
     let is_dropping = options.in_place == InPlace::Drop;
     if is_dropping {
         let drop = |(volume, ..): &&(_, _, _)| Record::DeleteVolume { volume: *volume };
-        records.extend(in_place.iter().map(|volume| drop(volume)));
+        records.extend(in_place.iter().map(drop));
     }
     for (seq, record) in (rest.next_seq..).zip(&records) {
         let payload = postcard::to_stdvec(record).map_err(DriverError::Encode)?;

@@ -276,7 +276,7 @@ impl World {
                     self.input(Input::Store { session, message });
                 }
             }
-            Step::ToStore => self.to_store(),
+            Step::ToStore => self.deliver_to_store(),
             Step::Commit => self.commit(),
             Step::Register => self.register(),
             Step::Renew => {
@@ -503,11 +503,11 @@ impl World {
 
     fn leave(&mut self, kind: EffectKind) {
         match kind {
-            EffectKind::Store(session, message) if session.0 == self.sessions => {
-                // The session may have broken meanwhile; then nobody gets it.
-                if self.is_connected {
-                    self.to_store.push_back(message);
-                }
+            // The session may have broken meanwhile; then nobody gets it.
+            EffectKind::Store(session, message)
+                if self.is_connected && session.0 == self.sessions =>
+            {
+                self.to_store.push_back(message);
             }
             EffectKind::EndStore(session) if session.0 == self.sessions => self.disconnect(),
             EffectKind::Writeback(_, ToWriteback::Begun { submitter, segments, .. }) => {
@@ -624,7 +624,7 @@ impl World {
         self.input(Input::StoreLost { session });
     }
 
-    fn to_store(&mut self) {
+    fn deliver_to_store(&mut self) {
         let Some(message) = self.to_store.pop_front() else { return };
         match message {
             ToStore::Registered { store, epoch, key, lease_ms, floor } => {
