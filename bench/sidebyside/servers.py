@@ -220,19 +220,20 @@ class Endio(Server):
     def start(self):
         conversion = self.spawn(
             "conversion", self.bin_dir / "endio-conversion", "--data-dir",
-            self.directory / "conversion", "--listen", "127.0.0.1:0", reports=True,
+            self.directory / "conversion", "--listen", "127.0.0.1:0", "--insecure", reports=True,
             env=self.telemetry("ENDIO_CONVERSION"))["grpc"]
         for number in range(self.stores):
             name = "block-store" if number == 0 else f"block-store-{number + 1}"
             self.spawn(
                 name, self.bin_dir / "endio-block-store", "--data-dir", self.directory / name,
-                "--listen", "127.0.0.1:0", "--conversion", conversion, "--capacity",
+                "--listen", "127.0.0.1:0", "--insecure", "--conversion", conversion, "--capacity",
                 str(4 * self.size * len(self.volumes)), reports=True,
                 env=self.telemetry("ENDIO_BLOCK_STORE"))
         ready = self.spawn(
             "writeback", self.bin_dir / "endio-writeback", "--cache-dir",
             self.directory / "cache", "--listen", "127.0.0.1:0", "--nbd-listen", "127.0.0.1:0",
-            "--conversion", conversion, reports=True, env=self.telemetry("ENDIO_WRITEBACK"))
+            "--conversion", conversion, "--insecure", reports=True,
+            env=self.telemetry("ENDIO_WRITEBACK"))
         self.attach(ready)
 
     def attach(self, ready):

@@ -5,20 +5,36 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use endio_types::ByteSize;
 
-use crate::failure::EXIT_CODES;
+use crate::{failure::EXIT_CODES, pki::PkiCommand};
 
 /// Crash-safe, thin-provisioned block volumes.
 #[derive(Debug, Parser)]
 #[command(name = "endio", version, after_help = EXIT_CODES, propagate_version = true)]
 pub(crate) struct Cli {
-    /// Where the writeback service answers: http://HOST:PORT or unix:/PATH.
-    #[arg(long, global = true, env = "ENDIO_ENDPOINT", default_value = "http://127.0.0.1:7400")]
-    pub(crate) endpoint: String,
+    /// Where the writeback service answers: http://HOST:PORT, https://HOST:PORT or unix:/PATH.
+    /// Default: port 7400 on this machine.
+    #[arg(long, global = true, env = "ENDIO_ENDPOINT")]
+    pub(crate) endpoint: Option<String>,
+    /// Directory of ca.pem, cert.pem and key.pem: show this certificate, and take nobody's word who
+    /// cannot show one.
+    #[arg(long, global = true, env = "ENDIO_TLS_DIR", value_name = "DIR")]
+    pub(crate) tls_dir: Option<PathBuf>,
     /// Print JSON, one object for each answer; errors as JSON on stderr.
     #[arg(long, global = true)]
     pub(crate) json: bool,
     #[command(subcommand)]
     pub(crate) command: Command,
+}
+
+impl Cli {
+    /// Where the writeback service answers.
+    pub(crate) fn endpoint(&self) -> &str {
+        match (&self.endpoint, &self.tls_dir) {
+            (Some(endpoint), _) => endpoint,
+            (None, Some(_)) => "https://127.0.0.1:7400",
+            (None, None) => "http://127.0.0.1:7400",
+        }
+    }
 }
 
 /// What to do.
@@ -93,6 +109,9 @@ pub(crate) enum Command {
     Attach(AttachArgs),
     /// Generate load and report throughput and latencies.
     Bench(endio_bench::Options),
+    /// Make certificates for mutual TLS, for development.
+    #[command(subcommand)]
+    Pki(PkiCommand),
     /// Print a completion script for a shell.
     Completions {
         /// Shell.
@@ -195,6 +214,10 @@ pub(crate) struct UpArgs {
     /// Where clients reach the writeback service. Port 0 picks a free one.
     #[arg(long, default_value = "127.0.0.1:7400")]
     pub(crate) grpc_listen: String,
+    /// Without --tls-dir: take addresses that are not loopback. Whoever reaches them may do
+    /// everything.
+    #[arg(long)]
+    pub(crate) insecure_any_address: bool,
     /// Where NBD clients attach: HOST:PORT or unix:PATH.
     #[arg(long)]
     pub(crate) nbd_listen: Option<String>,
@@ -490,11 +513,17 @@ mod tests {
         ];
         let cli = Cli::try_parse_from(args).unwrap();
         assert!(cli.json);
-        assert_eq!(cli.endpoint, "http://x:1");
+        assert_eq!(cli.endpoint(), "http://x:1");
         let Command::Volume(VolumeCommand::Create { size, replicas, .. }) = cli.command else {
             panic!("parsed as {:?}", cli.command)
         };
         assert_eq!((size.bytes(), replicas), (8 << 30, 1));
+    }
+
+    #[test]
+    fn with_a_certificate_the_default_endpoint_is_secured() {
+        let cli = Cli::try_parse_from(["endio", "sync", "--tls-dir", "d"]).unwrap();
+        assert_eq!(cli.endpoint(), "https://127.0.0.1:7400");
     }
 
     #[test]

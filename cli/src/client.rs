@@ -1,11 +1,14 @@
 //! Connections to the writeback service.
 
+use std::path::Path;
 use std::time::Duration;
 
+use endio_api::access;
 use endio_api::writeback::{
     inspect_client::InspectClient, io_client::IoClient, volumes_client::VolumesClient,
 };
 use endio_chassis::net::{Dialer, DialerConfig};
+use endio_chassis::tls::Tls;
 use tonic::{Status, transport::Channel};
 
 use crate::failure::{Exit, Failure, Outcome};
@@ -17,25 +20,50 @@ const MESSAGE_BYTES_MAX: usize = 16 << 20;
 #[derive(Clone, Debug)]
 pub(crate) struct Client {
     endpoint: String,
+    dialer: Dialer,
     channel: Channel,
 }
 
+/// How often the files of a long command are looked at: certificates may live for an hour only.
+const TLS_RELOAD: Duration = Duration::from_secs(30);
+
 impl Client {
-    /// Prepares a connection; it is made, and made again, when it is needed.
+    /// Prepares a connection without TLS; it is made, and made again, when it is needed.
     ///
     /// # Errors
     /// The endpoint is no URL.
     pub(crate) fn new(endpoint: &str) -> Outcome<Self> {
-        let channel = Dialer::new(DialerConfig::default()).channel(endpoint).map_err(|error| {
-            Failure::new(Exit::Usage, format!("use endpoint {endpoint:?}"), error)
-                .help("give http://HOST:PORT or unix:/PATH")
+        Self::over(Dialer::new(DialerConfig::default()), endpoint)
+    }
+
+    /// The same, with the certificate in a directory if one is given.
+    ///
+    /// # Errors
+    /// The endpoint is no URL of that kind, or the files are unusable.
+    pub(crate) fn secured(endpoint: &str, tls_dir: Option<&Path>) -> Outcome<Self> {
+        let Some(dir) = tls_dir else { return Self::new(endpoint) };
+        let tls = Tls::load(dir).map_err(|error| {
+            let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
+            let message = format!("{error}{}", cause.unwrap_or_default());
+            Failure::new(Exit::Usage, format!("use the certificate in {}", dir.display()), message)
+                .help("`endio pki issue --client NAME` makes one")
         })?;
-        Ok(Self { endpoint: endpoint.into(), channel })
+        tls.reload(TLS_RELOAD);
+        let dialer = Dialer::new(DialerConfig::default()).secured(tls);
+        Self::over(dialer.expecting(access::SERVICE), endpoint)
+    }
+
+    fn over(dialer: Dialer, endpoint: &str) -> Outcome<Self> {
+        let channel = dialer.channel(endpoint).map_err(|error| {
+            Failure::new(Exit::Usage, format!("use endpoint {endpoint:?}"), error)
+                .help("give http://HOST:PORT or unix:/PATH, or --tls-dir and https://HOST:PORT")
+        })?;
+        Ok(Self { endpoint: endpoint.into(), dialer, channel })
     }
 
     /// The same service over a connection of its own.
     pub(crate) fn another(&self) -> Outcome<Self> {
-        Self::new(&self.endpoint)
+        Self::over(self.dialer.clone(), &self.endpoint)
     }
 
     /// Where the service is.

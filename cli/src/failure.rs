@@ -72,13 +72,14 @@ impl Failure {
 
     /// A failure that a service or the connection to it reported.
     pub(crate) fn of_status(what: impl Into<String>, status: &Status, endpoint: &str) -> Self {
-        if !is_from_service(status) && status.code() == tonic::Code::Unavailable {
+        if !is_from_service(status) && endio_chassis::net::is_connection_lost(status) {
             return Self {
                 what: what.into(),
                 reason: Some(Reason::PeerAway),
                 message: format!("no endio service answers at {endpoint} ({})", status.message()),
                 help: format!(
-                    "start one with `endio up`, or name another with --endpoint (now {endpoint})"
+                    "start one with `endio up`, or name another with --endpoint (now {endpoint}); \
+                     one with TLS wants https:// and --tls-dir"
                 ),
                 exit: Exit::Unreachable,
             };

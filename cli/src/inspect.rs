@@ -5,7 +5,7 @@ use endio_api::{
     conversion::{ListIoEndsRequest, ListStoresRequest},
     writeback::{CheckRequest, CheckResponse, ExtentsRequest, VolumeRequest},
 };
-use endio_chassis::{net::ListenAddr, shutdown::Shutdown};
+use endio_chassis::{net::ListenAddr, shutdown::Shutdown, tls::Security};
 use serde_json::{Value, json};
 
 use crate::{
@@ -118,6 +118,7 @@ pub(crate) async fn check(client: &Client, out: Output, args: CheckArgs) -> Outc
         listen,
         nbd_listen: None,
         nbd_tls: None,
+        security: Security::Insecure { is_any_address: false },
         stores: 0,
         capacity_bytes: None,
     };

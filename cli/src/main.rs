@@ -12,6 +12,7 @@ mod failure;
 mod health;
 mod inspect;
 mod output;
+mod pki;
 mod status;
 mod top;
 mod trace;
@@ -50,11 +51,20 @@ fn main() -> ExitCode {
     }
 }
 
+/// Stands for a service where none is needed; nothing connects to it.
+const NOBODY: &str = "memory:nobody";
+
 async fn run(cli: Cli) -> Outcome {
     let out = Output { json: cli.json };
-    let client = Client::new(&cli.endpoint)?;
+    let tls_dir = cli.tls_dir.as_deref();
+    let client = match &cli.command {
+        // These talk to no service.
+        Command::Up(_) | Command::Pki(_) | Command::Completions { .. } => Client::new(NOBODY)?,
+        _ => Client::secured(cli.endpoint(), tls_dir)?,
+    };
     match cli.command {
-        Command::Up(args) => up::run(args).await,
+        Command::Up(args) => up::run(args, cli.tls_dir).await,
+        Command::Pki(command) => pki::run(out, command),
         Command::Volume(command) => commands::volume(&client, out, command).await,
         Command::Write(args) => commands::write(&client, out, args).await,
         Command::Read(args) => commands::read(&client, &args).await,

@@ -12,10 +12,10 @@ use std::{
     collections::BTreeMap,
     error::Error,
     path::{Path, PathBuf},
+    sync::{Arc, Weak},
     time::Duration,
 };
 
-use endio_api::{conversion::ListStoresRequest, writeback::StatusRequest};
 use endio_chassis::{
     admin,
     net::{Dialer, DialerConfig, ListenAddr, Listener},
@@ -23,15 +23,15 @@ use endio_chassis::{
     report,
     shutdown::Shutdown,
     telemetry::{self, TelemetryConfig},
+    tls::{Security, TlsConfig, TlsError},
     trace::TraceConfig,
 };
-use endio_writeback::nbd::NbdTls;
+use endio_writeback::{engine::Engine, nbd::NbdTls};
 use serde_json::json;
 use tokio::task::{JoinHandle, JoinSet};
 
 use crate::{
     args::UpArgs,
-    client::Client,
     failure::{Exit, Failure, Outcome},
 };
 
@@ -51,6 +51,8 @@ pub(crate) struct Plan {
     pub(crate) nbd_listen: Option<ListenAddr>,
     /// Certificates for NBD clients.
     pub(crate) nbd_tls: Option<NbdTls>,
+    /// Whether connections of clients are secured.
+    pub(crate) security: Security,
     /// Block-stores, at least; those that have a directory are all started.
     pub(crate) stores: u32,
     /// Capacity in bytes of the block-stores; `None`: as they are, or the default for new ones.
@@ -70,6 +72,8 @@ pub(crate) struct Stack {
     pub(crate) stores: Vec<String>,
     /// Where NBD clients attach.
     pub(crate) nbd: Option<String>,
+    /// The writeback service, as long as it runs.
+    engine: Weak<Engine>,
     stop: Shutdown,
     writeback: JoinHandle<Ended>,
     stores_stop: Shutdown,
@@ -79,7 +83,7 @@ pub(crate) struct Stack {
 }
 
 /// `endio up`
-pub(crate) async fn run(args: UpArgs) -> Outcome {
+pub(crate) async fn run(args: UpArgs, tls_dir: Option<PathBuf>) -> Outcome {
     let what = "start the services";
     let address = |text: &str| {
         text.parse::<ListenAddr>().map_err(|error| Failure::new(Exit::Usage, what, error))
@@ -93,6 +97,7 @@ pub(crate) async fn run(args: UpArgs) -> Outcome {
             clients: args.nbd_allow.iter().cloned().collect(),
             ..tls_files(directory)
         }),
+        security: security(tls_dir, args.insecure_any_address)?,
         stores: args.stores,
         capacity_bytes: args.capacity.map(|size| size.bytes()),
     };
@@ -133,8 +138,11 @@ pub(crate) async fn start(plan: &Plan, stop: Shutdown) -> Outcome<Stack> {
     let config = TelemetryConfig { log_filter, trace, ..TelemetryConfig::default() };
     let recorder = telemetry::init(&config, "endio").map_err(|error| failed(&what(), &error))?;
     // Bound first: of two `endio up`, the second fails before it touches the data.
-    let front = Listener::bind(&plan.listen).await.map_err(|error| {
-        failed(&what(), &error).help("is another `endio up` running? choose --grpc-listen")
+    let front = plan.security.bind(&plan.listen).await.map_err(|error| match error {
+        TlsError::Net(_) => {
+            failed(&what(), &error).help("is another `endio up` running? choose --grpc-listen")
+        }
+        error => failed(&what(), &error),
     })?;
 
     let conversion_stop = Shutdown::new();
@@ -173,11 +181,13 @@ pub(crate) async fn start(plan: &Plan, stop: Shutdown) -> Outcome<Stack> {
         .await
         .map_err(|error| failed("start the writeback service", &error))?;
     let grpc = writeback.url();
+    let engine = Arc::downgrade(&writeback.engine());
     let nbd = writeback.nbd_address();
     let writeback = tokio::spawn(async move {
         writeback.wait().await.map_err(|error| failed("run the writeback service", &error))
     });
     Ok(Stack {
+        engine,
         grpc,
         conversion: conversion_url,
         stores,
@@ -197,7 +207,7 @@ async fn start_conversion(
     stop: &Shutdown,
 ) -> Outcome<endio_conversion::Running> {
     let what = "start the conversion service";
-    let listener = Listener::bind(&ListenAddr::loopback()).await;
+    let listener = Listener::bind(&inner(plan, "conversion")).await;
     let listener = listener.map_err(|error| failed(what, &error))?;
     let config = endio_conversion::Config {
         data_dir: plan.data_dir.join("conversion"),
@@ -215,7 +225,7 @@ async fn start_store(
     stop: &Shutdown,
 ) -> Outcome<endio_block_store::Running> {
     let what = format!("start block-store {number}");
-    let listener = Listener::bind(&ListenAddr::loopback()).await;
+    let listener = Listener::bind(&inner(plan, &format!("store-{number}"))).await;
     let listener = listener.map_err(|error| failed(&what, &error))?;
     let config = endio_block_store::Config {
         data_dir: store_dir(&plan.data_dir, number),
@@ -230,6 +240,30 @@ async fn start_store(
         shutdown: stop.clone(),
     };
     endio_block_store::start(config, deps).await.map_err(|error| failed(&what, &error))
+}
+
+/// Where a service that only this process needs listens. Without TLS, on loopback, so that it can be
+/// looked at; with TLS, where nobody else can reach it.
+fn inner(plan: &Plan, name: &str) -> ListenAddr {
+    match plan.security {
+        Security::Insecure { .. } => ListenAddr::loopback(),
+        Security::Tls(_) => ListenAddr::Memory(format!("up-{name}")),
+    }
+}
+
+/// `endio up` is for development: to start it without certificates is the choice to do without TLS,
+/// but on loopback addresses only.
+fn security(dir: Option<PathBuf>, insecure_any_address: bool) -> Outcome<Security> {
+    let insecure = dir.is_none();
+    let config = TlsConfig { dir, insecure, insecure_any_address, ..TlsConfig::default() };
+    if let Some(fault) = config.faults().first() {
+        let message = format!("{}: {}", fault.key, fault.message);
+        return Err(Failure::new(Exit::Usage, "start the services", message));
+    }
+    Security::open(&config).map_err(|error| {
+        let failure = failed("start the services", &error);
+        failure.help("`endio pki issue --service writeback` makes the files of --tls-dir")
+    })
 }
 
 /// Names of files as libnbd and QEMU have them.
@@ -266,15 +300,15 @@ impl Stack {
     /// # Errors
     /// That takes too long.
     pub(crate) async fn ready(&self) -> Outcome {
-        let client = Client::new(&self.grpc)?;
         let is_ready = async {
             loop {
-                let status = client.inspect().status(StatusRequest::default()).await;
-                let stores = client.inspect().stores(ListStoresRequest {}).await;
-                let live = stores.map_or(0, |stores| {
-                    stores.into_inner().stores.iter().filter(|store| store.live).count()
-                });
-                let is_connected = status.is_ok_and(|status| status.into_inner().connected);
+                // Nobody is held up by this look: the engine is let go before the pause.
+                let Some(engine) = self.engine.upgrade() else { return };
+                let stores = engine.store_list().await;
+                let live = stores
+                    .map_or(0, |stores| stores.stores.iter().filter(|store| store.live).count());
+                let is_connected = engine.status().connected;
+                drop(engine);
                 if is_connected && live >= self.stores.len() {
                     return;
                 }
@@ -301,6 +335,9 @@ impl Stack {
                 ("data_dir", json!(data_dir)),
             ],
         )?;
+        if self.grpc.starts_with("http:") {
+            eprintln!("TLS is off: whoever reaches the ports of this machine may do everything");
+        }
         let endpoint = if self.grpc == "http://127.0.0.1:7400" {
             String::new()
         } else {
@@ -392,6 +429,7 @@ mod tests {
             listen: ListenAddr::loopback(),
             nbd_listen: None,
             nbd_tls: None,
+            security: Security::Insecure { is_any_address: false },
             stores,
             capacity_bytes: None,
         };

@@ -4,6 +4,7 @@
 //! Messages are validated when they are received and nowhere else; what leaves is built from
 //! domain types that are valid by construction.
 
+pub mod access;
 pub mod convert;
 pub mod protocol;
 pub mod status;

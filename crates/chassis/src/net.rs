@@ -5,6 +5,7 @@
 
 mod conn;
 mod dialer;
+mod gate;
 mod listener;
 
 use std::fmt;
@@ -14,6 +15,8 @@ use std::str::FromStr;
 
 pub use conn::{Conn, Peer};
 pub use dialer::{Dialer, DialerConfig};
+pub use gate::ConnCounters;
+pub(crate) use gate::ConnLimits;
 pub use listener::{Incoming, Listener};
 
 use serde::{Deserialize, Serialize};
@@ -104,8 +107,23 @@ pub enum NetError {
         text: String,
     },
     /// Not one of the forms that [`Dialer::channel`] takes.
-    #[error("`{url}` is no url: use http://host:port, unix:/absolute/path or memory:name")]
+    #[error(
+        "`{url}` is no url: use http://host:port, https://host:port, unix:/absolute/path or \
+         memory:name"
+    )]
     Url {
+        /// What was given.
+        url: String,
+    },
+    /// TLS is wanted and the url names none.
+    #[error("`{url}` is not secured by TLS: with a TLS directory, use https://host:port")]
+    Plain {
+        /// What was given.
+        url: String,
+    },
+    /// The url names TLS and there is no certificate to show.
+    #[error("`{url}` needs a certificate: give a TLS directory (--tls-dir)")]
+    NoCertificate {
         /// What was given.
         url: String,
     },

@@ -11,6 +11,7 @@ use prost::Message as _;
 use prost_types::FileDescriptorSet;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
+use tonic::Status;
 use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic_health::ServingStatus;
@@ -19,7 +20,9 @@ use tonic_health::server::{HealthReporter, HealthService};
 use tower::layer::layer_fn;
 
 use self::guard::CallGuard;
-use crate::net::Incoming;
+use crate::config::Fault;
+use crate::metrics::{Counter, Registry};
+use crate::net::{ConnCounters, ConnLimits, Incoming, Peer};
 use crate::shutdown::Shutdown;
 
 /// Limits of a server.
@@ -46,9 +49,18 @@ pub struct ServerConfig {
     pub stream_window_bytes: u32,
     /// The same for all streams of a connection together.
     pub connection_window_bytes: u32,
-    /// Longest wait for the first bytes of a connection, in ms. Too small: slow networks never
-    /// connect. Too large: silent connections hold memory for so long.
+    /// Longest handshake of TLS, and longest wait for the first bytes behind it, in ms. Too small:
+    /// slow networks never connect. Too large: silent connections hold memory for so long.
     pub handshake_timeout_ms: u64,
+    /// Handshakes of TLS under way; further connections wait. Too small: many clients that start
+    /// at once wait for each other. Too large: a flood takes processors and memory.
+    pub handshakes_max: usize,
+    /// Connections, those that shake hands included; more are closed at once. Too small: clients
+    /// are refused. Too large: memory, up to the window of a connection for each.
+    pub connections_max: usize,
+    /// Connections from one IP address; more are closed at once. Too small: clients behind one
+    /// address are refused. Too large: one machine takes all places.
+    pub connections_per_address_max: usize,
     /// How long a stop waits for calls to end before it drops them, in ms.
     pub drain_timeout_ms: u64,
 }
@@ -66,14 +78,76 @@ impl Default for ServerConfig {
             stream_window_bytes: 8 << 20,
             connection_window_bytes: 32 << 20,
             handshake_timeout_ms: 10_000,
+            handshakes_max: 512,
+            connections_max: 4_096,
+            connections_per_address_max: 480,
             drain_timeout_ms: 10_000,
         }
+    }
+}
+
+impl ServerConfig {
+    /// What is wrong with it, with the keys that it has inside a configuration.
+    #[must_use]
+    pub fn faults(&self) -> Vec<Fault> {
+        let within = |key: &str, value: usize, min: u64| {
+            Fault::unless_within(&format!("server.{key}"), value as u64, min, 1 << 20)
+        };
+        [
+            within("calls_max", self.calls_max, 1),
+            within("streams_per_connection_max", self.streams_per_connection_max as usize, 1),
+            within("header_list_bytes_max", self.header_list_bytes_max as usize, 1_024),
+            within("handshakes_max", self.handshakes_max, 1),
+            within("connections_max", self.connections_max, 1),
+            within("connections_per_address_max", self.connections_per_address_max, 1),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
+    }
+}
+
+/// Decides who may call what.
+pub trait Access: Send + Sync + std::fmt::Debug {
+    /// Whether this peer may call the method, named by its path `/package.Service/Method`.
+    ///
+    /// # Errors
+    /// What the caller is told; it has been logged and counted.
+    fn check(&self, path: &str, peer: &Peer) -> Result<(), Status>;
+}
+
+/// What a server counts. Clones count together.
+#[derive(Clone, Debug, Default)]
+pub struct ServerCounters {
+    /// At the door.
+    pub conns: ConnCounters,
+    /// Calls that the peer was not allowed to make.
+    pub calls_denied: Counter,
+}
+
+impl ServerCounters {
+    /// The counters under their names.
+    #[must_use]
+    pub fn register(registry: &Registry) -> Self {
+        let refused = "Connections closed because there were too many";
+        let failed = "Handshakes of TLS that failed or took too long";
+        let conns = ConnCounters {
+            refused: registry.counter("endio_connections_refused_total", refused, &[]),
+            handshakes_failed: registry.counter("endio_handshakes_failed_total", failed, &[]),
+        };
+        let denied = "Calls that the identity of the caller may not make";
+        let calls_denied = registry.counter("endio_calls_denied_total", denied, &[]);
+        Self { conns, calls_denied }
     }
 }
 
 /// What [`serve`] needs besides routes.
 #[derive(Clone, Debug, Default)]
 pub struct ServerOptions {
+    /// Who may call what; `None`: whoever can connect, everything.
+    pub access: Option<Arc<dyn Access>>,
+    /// What is counted.
+    pub counters: ServerCounters,
     /// Limits.
     pub config: ServerConfig,
     /// Encoded file descriptor sets for reflection; those of health and reflection are added.
@@ -142,8 +216,8 @@ pub enum ServeError {
 
 /// Serves `routes` until `shutdown` is requested and calls have drained, or it is forced.
 ///
-/// Each call passes, outermost first: a log span; panics become `INTERNAL` without details; calls
-/// beyond `calls_max` are shed; unary calls have a deadline; the handler. Which methods are unary
+/// Each call passes, outermost first: a log span; panics become `INTERNAL` without details;
+/// `access`; calls beyond `calls_max` are shed; unary calls have a deadline; the handler. Which methods are unary
 /// is read from the descriptors; a method that is not in them is never cut. Health checks pass
 /// also when the server is full.
 ///
@@ -176,12 +250,18 @@ pub async fn serve(
         config.calls_max,
         Duration::from_millis(config.unary_timeout_ms),
         unary_methods(&options.descriptors)?,
-    );
+    )
+    .with_access(options.access.clone(), options.counters.calls_denied.clone());
     // Cuts the connections when this function returns, or is dropped before.
     let cut = CancellationToken::new();
     let _cut_at_end = cut.clone().drop_guard();
-    let handshake = Duration::from_millis(config.handshake_timeout_ms);
-    let incoming = incoming.into().guarded(cut.clone(), handshake);
+    let limits = ConnLimits {
+        connections_max: config.connections_max,
+        connections_per_address_max: config.connections_per_address_max,
+        handshakes_max: config.handshakes_max,
+        handshake: Duration::from_millis(config.handshake_timeout_ms),
+    };
+    let incoming = incoming.into().guarded(limits, options.counters.conns.clone(), cut.clone());
     let server = builder(config)
         .layer(layer_fn(move |routes| guard.clone().around(routes)))
         .add_routes(routes)

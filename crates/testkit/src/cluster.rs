@@ -6,10 +6,19 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use endio_chassis::net::Dialer;
+use endio_chassis::tls::Tls;
+use endio_pki::Subject;
+use tonic::transport::Channel;
 
 use crate::checkers::{self, Broken};
 use crate::client::Client;
 use crate::process::{LISTEN, Process, Spec, binaries};
+
+/// Directory of the authority, in that of the cluster.
+const PKI: &str = "pki";
+/// Longer than any test.
+const CERTIFICATES_LIVE: Duration = Duration::from_secs(86_400);
 
 /// How to build a [`Cluster`].
 #[derive(Clone, Debug)]
@@ -26,6 +35,8 @@ pub struct Options {
     pub writeback_args: Vec<String>,
     /// Where the data directories are made; `None`: in the cluster's own directory.
     pub data_root: Option<PathBuf>,
+    /// Mutual TLS everywhere, with certificates of an authority of its own. Without: `--insecure`.
+    pub tls: bool,
     /// Environment of all processes.
     pub env: Vec<(String, String)>,
 }
@@ -39,6 +50,7 @@ impl Default for Options {
             store_args: Vec::new(),
             writeback_args: Vec::new(),
             data_root: None,
+            tls: false,
             env: vec![("ENDIO_CONVERSION_LIMITS__LEASE_MS".to_owned(), "2000".to_owned())],
         }
     }
@@ -74,12 +86,17 @@ impl Cluster {
     pub fn start(options: Options) -> anyhow::Result<Self> {
         let directory = tempfile::tempdir()?;
         let data = options.data_root.as_deref().unwrap_or(directory.path()).to_owned();
+        if options.tls {
+            endio_pki::init(&directory.path().join(PKI), CERTIFICATES_LIVE, false)?;
+        }
+        let mut more = security(&options, directory.path(), "conversion", "conversion")?;
+        more.extend(options.conversion_args.iter().cloned());
         let conversion = Process::start(Spec {
             name: "conversion".to_owned(),
             binary: "endio-conversion",
             args: arguments(
                 &[("--data-dir", &path(&data, "conversion")?), ("--listen", LISTEN)],
-                &options.conversion_args,
+                &more,
             ),
             env: options.env.clone(),
             log_dir: directory.path().to_owned(),
@@ -100,6 +117,8 @@ impl Cluster {
     pub fn add_store(&mut self) -> anyhow::Result<usize> {
         let number = self.stores.len();
         let name = format!("store-{number}");
+        let mut more = security(&self.options, self.dir(), "block-store", &name)?;
+        more.extend(self.options.store_args.iter().cloned());
         let args = arguments(
             &[
                 ("--data-dir", &path(self.data(), &name)?),
@@ -107,7 +126,7 @@ impl Cluster {
                 ("--conversion", self.conversion.url()),
                 ("--capacity", &self.options.capacity),
             ],
-            &self.options.store_args,
+            &more,
         );
         let spec = self.spec(name, "endio-block-store", args);
         self.stores.push(Process::start(spec)?);
@@ -121,13 +140,15 @@ impl Cluster {
     pub fn add_writeback(&mut self) -> anyhow::Result<usize> {
         let number = self.writebacks.len();
         let name = format!("writeback-{number}");
+        let mut more = security(&self.options, self.dir(), "writeback", &name)?;
+        more.extend(self.options.writeback_args.iter().cloned());
         let args = arguments(
             &[
                 ("--listen", LISTEN),
                 ("--conversion", self.conversion.url()),
                 ("--cache-dir", &path(self.data(), &name)?),
             ],
-            &self.options.writeback_args,
+            &more,
         );
         let spec = self.spec(name, "endio-writeback", args);
         self.writebacks.push(Process::start(spec)?);
@@ -222,9 +243,37 @@ impl Cluster {
         self.conversion.url()
     }
 
-    /// A client of the first writeback.
+    /// A client of the first writeback; with TLS, an admin.
+    ///
+    /// # Panics
+    /// With TLS, if no certificate can be made.
     pub fn client(&self) -> Client {
-        Client::new(self.endpoint())
+        if !self.options.tls {
+            return Client::new(self.endpoint());
+        }
+        let dir = self.certificate(Subject::Admin("test".to_owned())).expect("a certificate");
+        Client::over(self.channel(&dir, self.endpoint()).expect("a channel"))
+    }
+
+    /// Directory of the authority that signed everybody here.
+    pub fn authority(&self) -> PathBuf {
+        self.dir().join(PKI)
+    }
+
+    /// Directory with a certificate for somebody; made at the first call.
+    ///
+    /// # Errors
+    /// From the file system.
+    pub fn certificate(&self, subject: Subject) -> anyhow::Result<PathBuf> {
+        certificate(self.dir(), subject)
+    }
+
+    /// A connection to one of the services that shows the certificate in a directory.
+    ///
+    /// # Errors
+    /// The files or the url are unusable.
+    pub fn channel(&self, certificate: &Path, url: &str) -> anyhow::Result<Channel> {
+        Ok(Dialer::default().secured(Tls::load(certificate)?).channel(url)?)
     }
 
     /// The `endio` command, pointed at the first writeback.
@@ -234,6 +283,10 @@ impl Cluster {
     pub fn cli(&self, args: &[&str]) -> anyhow::Result<Command> {
         let mut command = Command::new(binaries()?.join("endio"));
         command.args(args).env("ENDIO_ENDPOINT", self.endpoint()).stdin(Stdio::null());
+        if self.options.tls {
+            let dir = self.certificate(Subject::Admin("test".to_owned()))?;
+            command.env("ENDIO_TLS_DIR", dir);
+        }
         Ok(command)
     }
 
@@ -278,6 +331,29 @@ fn path(directory: &Path, name: &str) -> anyhow::Result<String> {
     let path: PathBuf = directory.join(name);
     fs::create_dir_all(&path)?;
     path.into_os_string().into_string().ok().context("a temporary directory has a UTF-8 name")
+}
+
+/// Flags that say how a process secures its connections.
+fn security(options: &Options, dir: &Path, kind: &str, name: &str) -> anyhow::Result<Vec<String>> {
+    if !options.tls {
+        return Ok(vec!["--insecure".to_owned()]);
+    }
+    let subject = Subject::Service { kind: kind.to_owned(), name: name.to_owned() };
+    let dir = certificate(dir, subject)?;
+    Ok(vec!["--tls-dir".to_owned(), dir.to_str().context("a UTF-8 name")?.to_owned()])
+}
+
+fn certificate(dir: &Path, subject: Subject) -> anyhow::Result<PathBuf> {
+    let authority = dir.join(PKI);
+    let out = authority.join(subject.directory());
+    let request = endio_pki::Request {
+        subject,
+        sans: Vec::new(),
+        valid_for: CERTIFICATES_LIVE,
+        if_missing: true,
+    };
+    endio_pki::issue(&authority, &out, &request)?;
+    Ok(out)
 }
 
 fn arguments(pairs: &[(&str, &str)], more: &[String]) -> Vec<String> {

@@ -220,7 +220,8 @@ impl Process {
         for _ in 0..STARTS_MAX {
             match self.read_ready(&lines, deadline)? {
                 Some(url) => {
-                    self.listen = url.trim_start_matches("http://").to_owned();
+                    let (_, listen) = url.split_once("://").context("the address is no url")?;
+                    self.listen = listen.to_owned();
                     self.url = url;
                     return Ok(());
                 }

@@ -7,6 +7,7 @@ use endio_chassis::{
     net::ListenAddr,
     server::ServerConfig,
     telemetry::TelemetryConfig,
+    tls::{TlsConfig, TlsFlags},
 };
 use endio_types::{BLOCK_BYTES, ByteSize, IO_END_BLOCKS_MAX};
 use serde::{Deserialize, Serialize};
@@ -57,6 +58,8 @@ pub struct Config {
     pub reconnect_max_ms: u64,
     /// How long a stop waits for what is in flight, in ms.
     pub drain_timeout_ms: u64,
+    /// Mutual TLS, in and out.
+    pub tls: TlsConfig,
     /// Limits of the server.
     pub server: ServerConfig,
     /// Logs and traces.
@@ -87,6 +90,7 @@ impl Default for Config {
             reconnect_first_ms: 20,
             reconnect_max_ms: 1_000,
             drain_timeout_ms: 10_000,
+            tls: TlsConfig::default(),
             server: ServerConfig::default(),
             telemetry: TelemetryConfig::default(),
             metrics_listen: None,
@@ -124,6 +128,9 @@ pub struct Flags {
     /// Where /metrics, /healthz and /readyz are served, e.g. 127.0.0.1:7412; port 0 chooses one.
     #[arg(long, value_name = "ADDR")]
     pub metrics_listen: Option<String>,
+    /// Whether connections are secured.
+    #[command(flatten)]
+    pub tls: TlsFlags,
 }
 
 impl Config {
@@ -166,6 +173,8 @@ impl Validate for Config {
         if self.data_dir.as_os_str().is_empty() {
             faults.push(Fault::new("data_dir", "is empty: name the store's directory"));
         }
+        faults.extend(self.tls.faults());
+        faults.extend(self.server.faults());
         faults
     }
 }
@@ -185,6 +194,7 @@ mod tests {
             advertise: Some("http://a:1".to_owned()),
             capacity_bytes: Some(ByteSize(8192)),
             metrics_listen: Some("127.0.0.1:0".to_owned()),
+            tls: TlsFlags { insecure: true, ..TlsFlags::default() },
         };
         let loaded = endio_chassis::config::load(None, "ENDIO_BLOCK_STORE_TEST_", &flags);
         let expected = Config {
@@ -194,6 +204,7 @@ mod tests {
             advertise: Some("http://a:1".to_owned()),
             capacity_bytes: Some(8192),
             metrics_listen: Some("127.0.0.1:0".to_owned()),
+            tls: TlsConfig { insecure: true, ..TlsConfig::default() },
             ..Config::default()
         };
         assert_eq!(loaded.ok(), Some(expected));

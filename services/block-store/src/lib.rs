@@ -184,7 +184,11 @@ pub async fn start_on(
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let routes = Routes::new(blocks).add_service(RecorderTraces::server(recorder, "block-store"));
-    let options = ServerOptions { config: config.server.clone(), descriptors: vec![DESCRIPTORS] };
+    let options = ServerOptions {
+        config: config.server.clone(),
+        descriptors: vec![DESCRIPTORS],
+        ..ServerOptions::default()
+    };
     let server = server::serve(options, listener, routes, readiness.clone(), shutdown);
     let life = Life {
         driver: Arc::clone(&driver),

@@ -3,11 +3,7 @@
 use clap::Parser as _;
 use endio_block_store::{Config, Deps, Flags, start};
 use endio_chassis::{
-    admin, config,
-    net::{Dialer, Listener},
-    report,
-    shutdown::Shutdown,
-    telemetry,
+    admin, config, net::DialerConfig, report, shutdown::Shutdown, telemetry, tls::Security,
 };
 
 #[tokio::main]
@@ -23,8 +19,9 @@ async fn main() -> anyhow::Result<()> {
     let shutdown = Shutdown::new();
     shutdown.on_signals()?;
     let metrics = admin::serve_if(config.metrics_listen.as_deref()).await?;
-    let listener = Listener::bind(&config.listen).await?;
-    let dialer = Dialer::default();
+    let security = Security::open(&config.tls)?;
+    let listener = security.bind(&config.listen).await?;
+    let dialer = security.dialer(DialerConfig::default());
     let running = start(config, Deps { listener, dialer, recorder, shutdown }).await?;
     report::ready("block-store", &running.url(), &[("metrics", metrics.into())])?;
     let outcome = running.wait().await;

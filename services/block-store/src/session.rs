@@ -8,6 +8,7 @@
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
+use endio_api::access;
 use endio_api::conversion::{
     RegisterStore, StoreBatch, StoreCommandBatch, StoreMessage, StoreRenew,
     conversion_client::ConversionClient, store_command::Command, store_message::Message,
@@ -144,7 +145,8 @@ impl Session {
 
     async fn open(&self) -> Result<(Open<'_>, Streaming<StoreCommandBatch>), SessionEnd> {
         let patience = Duration::from_millis(self.config.register_timeout_ms);
-        let channel = self.dialer.channel(&self.config.conversion).map_err(SessionEnd::Url)?;
+        let dialer = self.dialer.expecting(access::CONVERSION);
+        let channel = dialer.channel(&self.config.conversion).map_err(SessionEnd::Url)?;
         let mut client =
             ConversionClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
         let (to, batches) = mpsc::channel(BATCHES_MAX);

@@ -6,6 +6,7 @@ use endio_chassis::config::{Fault, Validate};
 use endio_chassis::net::ListenAddr;
 use endio_chassis::server::ServerConfig;
 use endio_chassis::telemetry::TelemetryConfig;
+use endio_chassis::tls::{TlsConfig, TlsFlags};
 use endio_state_machine::limits::Limits;
 use serde::{Deserialize, Serialize};
 
@@ -34,6 +35,8 @@ pub struct Config {
     pub drain_deadline_ms: u64,
     /// Leases, io_ends, conversion batches: the bounds of the state machine.
     pub limits: Limits,
+    /// Mutual TLS of the listener.
+    pub tls: TlsConfig,
     /// Bounds of the gRPC server.
     pub server: ServerConfig,
     /// Log and traces.
@@ -64,6 +67,9 @@ pub struct Flags {
     /// Where /metrics, /healthz and /readyz are served, e.g. 127.0.0.1:7411; port 0 chooses one.
     #[arg(long, value_name = "ADDR")]
     pub metrics_listen: Option<String>,
+    /// Whether connections are secured.
+    #[command(flatten)]
+    pub tls: TlsFlags,
 }
 
 impl Default for Config {
@@ -79,6 +85,7 @@ impl Default for Config {
             checkpoint_journal_bytes: 64 << 20,
             drain_deadline_ms: 20_000,
             limits: Limits::default(),
+            tls: TlsConfig::default(),
             server: ServerConfig::default(),
             telemetry: TelemetryConfig::default(),
             metrics_listen: None,
@@ -114,6 +121,8 @@ impl Validate for Config {
                 format!("must be longer than limits.lease_ms ({})", limits.lease_ms),
             ));
         }
+        faults.extend(self.tls.faults());
+        faults.extend(self.server.faults());
         faults
     }
 }

@@ -128,8 +128,11 @@ pub async fn start(config: Config, deps: Deps) -> Result<Running, StartError> {
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let traces = RecorderTraces::server(recorder, "conversion");
     let routes = Routes::new(service).add_service(traces);
-    let options =
-        ServerOptions { config: config.server.clone(), descriptors: vec![endio_api::DESCRIPTORS] };
+    let options = ServerOptions {
+        config: config.server.clone(),
+        descriptors: vec![endio_api::DESCRIPTORS],
+        ..ServerOptions::default()
+    };
     let server =
         tokio::spawn(serve(options, incoming, routes, readiness.clone(), shutdown.clone()));
     let driver = start_driver(config, store, queue, readiness, shutdown.clone()).await?;

@@ -1,8 +1,8 @@
 //! `endio-conversion`: the conversion service as a process of its own.
 
 use clap::Parser as _;
-use endio_chassis::net::{Dialer, DialerConfig, Listener};
-use endio_chassis::{admin, config, report, shutdown::Shutdown, telemetry};
+use endio_chassis::net::DialerConfig;
+use endio_chassis::{admin, config, report, shutdown::Shutdown, telemetry, tls::Security};
 use endio_conversion::{Config, Deps, Flags, start};
 
 #[tokio::main]
@@ -18,8 +18,10 @@ async fn main() -> anyhow::Result<()> {
     let shutdown = Shutdown::new();
     shutdown.on_signals()?;
     let metrics = admin::serve_if(config.metrics_listen.as_deref()).await?;
-    let listener = Listener::bind(&config.listen).await?;
-    let deps = Deps::new(listener, Dialer::new(DialerConfig::default()), recorder, shutdown);
+    let security = Security::open(&config.tls)?;
+    let listener = security.bind(&config.listen).await?;
+    let dialer = security.dialer(DialerConfig::default());
+    let deps = Deps::new(listener, dialer, recorder, shutdown);
     let running = start(config, deps).await?;
     report::ready("conversion", running.url(), &[("metrics", metrics.into())])?;
     let outcome = running.wait().await;

@@ -6,6 +6,7 @@ use endio_chassis::config::{Fault, Validate};
 use endio_chassis::net::{DialerConfig, ListenAddr};
 use endio_chassis::server::ServerConfig;
 use endio_chassis::telemetry::TelemetryConfig;
+use endio_chassis::tls::TlsConfig;
 use serde::{Deserialize, Serialize};
 
 use crate::nbd::NbdTls;
@@ -99,6 +100,8 @@ pub struct Config {
     pub store_queue: usize,
     /// How long a stop may write out before what is held is named and left, in ms.
     pub drain_deadline_ms: u64,
+    /// Mutual TLS of the gRPC server and of connections to peers.
+    pub tls: TlsConfig,
     /// The gRPC server.
     pub server: ServerConfig,
     /// Connections to peers.
@@ -151,6 +154,7 @@ impl Default for Config {
             session_queue: 4_096,
             store_queue: 256,
             drain_deadline_ms: 30_000,
+            tls: TlsConfig::default(),
             // A unary call may wait for the I/O timeout, and a little for its answer.
             server: ServerConfig {
                 unary_timeout_ms: io_timeout_ms + 30_000,
@@ -205,6 +209,8 @@ impl Validate for Config {
             let why = "names clients, but without client_authorities none can show who it is";
             faults.push(Fault::new("nbd_tls.clients", why));
         }
+        faults.extend(self.tls.faults());
+        faults.extend(self.server.faults());
         faults
     }
 }

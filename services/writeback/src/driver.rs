@@ -8,6 +8,7 @@ use std::sync::atomic::AtomicU8;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use endio_api::access;
 use endio_chassis::backoff::Backoff;
 use endio_chassis::net::Dialer;
 use endio_chassis::recorder::Recorder;
@@ -83,7 +84,8 @@ pub(crate) fn build(
 ) -> Result<(Arc<Engine>, Replay, JoinHandle<()>), StartError> {
     let Opened { log, replay, identity } = opened;
     let ms = Duration::from_millis;
-    let channel = dialer.channel(&config.conversion).map_err(StartError::Url)?;
+    let to_conversion = dialer.expecting(access::CONVERSION);
+    let channel = to_conversion.channel(&config.conversion).map_err(StartError::Url)?;
     let backoff = Backoff {
         first: ms(config.retry_first_ms),
         max: ms(config.retry_max_ms),
@@ -93,7 +95,7 @@ pub(crate) fn build(
     let connect = ms(config.connect_timeout_ms);
     let read = ms(config.call_timeout_ms);
     let store_limits = StoreLimits { queue: config.store_queue, connect, read };
-    let stores = Arc::new(Stores::new(dialer.clone(), store_limits));
+    let stores = Arc::new(Stores::new(dialer.expecting(access::BLOCK_STORE), store_limits));
     let table = Arc::new(Table::new(Arc::clone(&stores)));
     let stop = CancellationToken::new();
     let limits = SessionStreamLimits {
@@ -106,7 +108,7 @@ pub(crate) fn build(
     let (session, task) = Session::start(
         identity.writeback(),
         config.conversion.clone(),
-        dialer,
+        to_conversion,
         limits,
         Arc::clone(&table) as _,
         stop.clone(),

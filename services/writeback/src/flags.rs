@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Parser;
 use endio_chassis::net::ListenAddr;
+use endio_chassis::tls::TlsFlags;
 use serde::Serialize;
 
 /// The dirty cache, direct writes and reads: what clients talk to.
@@ -33,4 +34,7 @@ pub struct Flags {
     /// Where /metrics, /healthz and /readyz are served, e.g. 127.0.0.1:7410; port 0 chooses one.
     #[arg(long, value_name = "ADDR")]
     pub metrics_listen: Option<String>,
+    /// Whether connections are secured.
+    #[command(flatten)]
+    pub tls: TlsFlags,
 }

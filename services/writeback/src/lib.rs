@@ -165,7 +165,11 @@ pub async fn start(config: Config, deps: Deps) -> Result<Running, StartError> {
     let opening = config.clone();
     let opened = tokio::task::spawn_blocking(move || driver::open(&opening));
     let opened = opened.await.map_err(StartError::Interrupted)??;
-    let options = ServerOptions { config: config.server.clone(), descriptors: vec![DESCRIPTORS] };
+    let options = ServerOptions {
+        config: config.server.clone(),
+        descriptors: vec![DESCRIPTORS],
+        ..ServerOptions::default()
+    };
     let (engine, replay, session) = driver::build(config, opened, dialer, recorder)?;
     let readiness = Readiness::new(grpc::SERVICES).await;
     admin::watch("writeback", &readiness);

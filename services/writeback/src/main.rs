@@ -1,8 +1,7 @@
 //! `endio-writeback`: the writeback service as a process of its own.
 
 use clap::Parser as _;
-use endio_chassis::net::{Dialer, Listener};
-use endio_chassis::{admin, config, report, shutdown::Shutdown, telemetry};
+use endio_chassis::{admin, config, report, shutdown::Shutdown, telemetry, tls::Security};
 use endio_writeback::{Config, Deps, Flags, start};
 
 #[tokio::main]
@@ -18,8 +17,9 @@ async fn main() -> anyhow::Result<()> {
     let shutdown = Shutdown::new();
     shutdown.on_signals()?;
     let metrics = admin::serve_if(config.metrics_listen.as_deref()).await?;
-    let listener = Listener::bind(&config.listen).await?;
-    let dialer = Dialer::new(config.dialer.clone());
+    let security = Security::open(&config.tls)?;
+    let listener = security.bind(&config.listen).await?;
+    let dialer = security.dialer(config.dialer.clone());
     let running = start(config, Deps { listener, dialer, recorder, shutdown }).await?;
     let nbd = running.nbd_address();
     let extra = [("nbd", nbd.into()), ("metrics", metrics.into())];

@@ -15,7 +15,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("crates/store", &["types", "state-machine", "failpoints"]),
     ("crates/chassis", &[]),
     ("crates/nbd", &[]),
-    ("crates/testkit", &["types", "state-machine", "api", "store", "chassis"]),
+    ("crates/pki", &[]),
+    ("crates/testkit", &["types", "state-machine", "api", "store", "chassis", "pki"]),
     ("services/conversion", SERVICE),
     ("services/block-store", SERVICE),
     (
@@ -37,6 +38,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "writeback",
             "bench",
             "nbd",
+            "pki",
         ],
     ),
     ("tools/xtask", &[]),

@@ -3,19 +3,26 @@
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::Sleep;
+use tokio_rustls::TlsStream;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::transport::server::Connected;
 
-/// A byte stream over TCP, a Unix socket or memory.
+use super::gate::Place;
+use crate::tls::uri_names;
+
+/// A byte stream over TCP, TLS, a Unix socket or memory.
 pub struct Conn {
     inner: Inner,
     guard: Option<Guard>,
+    /// Its place among the connections of the server.
+    place: Option<Place>,
 }
 
 /// Bytes of the preface that opens an HTTP/2 connection (RFC 9113, section 3.4).
@@ -54,6 +61,7 @@ impl Guard {
 #[derive(Debug)]
 enum Inner {
     Tcp(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
     Unix(UnixStream),
     Memory(DuplexStream),
 }
@@ -61,8 +69,15 @@ enum Inner {
 /// Who is at the other end; tonic puts it into the extensions of each request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Peer {
-    /// A TCP peer; `None` if it was gone before it could be asked.
+    /// A TCP peer without TLS; `None` if it was gone before it could be asked.
     Tcp(Option<SocketAddr>),
+    /// A TCP peer whose certificate was verified.
+    Tls {
+        /// Its address; `None` if it was gone before it could be asked.
+        addr: Option<SocketAddr>,
+        /// The URIs in its certificate.
+        names: Arc<[String]>,
+    },
     /// A process on this machine.
     Unix,
     /// This process.
@@ -71,7 +86,35 @@ pub enum Peer {
 
 impl Conn {
     fn new(inner: Inner) -> Self {
-        Self { inner, guard: None }
+        Self { inner, guard: None, place: None }
+    }
+
+    pub(super) fn tls(stream: TlsStream<TcpStream>) -> Self {
+        Self::new(Inner::Tls(Box::new(stream)))
+    }
+
+    /// The stream under it, for TLS; `None` if it is no TCP connection.
+    pub(super) fn into_tcp(self) -> Option<TcpStream> {
+        match self.inner {
+            Inner::Tcp(stream) => Some(stream),
+            _ => None,
+        }
+    }
+
+    pub(super) fn with_place(mut self, place: Place) -> Self {
+        self.place = Some(place);
+        self
+    }
+
+    /// URIs in the certificate of the other end; none without TLS.
+    pub(super) fn names(&self) -> Vec<String> {
+        match &self.inner {
+            Inner::Tls(stream) => {
+                let chain = stream.get_ref().1.peer_certificates();
+                chain.and_then(|chain| chain.first()).map(|own| uri_names(own)).unwrap_or_default()
+            }
+            _ => Vec::new(),
+        }
     }
 
     pub(super) fn guarded(mut self, cut: CancellationToken, handshake: Duration) -> Self {
@@ -105,6 +148,9 @@ impl Connected for Conn {
     fn connect_info(&self) -> Peer {
         match &self.inner {
             Inner::Tcp(stream) => Peer::Tcp(stream.peer_addr().ok()),
+            Inner::Tls(stream) => {
+                Peer::Tls { addr: stream.get_ref().0.peer_addr().ok(), names: self.names().into() }
+            }
             Inner::Unix(_) => Peer::Unix,
             Inner::Memory(_) => Peer::Memory,
         }
@@ -126,6 +172,7 @@ impl AsyncRead for Conn {
         let before = buf.filled().len();
         let result = match &mut this.inner {
             Inner::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
+            Inner::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
             Inner::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
             Inner::Memory(stream) => Pin::new(stream).poll_read(cx, buf),
         };
@@ -144,6 +191,7 @@ impl AsyncWrite for Conn {
     ) -> Poll<io::Result<usize>> {
         match &mut self.inner {
             Inner::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
+            Inner::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
             Inner::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
             Inner::Memory(stream) => Pin::new(stream).poll_write(cx, buf),
         }
@@ -156,6 +204,7 @@ impl AsyncWrite for Conn {
     ) -> Poll<io::Result<usize>> {
         match &mut self.inner {
             Inner::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Inner::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Inner::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Inner::Memory(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
         }
@@ -164,6 +213,7 @@ impl AsyncWrite for Conn {
     fn is_write_vectored(&self) -> bool {
         match &self.inner {
             Inner::Tcp(stream) => stream.is_write_vectored(),
+            Inner::Tls(stream) => stream.is_write_vectored(),
             Inner::Unix(stream) => stream.is_write_vectored(),
             Inner::Memory(stream) => stream.is_write_vectored(),
         }
@@ -172,6 +222,7 @@ impl AsyncWrite for Conn {
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &mut self.inner {
             Inner::Tcp(stream) => Pin::new(stream).poll_flush(cx),
+            Inner::Tls(stream) => Pin::new(stream).poll_flush(cx),
             Inner::Unix(stream) => Pin::new(stream).poll_flush(cx),
             Inner::Memory(stream) => Pin::new(stream).poll_flush(cx),
         }
@@ -180,6 +231,7 @@ impl AsyncWrite for Conn {
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &mut self.inner {
             Inner::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
+            Inner::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
             Inner::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
             Inner::Memory(stream) => Pin::new(stream).poll_shutdown(cx),
         }

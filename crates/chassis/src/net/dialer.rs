@@ -8,12 +8,15 @@ use futures_util::future::BoxFuture;
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
 use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::rustls::pki_types::ServerName;
+use tokio_rustls::{TlsConnector, TlsStream};
 use tonic::transport::{Channel, Endpoint, Uri};
 use tower::service_fn;
 
 use super::conn::Conn;
 use super::listener::dial_memory;
 use super::{FRAME_BYTES_MAX, NetError};
+use crate::tls::Tls;
 
 /// How channels connect and how they notice that their peer is gone.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,23 +54,48 @@ impl Default for DialerConfig {
 #[derive(Clone, Debug, Default)]
 pub struct Dialer {
     config: DialerConfig,
+    tls: Option<Tls>,
+    expects: Option<&'static str>,
 }
 
 #[derive(Clone)]
 enum Target {
     Tcp(String),
+    Tls(Box<Secured>),
     Unix(PathBuf),
     Memory(String),
 }
 
+/// A peer that must show who it is.
+#[derive(Clone)]
+struct Secured {
+    host_port: String,
+    name: ServerName<'static>,
+    tls: Tls,
+    expects: Option<&'static str>,
+}
+
 impl Dialer {
-    /// A dialer with these settings.
+    /// A dialer with these settings, without TLS.
     #[must_use]
     pub fn new(config: DialerConfig) -> Self {
-        Self { config }
+        Self { config, tls: None, expects: None }
     }
 
-    /// A channel to `http://host:port`, `unix:/path` or `memory:name`.
+    /// The same over mutual TLS: urls are `https://`, or of this process (`memory:`).
+    #[must_use]
+    pub fn secured(self, tls: Tls) -> Self {
+        Self { tls: Some(tls), ..self }
+    }
+
+    /// The same, for peers whose certificate has a URI that begins so. Whoever holds another
+    /// certificate for the same host is not taken for them. Without TLS it means nothing.
+    #[must_use]
+    pub fn expecting(&self, uri_prefix: &'static str) -> Self {
+        Self { expects: Some(uri_prefix), ..self.clone() }
+    }
+
+    /// A channel to `http://host:port`, `https://host:port`, `unix:/path` or `memory:name`.
     ///
     /// It connects on first use, and again after the peer went away: a call made while nobody
     /// listens fails (see [`super::is_connection_lost`]), and a later one on the same channel
@@ -75,9 +103,9 @@ impl Dialer {
     /// Must be called inside a tokio runtime.
     ///
     /// # Errors
-    /// The url has none of these forms.
+    /// The url has none of these forms, or does not fit to whether this dialer has a certificate.
     pub fn channel(&self, url: &str) -> Result<Channel, NetError> {
-        let (target, uri) = parse(url)?;
+        let (target, uri) = self.target(url)?;
         let config = &self.config;
         let endpoint = Endpoint::from(uri)
             .connect_timeout(Duration::from_millis(config.connect_timeout_ms))
@@ -89,6 +117,29 @@ impl Dialer {
             .max_frame_size(FRAME_BYTES_MAX);
         let connector = service_fn(move |_: Uri| connect(target.clone()));
         Ok(endpoint.connect_with_connector_lazy(connector))
+    }
+
+    fn target(&self, url: &str) -> Result<(Target, Uri), NetError> {
+        let (target, uri) = parse(url)?;
+        let is_https = uri.scheme_str() == Some("https");
+        match (&self.tls, target) {
+            (None, _) if is_https => Err(NetError::NoCertificate { url: url.to_owned() }),
+            (Some(tls), Target::Tcp(host_port)) if is_https => {
+                let bad = |_| NetError::Url { url: url.to_owned() };
+                let host = uri.host().unwrap_or_default();
+                let host = host.trim_start_matches('[').trim_end_matches(']');
+                let name = ServerName::try_from(host.to_owned()).map_err(bad)?;
+                // tonic refuses https where it does not do the TLS itself; the connector does it.
+                let uri = url.replacen("https://", "http://", 1).parse();
+                let uri = uri.map_err(|_| NetError::Url { url: url.to_owned() })?;
+                let (tls, expects) = (tls.clone(), self.expects);
+                Ok((Target::Tls(Box::new(Secured { host_port, name, tls, expects })), uri))
+            }
+            (Some(_), Target::Tcp(_) | Target::Unix(_)) => {
+                Err(NetError::Plain { url: url.to_owned() })
+            }
+            (_, target) => Ok((target, uri)),
+        }
     }
 }
 
@@ -115,7 +166,7 @@ fn parse(url: &str) -> Result<(Target, Uri), NetError> {
     let uri: Uri = url.parse().map_err(|_| bad())?;
     let is_bare = uri.path_and_query().is_none_or(|p| p.as_str() == "/");
     match (uri.scheme_str(), uri.host(), uri.port_u16()) {
-        (Some("http"), Some(host), Some(port)) if is_bare => {
+        (Some("http" | "https"), Some(host), Some(port)) if is_bare => {
             Ok((Target::Tcp(format!("{host}:{port}")), uri))
         }
         _ => Err(bad()),
@@ -126,9 +177,29 @@ fn connect(target: Target) -> BoxFuture<'static, io::Result<TokioIo<Conn>>> {
     Box::pin(async move {
         let conn = match target {
             Target::Tcp(host_port) => Conn::tcp(TcpStream::connect(host_port).await?),
+            Target::Tls(secured) => secured.connect().await?,
             Target::Unix(path) => Conn::unix(UnixStream::connect(path).await?),
             Target::Memory(name) => dial_memory(&name)?,
         };
         Ok(TokioIo::new(conn))
     })
+}
+
+impl Secured {
+    /// With the certificates as they are now.
+    async fn connect(self) -> io::Result<Conn> {
+        let stream = TcpStream::connect(&self.host_port).await?;
+        // As in [`Conn::tcp`].
+        let _ = stream.set_nodelay(true);
+        let stream = TlsConnector::from(self.tls.client()).connect(self.name, stream).await?;
+        let conn = Conn::tls(TlsStream::Client(stream));
+        let names = conn.names();
+        match self.expects {
+            Some(prefix) if !names.iter().any(|name| name.starts_with(prefix)) => {
+                let text = format!("{} is {names:?}, and not {prefix}…", self.host_port);
+                Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
+            }
+            _ => Ok(conn),
+        }
+    }
 }

@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::pin::Pin;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -16,7 +16,9 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::conn::Conn;
+use super::gate::{ConnCounters, ConnLimits, Gate};
 use super::{ListenAddr, NetError};
+use crate::tls::Tls;
 
 /// Connections to a memory name that wait to be accepted; more are refused, as by a full backlog.
 const MEMORY_BACKLOG: usize = 64;
@@ -46,6 +48,7 @@ pub(super) fn dial_memory(name: &str) -> io::Result<Conn> {
 pub struct Listener {
     inner: Inner,
     url: String,
+    tls: Option<Tls>,
 }
 
 #[derive(Debug)]
@@ -81,12 +84,12 @@ impl Listener {
             ListenAddr::Tcp(host_port) => {
                 let listener = TcpListener::bind(host_port).await.map_err(failed)?;
                 let url = format!("http://{}", listener.local_addr().map_err(failed)?);
-                Ok(Self { inner: Inner::Tcp(listener), url })
+                Ok(Self { inner: Inner::Tcp(listener), url, tls: None })
             }
             ListenAddr::Unix(path) => {
                 remove_dead_socket(addr, path).await?;
                 let listener = UnixListener::bind(path).map_err(failed)?;
-                Ok(Self { inner: Inner::Unix(listener), url: addr.to_string() })
+                Ok(Self { inner: Inner::Unix(listener), url: addr.to_string(), tls: None })
             }
             ListenAddr::Memory(name) => {
                 let mut names = memory_names();
@@ -96,13 +99,33 @@ impl Listener {
                 let (sender, queue) = mpsc::channel(MEMORY_BACKLOG);
                 names.insert(name.clone(), sender);
                 let inner = Inner::Memory(MemoryListener { name: name.clone(), queue });
-                Ok(Self { inner, url: addr.to_string() })
+                Ok(Self { inner, url: addr.to_string(), tls: None })
             }
         }
     }
 
-    /// What a [`super::Dialer`] needs to reach this listener: `http://127.0.0.1:PORT` with the
-    /// actual port, `unix:/path` or `memory:name`.
+    /// The same with mutual TLS, if it listens on TCP: what is not TLS is refused, and so is a peer
+    /// without a certificate of the authorities. Peers in this process need none.
+    #[must_use]
+    pub fn secured(mut self, tls: Tls) -> Self {
+        if matches!(self.inner, Inner::Tcp(_)) {
+            self.url = self.url.replacen("http://", "https://", 1);
+            self.tls = Some(tls);
+        }
+        self
+    }
+
+    /// Whether only this machine can reach it.
+    #[must_use]
+    pub fn is_local(&self) -> bool {
+        match &self.inner {
+            Inner::Tcp(listener) => listener.local_addr().is_ok_and(|addr| addr.ip().is_loopback()),
+            Inner::Unix(_) | Inner::Memory(_) => true,
+        }
+    }
+
+    /// What a [`super::Dialer`] needs to reach this listener: `http://127.0.0.1:PORT` (`https://`
+    /// with TLS) with the actual port, `unix:/path` or `memory:name`.
     #[must_use]
     pub fn url(&self) -> &str {
         &self.url
@@ -116,10 +139,10 @@ impl Listener {
         }
     }
 
-    async fn next_conn(mut self) -> Option<(Conn, Self)> {
+    async fn next_conn(mut self) -> Option<((Conn, Option<Tls>), Self)> {
         loop {
             match self.accept().await? {
-                Ok(conn) => return Some((conn, self)),
+                Ok(conn) => return Some(((conn, self.tls.clone()), self)),
                 Err(error) => {
                     tracing::warn!(%error, url = %self.url, "accept failed");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -148,19 +171,17 @@ async fn remove_dead_socket(addr: &ListenAddr, path: &Path) -> Result<(), NetErr
     }
 }
 
-/// Connections of one or several listeners, as the stream that a server serves. It never yields an
-/// error: a failed accept is logged and tried again after a pause.
+/// One or several listeners that are served together.
 pub struct Incoming {
-    conns: SelectAll<BoxStream<'static, Conn>>,
+    conns: SelectAll<BoxStream<'static, (Conn, Option<Tls>)>>,
     urls: Vec<String>,
-    guard: Option<(CancellationToken, Duration)>,
 }
 
 impl Incoming {
     /// Merges listeners; none gives a stream that ends at once.
     #[must_use]
     pub fn new(listeners: impl IntoIterator<Item = Listener>) -> Self {
-        let mut incoming = Self { conns: SelectAll::new(), urls: Vec::new(), guard: None };
+        let mut incoming = Self { conns: SelectAll::new(), urls: Vec::new() };
         for listener in listeners {
             incoming.urls.push(listener.url.clone());
             incoming.conns.push(stream::unfold(listener, Listener::next_conn).boxed());
@@ -168,10 +189,24 @@ impl Incoming {
         incoming
     }
 
-    /// Connections end when `cut` is cancelled, or if their peer says nothing for `handshake`.
-    pub(crate) fn guarded(mut self, cut: CancellationToken, handshake: Duration) -> Self {
-        self.guard = Some((cut, handshake));
-        self
+    /// The connections that a server serves: within the limits, secured where their listener is,
+    /// and ended when `cut` is cancelled. It never yields an error: what fails is counted, logged
+    /// and left out.
+    pub(crate) fn guarded(
+        self,
+        limits: ConnLimits,
+        counters: ConnCounters,
+        cut: CancellationToken,
+    ) -> BoxStream<'static, io::Result<Conn>> {
+        let (handshake, handshakes_max) = (limits.handshake, limits.handshakes_max);
+        let gate = Arc::new(Gate::new(limits, counters));
+        self.conns
+            .filter_map(move |(conn, tls)| std::future::ready(gate.admit(conn, tls)))
+            .map(|admitted| admitted.ready())
+            .buffer_unordered(handshakes_max)
+            .filter_map(std::future::ready)
+            .map(move |conn| Ok(conn.guarded(cut.clone(), handshake)))
+            .boxed()
     }
 
     /// The urls of the merged listeners, in the order given.
@@ -181,20 +216,23 @@ impl Incoming {
     }
 }
 
-impl From<Listener> for Incoming {
-    fn from(listener: Listener) -> Self {
-        Self::new([listener])
-    }
-}
-
+/// Without limits, for tests of peers; what needs TLS is closed. [`crate::server::serve`] serves all.
 impl stream::Stream for Incoming {
     type Item = io::Result<Conn>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let conn = std::task::ready!(self.conns.poll_next_unpin(cx));
-        Poll::Ready(conn.map(|conn| match &self.guard {
-            Some((cut, handshake)) => Ok(conn.guarded(cut.clone(), *handshake)),
-            None => Ok(conn),
-        }))
+        loop {
+            match std::task::ready!(self.conns.poll_next_unpin(cx)) {
+                Some((conn, None)) => return Poll::Ready(Some(Ok(conn))),
+                Some((_, Some(_))) => {}
+                None => return Poll::Ready(None),
+            }
+        }
+    }
+}
+
+impl From<Listener> for Incoming {
+    fn from(listener: Listener) -> Self {
+        Self::new([listener])
     }
 }

@@ -21,6 +21,10 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 use tower::Service;
 use tracing::Instrument as _;
 
+use super::Access;
+use crate::metrics::Counter;
+use crate::net::Peer;
+
 /// When a shed caller may try again. Short: a place is free as soon as any call ends.
 const RETRY_AFTER: Duration = Duration::from_millis(50);
 
@@ -30,6 +34,8 @@ pub(super) struct CallGuard {
     places: Arc<Semaphore>,
     unary_timeout: Duration,
     unary_methods: Arc<HashSet<String>>,
+    access: Option<Arc<dyn Access>>,
+    denied: Counter,
 }
 
 impl CallGuard {
@@ -39,7 +45,21 @@ impl CallGuard {
         unary_methods: HashSet<String>,
     ) -> Self {
         let places = Arc::new(Semaphore::new(calls_max.min(Semaphore::MAX_PERMITS)));
-        Self { places, unary_timeout, unary_methods: Arc::new(unary_methods) }
+        let unary_methods = Arc::new(unary_methods);
+        Self { places, unary_timeout, unary_methods, access: None, denied: Counter::default() }
+    }
+
+    pub(super) fn with_access(self, access: Option<Arc<dyn Access>>, denied: Counter) -> Self {
+        Self { access, denied, ..self }
+    }
+
+    /// Whether the peer of this request may make it. A request whose peer is not known is made by
+    /// nobody who may do anything.
+    fn check(&self, path: &str, request: &Request<Body>) -> Result<(), Status> {
+        let Some(access) = &self.access else { return Ok(()) };
+        let unknown = Peer::Tls { addr: None, names: Arc::default() };
+        let peer = request.extensions().get::<Peer>().unwrap_or(&unknown);
+        access.check(path, peer).inspect_err(|_| self.denied.inc())
     }
 
     pub(super) fn around<S>(self, inner: S) -> Guarded<S> {
@@ -85,10 +105,11 @@ where
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         let path: Arc<str> = request.uri().path().into();
         let span = tracing::debug_span!("call", method = &*path);
-        let place = match self.guard.enter(&path) {
+        let entered = self.guard.check(&path, &request).and_then(|()| self.guard.enter(&path));
+        let place = match entered {
             Ok(place) => place,
             Err(status) => {
-                span.in_scope(|| tracing::debug!("call shed"));
+                span.in_scope(|| tracing::debug!(code = ?status.code(), "call refused"));
                 return std::future::ready(Ok(status.into_http())).boxed();
             }
         };

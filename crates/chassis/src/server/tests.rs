@@ -110,7 +110,8 @@ impl Fixture {
         let channel = Dialer::default().channel(&url).unwrap();
         let readiness = Readiness::new(&[Faulty::NAME]).await;
         let shutdown = Shutdown::new();
-        let options = ServerOptions { config, descriptors: vec![descriptors()] };
+        let options =
+            ServerOptions { config, descriptors: vec![descriptors()], ..ServerOptions::default() };
         let routes = Routes::new(Faulty);
         let server = serve(options, listener, routes, readiness.clone(), shutdown.clone());
         let server = tokio::spawn(server);
