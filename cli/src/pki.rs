@@ -49,7 +49,7 @@ pub(crate) struct IssueArgs {
     /// Name of the service's instance.
     #[arg(long, conflicts_with_all = ["client", "admin"])]
     name: Option<String>,
-    /// For a client of that name; the writeback service's `clients` say what it may open.
+    /// For a client of that name.
     #[arg(long, value_name = "NAME")]
     client: Option<String>,
     /// For an operator of that name.

@@ -1,4 +1,4 @@
-//! Who may call what: identities from certificates, and one table.
+//! How the identities in certificates begin.
 
 /// How the identity of every service begins.
 pub const SERVICE: &str = "endio://service/";

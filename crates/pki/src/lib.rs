@@ -49,9 +49,9 @@ pub enum Subject {
         /// Name of the instance.
         name: String,
     },
-    /// A client; what it may open is in the configuration of writeback.
+    /// A client.
     Client(String),
-    /// Somebody who may ask and do what an operator needs.
+    /// An operator.
     Admin(String),
 }
 
