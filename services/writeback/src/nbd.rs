@@ -7,7 +7,7 @@
 //! | TRIM, WRITE_ZEROES | a change of the map, durable on return |
 //! | BLOCK_STATUS | the states of extents, delayed data over them |
 //!
-//! The name of an export also says how the volume is opened: see [`name`].
+//! The name of an export also says how the volume is opened: see `nbd/name.rs`.
 //!
 //! A connection keeps the volume as it was when it attached: if the volume is taken over, closed or
 //! deleted meanwhile, its requests fail until the client connects again.
