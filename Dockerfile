@@ -52,5 +52,6 @@ COPY --from=build /out/ /usr/local/bin/
 USER 65532:65532
 WORKDIR /var/lib/endio
 # Everything in one process, for a first look; keep the data with `-v endio:/var/lib/endio/data`.
-CMD ["endio", "up", "--data-dir", "/var/lib/endio/data", "--grpc-listen", "0.0.0.0:7400", \
-     "--nbd-listen", "0.0.0.0:10809"]
+# WITHOUT TLS: publish its ports on 127.0.0.1 only. docs/SECURITY.md tells how to secure it.
+CMD ["endio", "up", "--data-dir", "/var/lib/endio/data", "--insecure-any-address", \
+     "--grpc-listen", "0.0.0.0:7400", "--nbd-listen", "0.0.0.0:10809"]

@@ -195,8 +195,8 @@ def zombie_writeback(scene):
     stack.run("docker", "create", "--name", second, "--network", f"{stack.project}_front",
               "-p", f"127.0.0.1:{port}:7400", "--read-only", "--tmpfs",
               "/var/lib/endio/data:uid=65532,gid=65532", stack.image, "endio-writeback",
-              "--cache-dir", "/var/lib/endio/data", "--listen", "0.0.0.0:7400",
-              "--conversion", "http://conversion:7401")
+              "--insecure-any-address", "--cache-dir", "/var/lib/endio/data",
+              "--listen", "0.0.0.0:7400", "--conversion", "http://conversion:7401")
     stack.run("docker", "network", "connect", f"{stack.project}_back", second)
     stack.run("docker", "start", second)
     deadline = time.monotonic() + 60
@@ -240,7 +240,7 @@ def zombie_conversion(scene):
     stack.run("docker", "run", "-d", "--name", second, "--network", f"{stack.project}_back",
               "--network-alias", "conversion", "--read-only", "-v", f"{volume}:/var/lib/endio/data",
               stack.image, "endio-conversion", "--data-dir", "/var/lib/endio/data",
-              "--listen", "0.0.0.0:7401")
+              "--listen", "0.0.0.0:7401", "--insecure-any-address")
     scene.going_on()
     scene.note("a successor serves")
     stack.docker("unpause", "conversion")
