@@ -251,7 +251,7 @@ mod tests {
             "AWAY, incarnation 9",
             "this writeback",
             "nobody",
-            "8.0KiB",
+            "8KiB",
             "io_ends 42 in flight",
             "BLOCKED store 3: PEER_AWAY: away",
         ] {
