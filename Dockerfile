@@ -9,6 +9,20 @@
 ARG RUST_IMAGE=rust:1-slim-bookworm
 ARG RUNTIME_IMAGE=debian:bookworm-slim
 
+# --- What is shipped, but for the binaries.
+FROM ${RUNTIME_IMAGE} AS runtime
+# Directories belong to the user, so that new named volumes do too: data, the own certificate, and what
+# the authority of docker-compose.yml fills.
+RUN install -d -o 65532 -g 65532 -m 0750 /var/lib/endio /var/lib/endio/data \
+    && cd /var/lib/endio && install -d -o 65532 -g 65532 -m 0700 tls pki pki/authority \
+        pki/conversion pki/block-store-1 pki/block-store-2 pki/writeback pki/operator
+USER 65532:65532
+WORKDIR /var/lib/endio
+# Everything in one process, for a first look; keep the data with `-v endio:/var/lib/endio/data`.
+# WITHOUT TLS: publish its ports on 127.0.0.1 only. docs/SECURITY.md tells how to secure it.
+CMD ["endio", "up", "--data-dir", "/var/lib/endio/data", "--insecure-any-address", \
+     "--grpc-listen", "0.0.0.0:7400", "--nbd-listen", "0.0.0.0:10809"]
+
 # --- The workspace without its code: manifests, and an empty file for each target.
 FROM ${RUNTIME_IMAGE} AS manifests
 WORKDIR /workspace
@@ -45,13 +59,5 @@ RUN find crates services bench cli -name '*.rs' -exec touch {} + \
     done
 
 # --- What is shipped.
-FROM ${RUNTIME_IMAGE}
-# Data directories belong to the user, so that new named volumes do too.
-RUN install -d -o 65532 -g 65532 -m 0750 /var/lib/endio /var/lib/endio/data
+FROM runtime
 COPY --from=build /out/ /usr/local/bin/
-USER 65532:65532
-WORKDIR /var/lib/endio
-# Everything in one process, for a first look; keep the data with `-v endio:/var/lib/endio/data`.
-# WITHOUT TLS: publish its ports on 127.0.0.1 only. docs/SECURITY.md tells how to secure it.
-CMD ["endio", "up", "--data-dir", "/var/lib/endio/data", "--insecure-any-address", \
-     "--grpc-listen", "0.0.0.0:7400", "--nbd-listen", "0.0.0.0:10809"]

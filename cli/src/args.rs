@@ -228,6 +228,10 @@ pub(crate) struct UpArgs {
     /// show a certificate that this authority signed.
     #[arg(long, requires = "nbd_listen")]
     pub(crate) nbd_tls: Option<PathBuf>,
+    /// Without --nbd-tls: take addresses that are not loopback. Whoever reaches them opens every
+    /// volume.
+    #[arg(long, requires = "nbd_listen")]
+    pub(crate) nbd_insecure_any_address: bool,
     /// Let NBD clients in without TLS too; what `--nbd-allow` restricts stays out of their reach.
     #[arg(long, requires = "nbd_tls")]
     pub(crate) nbd_tls_optional: bool,
@@ -235,6 +239,11 @@ pub(crate) struct UpArgs {
     /// admin=*; may be repeated. Without any, every certificate opens every volume.
     #[arg(long, requires = "nbd_tls", value_name = "NAME=VOLUMES", value_parser = allowed)]
     pub(crate) nbd_allow: Vec<(String, Vec<String>)>,
+    /// Volumes that a client's certificate may use over gRPC, such as alice=vol1,vol2@ro or
+    /// ci=scratch@manage; may be repeated; needs --tls-dir. Without any, every client reads and changes
+    /// every volume.
+    #[arg(long, value_name = "NAME=VOLUMES", value_parser = allowed)]
+    pub(crate) allow: Vec<(String, Vec<String>)>,
     /// Block-stores, 1 to 16; as many as the largest number of replicas you want, up to 3, and more
     /// for room.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=16))]
@@ -341,6 +350,9 @@ pub(crate) struct WriteArgs {
     /// Acknowledge only once data and conversion are durable.
     #[arg(long)]
     pub(crate) dsync: bool,
+    /// Have it traced by every service, whatever these sample; the answer names the trace.
+    #[arg(long)]
+    pub(crate) trace: bool,
     /// Keep trying so long without progress while services are away.
     #[arg(long, default_value = "30s", value_parser = parse_duration)]
     pub(crate) patience: std::time::Duration,

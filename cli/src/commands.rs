@@ -90,6 +90,7 @@ pub(crate) async fn write(client: &Client, out: Output, args: WriteArgs) -> Outc
     let what = format!("write to volume {} at {}", args.volume, args.offset);
     let (sender, mut jobs) = mpsc::channel(2);
     let (volume, start, dsync) = (args.volume.clone(), args.offset.bytes(), args.dsync);
+    let traceparent = if args.trace { sampled_parent() } else { String::new() };
     // Standard input may block for ever, so its thread is not waited for at the end.
     std::thread::spawn(move || {
         let mut offset = start;
@@ -105,6 +106,7 @@ pub(crate) async fn write(client: &Client, out: Output, args: WriteArgs) -> Outc
                         data,
                         mode: mode.into(),
                         dsync,
+                        traceparent: traceparent.clone(),
                         ..WriteRequest::default()
                     };
                     offset = offset.saturating_add(length);
@@ -150,6 +152,11 @@ pub(crate) async fn write(client: &Client, out: Output, args: WriteArgs) -> Outc
             if trace.is_empty() { String::new() } else { format!("; see `endio trace {trace}`") };
         format!("wrote {} to {} at {}{hint}", human(written), args.volume, args.offset)
     })
+}
+
+/// A new W3C traceparent that says "sampled": every service does as the caller has decided.
+fn sampled_parent() -> String {
+    format!("00-{:032x}-{:016x}-01", rand::random::<u128>(), rand::random::<u64>())
 }
 
 /// Says on stderr, once each, what keeps a volume's writes from going on.

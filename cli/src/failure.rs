@@ -192,6 +192,9 @@ pub(crate) fn advice(reason: Reason) -> &'static str {
         Reason::Protocol => {
             "upgrade the older service: first conversion, then block-stores, then writebacks"
         }
+        Reason::NotAllowed => {
+            "show a certificate that may do this (`--tls-dir`); docs/SECURITY.md has the table"
+        }
         Reason::IoError => "see the log of the block-store and its disk",
         _ => "",
     }

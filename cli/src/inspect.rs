@@ -118,6 +118,8 @@ pub(crate) async fn check(client: &Client, out: Output, args: CheckArgs) -> Outc
         listen,
         nbd_listen: None,
         nbd_tls: None,
+        nbd_insecure_any_address: false,
+        clients: std::collections::BTreeMap::new(),
         security: Security::Insecure { is_any_address: false },
         stores: 0,
         capacity_bytes: None,

@@ -91,7 +91,10 @@ impl Table {
 
 /// A size for people: exact below 10 KiB and where it is a whole unit, else with one decimal.
 pub(crate) fn human(bytes: u64) -> String {
-    let exact = ByteSize(bytes).to_string();
+    let mut exact = ByteSize(bytes).to_string();
+    if bytes > 0 && exact.ends_with(|last: char| last.is_ascii_digit()) {
+        exact.push('B');
+    }
     if bytes < 10 * 1024 || exact.trim_end_matches(char::is_alphabetic).len() <= 4 {
         return exact;
     }
@@ -323,7 +326,7 @@ mod tests {
     fn sizes_for_people_are_exact_or_rounded_to_one_decimal() {
         assert_eq!(human(0), "0");
         assert_eq!(human(8 << 30), "8GiB");
-        assert_eq!(human(4097), "4097");
+        assert_eq!(human(4097), "4097B");
         assert_eq!(human((1 << 30) + (1 << 29) + 1), "1.5GiB");
     }
 

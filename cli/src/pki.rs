@@ -66,7 +66,8 @@ pub(crate) struct IssueArgs {
     /// How long it counts, e.g. 24h.
     #[arg(long, default_value = "2160h", value_parser = parse_duration)]
     valid_for: Duration,
-    /// Leave files alone that this authority made before.
+    /// Leave files alone that this authority made before for the same subject and hosts, while a
+    /// third of --valid-for is left to them. Run it daily and certificates never end.
     #[arg(long)]
     if_missing: bool,
 }

@@ -69,7 +69,7 @@ pub(crate) fn status_json(status: &StatusResponse) -> Value {
         })
     });
     json!({
-        "writeback": status.writeback, "version": status.version, "uptime_ms": status.uptime_ms,
+        "writeback": status.writeback, "insecure": status.insecure, "version": status.version, "uptime_ms": status.uptime_ms,
         "cluster_epoch": status.cluster_epoch, "connected": status.connected,
         "dirty_bytes": status.dirty_bytes, "dirty_bytes_max": status.dirty_bytes_max,
         "log_bytes": status.log_bytes, "volumes": volumes, "conversion": conversion,
@@ -112,6 +112,9 @@ pub(crate) fn status_text(status: &StatusResponse) -> String {
     if !status.all_volumes.is_empty() {
         text.push('\n');
         text.push_str(&volumes(status));
+    } else if status.conversion.is_none() && !status.volumes.is_empty() {
+        text.push('\n');
+        text.push_str(&volumes_here(status));
     }
     if let Some(conversion) = &status.conversion {
         text.push_str(&format!(
@@ -125,6 +128,9 @@ pub(crate) fn status_text(status: &StatusResponse) -> String {
         human(status.dirty_bytes_max),
         human(status.log_bytes)
     ));
+    if status.insecure {
+        text.push_str("NOT SECURED: no TLS; whoever reaches the gRPC port may do everything\n");
+    }
     if status.blocked.is_empty() {
         text.push_str("nothing is blocked\n");
     }
@@ -198,10 +204,30 @@ fn volumes(status: &StatusResponse) -> String {
     table.render()
 }
 
+/// Whether an owner is that writeback. Conversion writes the name in its certificate behind it.
+fn is_of(owner: &str, writeback: &str) -> bool {
+    owner.strip_prefix(writeback).is_some_and(|rest| rest.is_empty() || rest.starts_with('@'))
+}
+
+/// What this writeback knows by itself, while conversion is away.
+fn volumes_here(status: &StatusResponse) -> String {
+    let mut table = Table::new(&["VOLUME", "OWNER", "GENERATION", "DIRTY", "IN FLIGHT"]);
+    for volume in &status.volumes {
+        table.row(vec![
+            volume.name.clone(),
+            "this writeback".to_owned(),
+            volume.generation.to_string(),
+            human(volume.dirty_bytes),
+            human(volume.in_flight_bytes),
+        ]);
+    }
+    table.render()
+}
+
 fn owner(volume: &Volume, here: &str) -> String {
     match volume.owner.as_str() {
         "" => "nobody".to_owned(),
-        owner if owner == here => "this writeback".to_owned(),
+        owner if is_of(owner, here) => "this writeback".to_owned(),
         owner => owner.to_owned(),
     }
 }
@@ -218,10 +244,12 @@ mod tests {
             writeback: "wb-1/2".into(),
             version: "1.2.3".into(),
             uptime_ms: 125_000,
+            insecure: true,
             cluster_epoch: 7,
             conversion: Some(conversion::DescribeResponse { io_ends: 42, ..<_>::default() }),
             all_volumes: vec![
-                Volume { name: "here".into(), owner: "wb-1/2".into(), ..<_>::default() },
+                Volume { name: "here".into(), owner: "wb-1/2@w1".into(), ..<_>::default() },
+                Volume { name: "there".into(), owner: "wb-1/20".into(), ..<_>::default() },
                 Volume { name: "free".into(), ..<_>::default() },
             ],
             volumes: vec![VolumeStatus {
@@ -250,7 +278,9 @@ mod tests {
             "store 3",
             "AWAY, incarnation 9",
             "this writeback",
+            "wb-1/20",
             "nobody",
+            "NOT SECURED",
             "8KiB",
             "io_ends 42 in flight",
             "BLOCKED store 3: PEER_AWAY: away",
@@ -264,6 +294,8 @@ mod tests {
         let away = StatusResponse { conversion: None, ..status() };
         let value = status_json(&away);
         assert!(value["conversion"].is_null() && value["stores"][0]["answer"].is_null());
+        let alone = status_text(&StatusResponse { all_volumes: Vec::new(), ..away });
+        assert!(alone.contains("here") && alone.contains("8KiB"), "{alone}");
         let answer = Some(blockstore::DescribeResponse { in_flight: 5, ..<_>::default() });
         let heard = StatusResponse {
             stores: vec![StoreStatus { answer, ..status().stores.remove(0) }],

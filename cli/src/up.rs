@@ -51,6 +51,9 @@ pub(crate) struct Plan {
     pub(crate) nbd_listen: Option<ListenAddr>,
     /// Certificates for NBD clients.
     pub(crate) nbd_tls: Option<NbdTls>,
+    pub(crate) nbd_insecure_any_address: bool,
+    /// Clients and their volumes over gRPC.
+    pub(crate) clients: BTreeMap<String, Vec<String>>,
     /// Whether connections of clients are secured.
     pub(crate) security: Security,
     /// Block-stores, at least; those that have a directory are all started.
@@ -88,6 +91,10 @@ pub(crate) async fn run(args: UpArgs, tls_dir: Option<PathBuf>) -> Outcome {
     let address = |text: &str| {
         text.parse::<ListenAddr>().map_err(|error| Failure::new(Exit::Usage, what, error))
     };
+    if !args.allow.is_empty() && tls_dir.is_none() {
+        let message = "--allow names certificates, and without --tls-dir there are none";
+        return Err(Failure::new(Exit::Usage, what, message));
+    }
     let plan = Plan {
         data_dir: args.data_dir,
         listen: address(&args.grpc_listen)?,
@@ -97,6 +104,8 @@ pub(crate) async fn run(args: UpArgs, tls_dir: Option<PathBuf>) -> Outcome {
             clients: args.nbd_allow.iter().cloned().collect(),
             ..tls_files(directory)
         }),
+        nbd_insecure_any_address: args.nbd_insecure_any_address || args.insecure_any_address,
+        clients: args.allow.into_iter().collect(),
         security: security(tls_dir, args.insecure_any_address)?,
         stores: args.stores,
         capacity_bytes: args.capacity.map(|size| size.bytes()),
@@ -169,6 +178,8 @@ pub(crate) async fn start(plan: &Plan, stop: Shutdown) -> Outcome<Stack> {
         cache_dir: plan.data_dir.join("writeback"),
         nbd_listen: plan.nbd_listen.clone(),
         nbd_tls: plan.nbd_tls.clone(),
+        nbd_insecure_any_address: plan.nbd_insecure_any_address,
+        clients: plan.clients.clone(),
         ..endio_writeback::Config::default()
     };
     let deps = endio_writeback::Deps {
@@ -343,6 +354,8 @@ impl Stack {
         } else {
             format!(" --endpoint {}", self.grpc)
         };
+        // Whose certificate, only its owner knows.
+        let certificate = if self.grpc.starts_with("https:") { " --tls-dir DIR" } else { "" };
         eprintln!("endio is up: {} with {} block-store(s)", self.grpc, self.stores.len());
         eprintln!("  data        {}", data_dir.display());
         eprintln!("  conversion  {}", self.conversion);
@@ -352,7 +365,7 @@ impl Stack {
         if let Some(nbd) = &self.nbd {
             eprintln!("  nbd         {nbd}");
         }
-        eprintln!("next: endio volume create vol1 --size 8GiB{endpoint}");
+        eprintln!("next: endio volume create vol1 --size 8GiB{endpoint}{certificate}");
         eprintln!("Ctrl-C writes out what is dirty and stops");
         Ok(())
     }
@@ -429,6 +442,8 @@ mod tests {
             listen: ListenAddr::loopback(),
             nbd_listen: None,
             nbd_tls: None,
+            nbd_insecure_any_address: false,
+            clients: BTreeMap::new(),
             security: Security::Insecure { is_any_address: false },
             stores,
             capacity_bytes: None,

@@ -32,8 +32,8 @@ sha256sum /tmp/file.tar /tmp/back.tar
 cmp /tmp/file.tar /tmp/back.tar
 
 say "4. Where one write of it spent its time, over all services"
-head -c 65536 /tmp/file.tar | endio write demo --offset 512MiB --direct
-run endio trace demo:512MiB
+written=$(head -c 65536 /tmp/file.tar | endio --json write demo --offset 512MiB --direct --trace)
+run endio trace "$(sed -E 's/.*"trace_id":"([0-9a-f]+)".*/\1/' <<<"$written")"
 
 say "5. Every invariant, and every block against its checksum"
 run endio check

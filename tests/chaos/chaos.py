@@ -14,15 +14,21 @@ import json
 import os
 import pathlib
 import random
+import ssl
 import sys
+import tempfile
 import threading
 import time
 
+import nbd
+
 from ledger import Ledger
-from stack import ROOT, SERVICES, Stack, compose_command, free_port
+from stack import ROOT, SERVICES, TLS_DIR, Stack, compose_command, free_port
 
 # Longer than a lease (limits.lease_ms, 5 s by default).
 BEYOND_THE_LEASE_S = 7
+# Longer than services take to look at their certificates again (tls.reload_every_ms, 2 s).
+BEYOND_A_RELOAD_S = 4
 # Time in which work must go on after the fault is gone; generous, machines are slow.
 PATIENCE_S = 180
 IMPORT_BYTES = 24 << 20
@@ -194,9 +200,10 @@ def zombie_writeback(scene):
     stack.extra.append(second)
     stack.run("docker", "create", "--name", second, "--network", f"{stack.project}_front",
               "-p", f"127.0.0.1:{port}:7400", "--read-only", "--tmpfs",
-              "/var/lib/endio/data:uid=65532,gid=65532", stack.image, "endio-writeback",
-              "--insecure-any-address", "--cache-dir", "/var/lib/endio/data",
-              "--listen", "0.0.0.0:7400", "--conversion", "http://conversion:7401")
+              "/var/lib/endio/data:uid=65532,gid=65532", *stack.certificate("writeback"),
+              stack.image, "endio-writeback", f"--tls-dir={TLS_DIR}",
+              "--cache-dir", "/var/lib/endio/data", "--listen", "0.0.0.0:7400",
+              "--conversion", "https://conversion:7401")
     stack.run("docker", "network", "connect", f"{stack.project}_back", second)
     stack.run("docker", "start", second)
     deadline = time.monotonic() + 60
@@ -239,8 +246,9 @@ def zombie_conversion(scene):
     stack.extra.append(second)
     stack.run("docker", "run", "-d", "--name", second, "--network", f"{stack.project}_back",
               "--network-alias", "conversion", "--read-only", "-v", f"{volume}:/var/lib/endio/data",
-              stack.image, "endio-conversion", "--data-dir", "/var/lib/endio/data",
-              "--listen", "0.0.0.0:7401", "--insecure-any-address")
+              *stack.certificate("conversion"), stack.image, "endio-conversion",
+              "--data-dir", "/var/lib/endio/data", "--listen", "0.0.0.0:7401",
+              f"--tls-dir={TLS_DIR}")
     scene.going_on()
     scene.note("a successor serves")
     stack.docker("unpause", "conversion")
@@ -273,12 +281,110 @@ def full_disk(scene):
         scene.stack.docker_exec(store, "rm", "/var/lib/endio/data/ballast")
     scene.note("the ballast is gone")
     scene.going_on()
+    # Where the disks were full for longer than the I/O timeout, one sync tells it, and only one.
+    scene.stack.endio("sync", check=False)
     scene.end()
 
 
 def stack_fill(scene, store):
     scene.stack.docker_exec(store, "sh", "-c",
                             "head -c 104857600 /dev/zero > /var/lib/endio/data/ballast")
+
+
+def tls(scene):
+    """Nobody is let in without a certificate; new ones count while everything runs."""
+    stack = scene.stack
+    stack.up()
+    only_own_keys(scene)
+    stack.endio("volume", "create", "secured", "--size", "8MiB", "--replicas", "2")
+    stack.endio("write", "secured", "--dsync", stdin=b"1" * (1 << 20))
+    for what, setting in {
+        "the operator": "true",
+        "plaintext": "unset ENDIO_TLS_DIR; ENDIO_ENDPOINT=${ENDIO_ENDPOINT/https/http}",
+        # Trusts the right authority, and shows a certificate of its own.
+        "another authority": "endio pki init --dir /tmp/a; endio pki issue --dir /tmp/a --admin "
+                             "operator; cp $ENDIO_TLS_DIR/ca.pem /tmp/a/admin-operator; "
+                             "ENDIO_TLS_DIR=/tmp/a/admin-operator",
+    }.items():
+        script = f"{{ {setting}; }} >/dev/null; endio status"
+        done = stack.run(*stack.cli("bash", "-c", script), check=False)
+        is_let_in = done.returncode == 0
+        assert is_let_in == (what == "the operator"), f"{what}: {done.stdout}{done.stderr}"
+        scene.note(f"{what} is " + ("let in" if is_let_in else f"refused: {done.stderr.strip()}"))
+    nbd_with_certificates(scene)
+    renewal(scene)
+    assert stack.endio("read", "secured", "--length", str(1 << 20)) == b"1" * (1 << 20)
+    assert not stack.panics(), stack.panics()
+
+
+def only_own_keys(scene):
+    for service in SERVICES:
+        mounts = {mount["Destination"]: mount for mount in scene.stack.inspect(service)["Mounts"]}
+        own = mounts.pop(TLS_DIR)
+        assert not own["RW"] and own["Name"] == f"{scene.stack.project}_tls-{service}", own
+        assert list(mounts) == ["/var/lib/endio/data"], f"{service} has {list(mounts)}"
+        mode = scene.stack.docker_exec(service, "stat", "-c", "%a %u", f"{TLS_DIR}/key.pem").stdout
+        assert mode.strip() == "600 65532", f"the key of {service}: {mode}"
+    scene.note("each container has its own key only, read-only, for its user only")
+
+
+def nbd_with_certificates(scene):
+    """As a client of the host: deploy/nbd-tls.yml is one of this stack's files."""
+    stack = scene.stack
+    plain = nbd.NBD()
+    try:
+        plain.connect_uri(stack.uri("secured"))
+    except nbd.Error as error:
+        scene.note(f"NBD in the clear is refused: {error}")
+    else:
+        raise AssertionError("NBD in the clear was let in")
+    with tempfile.TemporaryDirectory() as files:
+        # As libnbd calls them.
+        for ours, theirs in (("ca", "ca-cert"), ("cert", "client-cert"), ("key", "client-key")):
+            text = stack.run(*stack.cli("cat", f"{TLS_DIR}/{ours}.pem")).stdout
+            pathlib.Path(files, f"{theirs}.pem").write_text(text)
+        client = nbd.NBD()
+        client.set_tls(nbd.TLS_REQUIRE)
+        client.set_tls_certificates(files)
+        client.set_export_name("secured")
+        client.connect_tcp("localhost", str(stack.nbd_port))
+        assert client.get_tls_negotiated(), "no TLS"
+        client.pwrite(b"2" * 4096, 4 << 20, nbd.CMD_FLAG_FUA)
+        assert client.pread(4096, 4 << 20) == b"2" * 4096
+        client.shutdown()
+    scene.note("NBD with a certificate wrote and read")
+
+
+def renewal(scene):
+    """Certificates are replaced; what runs takes them over without a restart."""
+    stack = scene.stack
+
+    def shown():
+        return ssl.get_server_certificate(("127.0.0.1", stack.grpc_port), timeout=10)
+
+    before, starts = shown(), {s: stack.state(s)["StartedAt"] for s in SERVICES}
+    stack.compose("run", "--rm", "pki")
+    assert stack.run(*stack.cli("endio", "status")).returncode == 0
+    # Nothing was near its end: the same are there.
+    time.sleep(BEYOND_A_RELOAD_S)
+    assert shown() == before, "a certificate was replaced that had its life before it"
+    # As if all had come to their end.
+    ends = "rm /var/lib/endio/pki/[!a]*/cert.pem"
+    stack.compose("run", "--rm", "pki", "bash", "-c", ends)
+    stack.compose("run", "--rm", "pki")
+    deadline = time.monotonic() + 60
+    while shown() == before:
+        assert time.monotonic() < deadline, "writeback still shows its old certificate"
+        time.sleep(0.5)
+    for victim in STORES:
+        # Connections that stand go on; these must be made anew, with the new files.
+        stack.network("disconnect", victim)
+        time.sleep(2)
+        stack.network("connect", victim)
+    stack.wait_healthy()
+    stack.endio("write", "secured", "--offset", "1MiB", "--dsync", stdin=b"3" * 65536)
+    assert {s: stack.state(s)["StartedAt"] for s in SERVICES} == starts, "something was restarted"
+    scene.note("every certificate was replaced while everything ran")
 
 
 SCENARIOS = {
@@ -290,8 +396,10 @@ SCENARIOS = {
     "zombie-writeback": zombie_writeback,
     "zombie-conversion": zombie_conversion,
     "full-disk": full_disk,
+    "tls": tls,
 }
-FILES = {"full-disk": ("docker-compose.yml", "tests/chaos/full-disk.yml")}
+FILES = {"full-disk": ("docker-compose.yml", "tests/chaos/full-disk.yml"),
+         "tls": ("docker-compose.yml", "deploy/nbd-tls.yml")}
 
 
 def short(scene):

@@ -49,10 +49,16 @@ class Worker(threading.Thread):
         self.told = []
         self.wrong = []
         self.client = None
+        # Held during a request. Between two of them a worker stands still while `go_on` is not set.
+        self.idle = threading.Lock()
+        self.go_on = threading.Event()
+        self.go_on.set()
 
     def run(self):
         while not self.ledger.stopping.is_set() and not self.wrong:
-            self.step()
+            with self.idle:
+                self.step()
+            self.go_on.wait()
 
     def connect(self, deadline):
         while self.client is None:
@@ -190,9 +196,16 @@ class Ledger:
         client = nbd.NBD()
         client.connect_uri(uri or self.uri)
         for worker in self.workers:
-            for first in range(0, worker.cells, 64):
-                count = min(64, worker.cells - first)
-                worker.judge(first, client.pread(count * CELL, (worker.base + first) * CELL))
+            # What is read must be judged by what was acknowledged before, and by nothing later.
+            worker.go_on.clear()
+            try:
+                with worker.idle:
+                    for first in range(0, worker.cells, 64):
+                        count = min(64, worker.cells - first)
+                        data = client.pread(count * CELL, (worker.base + first) * CELL)
+                        worker.judge(first, data)
+            finally:
+                worker.go_on.set()
         client.shutdown()
         self.complain()
         return sum(worker.cells for worker in self.workers)

@@ -10,6 +10,8 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SERVICES = ["conversion", "block-store-1", "block-store-2", "writeback"]
+# Where each container has its certificate.
+TLS_DIR = "/var/lib/endio/tls"
 
 
 def compose_command():
@@ -101,14 +103,24 @@ class Stack:
         self.run("docker", "network", verb, *flags, name, self.container(service))
 
     def endio(self, *args, stdin=None, check=True, seconds=400, port=None):
-        """The command line, from outside of the stack's networks."""
-        command = ["docker", "run", "--rm", "-i", "--network", "host", "--read-only", "--user",
-                   str(os.getuid()), "-e", f"ENDIO_ENDPOINT=http://127.0.0.1:{port or self.grpc_port}",
-                   self.image, "endio", *args]
-        done = subprocess.run(command, input=stdin, capture_output=True, timeout=seconds)
+        """The command line, as the operator, from outside of the stack's networks."""
+        done = subprocess.run(self.cli("endio", *args, port=port), input=stdin,
+                              capture_output=True, timeout=seconds)
         if check and done.returncode != 0:
             raise AssertionError(f"endio {' '.join(args)}: {done.stderr.decode()}")
         return done.stdout
+
+    def cli(self, *command, port=None):
+        """A command in a container with the operator's certificate, on the host's network."""
+        endpoint = f"https://127.0.0.1:{port or self.grpc_port}"
+        return ["docker", "run", "--rm", "-i", "--network", "host", "--read-only",
+                "--tmpfs", "/tmp", *self.certificate("operator"),
+                "-e", f"ENDIO_ENDPOINT={endpoint}", "-e", f"ENDIO_TLS_DIR={TLS_DIR}",
+                self.image, *command]
+
+    def certificate(self, holder):
+        """Flags of `docker run` that give a container the certificate of one of the stack's own."""
+        return ["-v", f"{self.project}_tls-{holder}:{TLS_DIR}:ro"]
 
     def json(self, *args, **more):
         return json.loads(self.endio("--json", *args, **more))

@@ -2,25 +2,34 @@
 
     tests/k8s/run.sh DIRECTORY-OF-BINARIES
 
-* Each overlay is rendered: by the part of kustomize that it uses, written below; what the part does
-  not know is an error. Where `kustomize` or `kubectl` is installed, both must render the same.
+* Each overlay is rendered: by the part of kustomize that it uses (kustomize.py); what the part does not
+  know is an error. Where `kustomize` or `kubectl` is installed, both must render the same.
 * Each object is valid by the schemas of Kubernetes, and nothing in it is unknown to them.
 * The binaries take the arguments of the manifests (`--check-config`), listen where probes, services
   and policies point, and their deadlines for a stop end before the pod is killed.
+* Each pod has a certificate of its own kind, for the names under which it is reached, and the probe can
+  show one; the Secrets are those of k8s/pki.sh, which is run, and of k8s/components/cert-manager.
 * The network policies allow the arrows of ARCHITECTURE.md, and nothing else.
 * Each of these checks finds a fault that is planted.
 """
 
+import base64
 import copy
+import functools
 import json
+import os
 import pathlib
-import shutil
+import re
+import ssl
 import subprocess
 import sys
+import tempfile
 import tomllib
 
 import kubernetes_validate
 import yaml
+
+from kustomize import containers, real_kustomize, render
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # The oldest and the newest release whose schemas are asked.
@@ -41,145 +50,11 @@ ARROWS = {
     ("prometheus", "writeback", 9464),
 }
 SERVICES = ["conversion", "block-store", "writeback"]
-
-
-# --- kustomize, as far as the overlays use it
-
-KNOWN = {"apiVersion", "kind", "resources", "components", "labels", "namespace", "images",
-         "replicas", "patches"}
-CLUSTER_WIDE = {"Namespace"}
-
-
-def documents(path):
-    return [d for d in yaml.safe_load_all(path.read_text()) if d]
-
-
-def render(directory, below=()):
-    """Objects of a kustomization. `below`: those that a component changes."""
-    directory = directory.resolve()
-    settings = documents(directory / "kustomization.yaml")[0]
-    unknown = set(settings) - KNOWN
-    assert not unknown, f"{directory}: this renderer does not know {unknown}"
-    objects = list(below)
-    for name in settings.get("resources", []):
-        path = directory / name
-        objects += render(path) if path.is_dir() else documents(path)
-    for name in settings.get("components", []):
-        objects = render(directory / name, objects)
-    for patch in settings.get("patches", []):
-        apply_patch(objects, directory, patch)
-    for label in settings.get("labels", []):
-        add_labels(objects, label)
-    for image in settings.get("images", []):
-        for container in containers(objects):
-            if container["image"] == image["name"]:
-                container["image"] = f"{image['newName']}:{image['newTag']}"
-    for replicas in settings.get("replicas", []):
-        for found in objects:
-            if found["kind"] == "StatefulSet" and found["metadata"]["name"] == replicas["name"]:
-                found["spec"]["replicas"] = replicas["count"]
-    if "namespace" in settings:
-        for found in objects:
-            if found["kind"] not in CLUSTER_WIDE:
-                found["metadata"]["namespace"] = settings["namespace"]
-    return objects
-
-
-def containers(objects):
-    for found in objects:
-        if found["kind"] == "StatefulSet":
-            yield from found["spec"]["template"]["spec"]["containers"]
-
-
-def add_labels(objects, label):
-    pairs = label["pairs"]
-    assert label.get("includeSelectors") and label.get("includeTemplates"), "not written here"
-    for found in objects:
-        found["metadata"].setdefault("labels", {}).update(pairs)
-        kind, spec = found["kind"], found.get("spec", {})
-        if kind == "Service":
-            spec["selector"].update(pairs)
-        if kind == "StatefulSet":
-            spec["selector"]["matchLabels"].update(pairs)
-            spec["template"]["metadata"].setdefault("labels", {}).update(pairs)
-            for claim in spec.get("volumeClaimTemplates", []):
-                claim["metadata"].setdefault("labels", {}).update(pairs)
-            affinity = spec["template"]["spec"].get("affinity", {}).get("podAntiAffinity", {})
-            for term in affinity.get("preferredDuringSchedulingIgnoredDuringExecution", []):
-                term["podAffinityTerm"]["labelSelector"].setdefault("matchLabels", {}).update(pairs)
-            for term in affinity.get("requiredDuringSchedulingIgnoredDuringExecution", []):
-                term["labelSelector"].setdefault("matchLabels", {}).update(pairs)
-            for spread in spec["template"]["spec"].get("topologySpreadConstraints", []):
-                spread["labelSelector"].setdefault("matchLabels", {}).update(pairs)
-        if kind == "PodDisruptionBudget":
-            spec["selector"].setdefault("matchLabels", {}).update(pairs)
-        if kind == "NetworkPolicy":
-            # Only where there are labels already; and in the peers too.
-            if "matchLabels" in spec["podSelector"]:
-                spec["podSelector"]["matchLabels"].update(pairs)
-            for rule in spec.get("ingress", []) + spec.get("egress", []):
-                for peer in rule.get("from", []) + rule.get("to", []):
-                    if "podSelector" in peer:
-                        peer["podSelector"].setdefault("matchLabels", {}).update(pairs)
-
-
-def apply_patch(objects, directory, patch):
-    text = patch["patch"] if "patch" in patch else (directory / patch["path"]).read_text()
-    content = yaml.safe_load(text)
-    if isinstance(content, list):
-        target = patch["target"]
-        hit = [o for o in objects if o["kind"] == target["kind"]
-               and target.get("name", o["metadata"]["name"]) == o["metadata"]["name"]]
-        assert hit, f"{directory}: a patch for {target} meets nothing"
-        for found in hit:
-            for step in content:
-                json_patch(found, step)
-        return
-    same = [o for o in objects if o["kind"] == content["kind"]
-            and o["metadata"]["name"] == content["metadata"]["name"]]
-    assert len(same) == 1, f"{directory}: a patch for {content['metadata']} meets {len(same)}"
-    merge(same[0], content)
-
-
-def json_patch(found, step):
-    *parents, last = [part.replace("~1", "/") for part in step["path"].split("/")[1:]]
-    at = found
-    for part in parents:
-        at = at[int(part)] if isinstance(at, list) else at[part]
-    value = copy.deepcopy(step.get("value"))
-    if isinstance(at, list):
-        if step["op"] == "add":
-            at.insert(len(at) if last == "-" else int(last), value)
-        else:
-            assert step["op"] == "replace", step
-            at[int(last)] = value
-        return
-    assert step["op"] == "add" or last in at, f"{step['path']} is not there"
-    if step["op"] == "remove":
-        del at[last]
-    else:
-        at[last] = value
-
-
-def merge(base, patch):
-    """Strategic merge of maps; a list replaces a list, and must not stand where one would join."""
-    for key, value in patch.items():
-        if value is None:
-            base.pop(key, None)
-        elif isinstance(value, dict) and isinstance(base.get(key), dict):
-            merge(base[key], value)
-        else:
-            assert not (isinstance(value, list) and base.get(key)), f"lists of {key} join"
-            base[key] = copy.deepcopy(value)
-
-
-def real_kustomize(directory):
-    for command in (["kustomize", "build"], ["kubectl", "kustomize"]):
-        if shutil.which(command[0]):
-            done = subprocess.run([*command, str(directory)], capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            return [d for d in yaml.safe_load_all(done.stdout) if d]
-    return None
+# Names under which clients and peers reach pods; a store's is the one that it advertises.
+REACHED_AS = {"conversion": {"conversion"}, "writeback": {"endio", "writeback"}}
+PROBED_AT = "127.0.0.1"
+# Files that a service reads in its directory, and their keys in a Secret of type kubernetes.io/tls.
+TLS_FILES = {"ca.pem": "ca.crt", "cert.pem": "tls.crt", "key.pem": "tls.key"}
 
 
 # --- what must hold
@@ -233,8 +108,9 @@ def pods(objects, effective):
         for probe in ("readinessProbe", "livenessProbe"):
             check = container.get(probe, {})
             if "exec" in check:
-                continue
-            port = next((c["port"] for c in check.values() if isinstance(c, dict)), None)
+                port = int(check["exec"]["command"][-1].rsplit(":", 1)[1])
+            else:
+                port = next((c["port"] for c in check.values() if isinstance(c, dict)), None)
             if ports.get(port, port) not in ports.values():
                 yield f"{service}: {probe} asks port {port}, which does not exist"
         yield from configured(service, pod, container, ports, effective, objects)
@@ -243,8 +119,7 @@ def pods(objects, effective):
 
 
 def configured(service, pod, container, ports, effective, objects):
-    args = [a.replace("$(POD_NAME)", f"{service}-0") for a in container["args"]]
-    config, fault = effective(container["command"][0], args, container.get("env", []))
+    config, fault = effective(container, f"{service}-0")
     if fault:
         yield f"{service}: the binary refuses its arguments: {fault}"
         return
@@ -263,11 +138,122 @@ def configured(service, pod, container, ports, effective, objects):
     for key in ("conversion", "advertise"):
         if key not in config:
             continue
-        host, port = config[key].split("://")[1].split(":")
+        scheme, host, port = re.split("://|:", config[key])
+        if scheme != "https":
+            yield f"{service}: {key} is {config[key]}, which is not secured"
         target = find(objects, "Service", host.split(".")[-1])
         offered = [p["port"] for p in target["spec"]["ports"]] if target else []
         if int(port) not in offered:
             yield f"{service}: {key} is {config[key]}: no Service offers that"
+
+
+def certificates(objects, effective, holders):
+    """`holders`: for each way to make Secrets, the certificate in each of them."""
+    for service in SERVICES:
+        spec = (find(objects, "StatefulSet", service) or {"spec": {"replicas": 0}})["spec"]
+        for number in range(spec["replicas"]):
+            name = f"{service}-{number}"
+            pod = spec["template"]["spec"]
+            config, fault = effective(pod["containers"][0], name)
+            directory = None if fault else config["tls"].get("dir")
+            if not directory:
+                yield f"{name}: works without TLS"
+                continue
+            reached = REACHED_AS.get(service) or {re.split("://|:", config["advertise"])[1]}
+            yield from probe(name, pod["containers"][0], directory)
+            secret, found = secret_of(pod, directory)
+            yield from (f"{name}: {fault}" for fault in found)
+            for maker, made in holders.items():
+                if secret not in made:
+                    yield f"{name}: {maker} makes no Secret {secret}"
+                    continue
+                has = made[secret]
+                if not any(uri.startswith(f"endio://service/{service}/") for uri in has):
+                    yield f"{name}: the Secret {secret} of {maker} is for {sorted(has)}"
+                if missing := (reached | {PROBED_AT}) - has:
+                    yield f"{name}: the Secret {secret} of {maker} is not for {sorted(missing)}"
+
+
+def probe(name, container, directory):
+    env = {e["name"]: e.get("value", "").replace("$(POD_NAME)", name) for e in container["env"]}
+    command = container["readinessProbe"].get("exec", {}).get("command", [])
+    if command[:1] != ["endio"] or not command[-1].startswith(f"https://{PROBED_AT}:"):
+        yield f"{name}: the readiness probe {command} shows no certificate"
+    if env.get("ENDIO_TLS_DIR") != directory:
+        yield f"{name}: the endio command does not find the certificate in {directory}"
+
+
+def secret_of(pod, directory):
+    """The Secret that fills the directory, and what is wrong with it."""
+    mount = next((m for m in pod["containers"][0]["volumeMounts"]
+                  if directory.startswith(m["mountPath"])), None)
+    volume = next((v for v in pod["volumes"] if mount and v["name"] == mount["name"]), None)
+    if not volume or not mount.get("readOnly"):
+        return None, [f"{directory} is not mounted, or not read-only"]
+    source = volume.get("secret") or volume.get("projected") or {}
+    secrets = [s["secret"] for s in source.get("sources", [{"secret": source}])]
+    below = directory.removeprefix(mount["mountPath"]).strip("/")
+    files = {i["path"]: (s.get("name") or s.get("secretName"), i["key"])
+             for s in secrets for i in s.get("items", [])}
+    found = {name: files.get(f"{below}/{name}".strip("/"), (None, None)) for name in TLS_FILES}
+    names = {secret for secret, _ in found.values()}
+    wrong = []
+    if {name: key for name, (_, key) in found.items()} != TLS_FILES or len(names) != 1:
+        wrong.append(f"{directory} is filled with {found}")
+    if source.get("defaultMode", 0o644) & 0o007:
+        wrong.append("everybody may read the key")
+    return next(iter(names)), wrong
+
+
+def issued_by_cert_manager():
+    component = render(ROOT / "k8s/components/cert-manager")
+    specs = [o["spec"] for o in component if o["kind"] == "Certificate"]
+    return {s["secretName"]: set(s.get("uris", []) + s.get("dnsNames", [])
+                                 + s.get("ipAddresses", [])) for s in specs}
+
+
+def issued_by_script(binaries):
+    """Runs k8s/pki.sh. The Secrets, and the names in each certificate."""
+    with tempfile.TemporaryDirectory() as work:
+        env = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}"}
+        done = subprocess.run([ROOT / "k8s/pki.sh", f"{work}/pki"], env=env, check=True,
+                              stdout=subprocess.PIPE, text=True, timeout=120)
+        secrets = [d for d in yaml.safe_load_all(done.stdout) if d]
+        names = {}
+        for secret in secrets:
+            path = pathlib.Path(work, "certificate.pem")
+            path.write_bytes(base64.b64decode(secret["data"]["tls.crt"]))
+            # The standard library has no public way to read a certificate that nobody shows.
+            told = ssl._ssl._test_decode_cert(path)["subjectAltName"]
+            names[secret["metadata"]["name"]] = {value for _, value in told}
+        return secrets, names
+
+
+def the_probe_works(binaries, objects, secrets):
+    """Starts conversion with what its pod would find, and asks it as its pod would be asked."""
+    pod = find(objects, "StatefulSet", "conversion")["spec"]["template"]["spec"]
+    items = next(v for v in pod["volumes"] if v["name"] == "tls")["secret"]["items"]
+    data = next(s for s in secrets if s["metadata"]["name"] == "conversion-tls")["data"]
+    with tempfile.TemporaryDirectory() as work:
+        for item in items:
+            pathlib.Path(work, item["path"]).write_bytes(base64.b64decode(data[item["key"]]))
+        service = subprocess.Popen(
+            [binaries / "endio-conversion", "--data-dir", f"{work}/data", "--listen",
+             f"{PROBED_AT}:0", "--tls-dir", work], stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True)
+        try:
+            url = json.loads(service.stdout.readline())["grpc"]
+            command = pod["containers"][0]["readinessProbe"]["exec"]["command"]
+            env = {**os.environ, "ENDIO_TLS_DIR": work}
+            for _ in range(20):
+                asked = subprocess.run([binaries / command[0], *command[1:-1], url], env=env,
+                                       capture_output=True, text=True, timeout=60)
+                if asked.returncode == 0:
+                    return None
+            return f"the probe of conversion says: {asked.stderr.strip()}"
+        finally:
+            service.kill()
+            service.wait()
 
 
 def services(objects):
@@ -330,24 +316,27 @@ def network(objects, arrows):
             yield f"{side} policy for {source} -> {to}:{port}, which is no arrow"
 
 
-def faults(objects, effective, version):
+def faults(objects, effective, holders, version):
     yield from schemas(objects, version)
     yield from pods(objects, effective)
+    yield from certificates(objects, effective, holders)
     yield from services(objects)
     yield from network(objects, ARROWS)
 
 
 def asker(directory):
-    asked = {}
+    """What a service makes of the arguments and the environment of its pod."""
+    @functools.cache
+    def ask(binary, args, env):
+        done = subprocess.run([str(directory / binary), *args, "--check-config"], timeout=60,
+                              capture_output=True, text=True, env={**os.environ, **dict(env)})
+        return ((tomllib.loads(done.stdout), None) if done.returncode == 0
+                else (None, done.stderr.strip()))
 
-    def effective(binary, args, env):
-        key = json.dumps([binary, args])
-        if key not in asked:
-            done = subprocess.run([str(directory / binary), *args, "--check-config"],
-                                  capture_output=True, text=True, timeout=60)
-            asked[key] = ((tomllib.loads(done.stdout), None) if done.returncode == 0
-                          else (None, done.stderr.strip()))
-        return asked[key]
+    def effective(container, pod):
+        told = lambda text: text.replace("$(POD_NAME)", pod)
+        env = ((e["name"], told(e["value"])) for e in container.get("env", []) if "value" in e)
+        return ask(container["command"][0], tuple(map(told, container["args"])), tuple(env))
 
     return effective
 
@@ -364,6 +353,10 @@ def container_of(spec):
     return spec["template"]["spec"]["containers"][0]
 
 
+def volume_of(spec):
+    return next(v for v in spec["template"]["spec"]["volumes"] if v["name"] == "tls")
+
+
 PLANTED = {
     "a policy that is missing": lambda objects: objects.remove(
         find(objects, "NetworkPolicy", "block-store-to-conversion")),
@@ -376,7 +369,28 @@ PLANTED = {
     "nothing denied": lambda objects: [objects.remove(o) for o in list(objects)
                                        if o["kind"] == "NetworkPolicy"],
     "a probe of a port that is not there": break_spec("StatefulSet", "writeback", lambda spec:
-        container_of(spec)["readinessProbe"]["grpc"].update(port=7499)),
+        container_of(spec)["readinessProbe"]["exec"]["command"].__setitem__(
+            -1, "https://127.0.0.1:7499")),
+    "a probe without a certificate": break_spec("StatefulSet", "writeback", lambda spec:
+        container_of(spec)["env"].pop(0)),
+    "a probe by the kubelet": break_spec("StatefulSet", "conversion", lambda spec:
+        container_of(spec).update(readinessProbe={"grpc": {"port": 7401}})),
+    "a service without TLS": break_spec("StatefulSet", "conversion", lambda spec:
+        container_of(spec)["args"].__setitem__(-1, "--insecure-any-address")),
+    "a url without TLS": break_spec("StatefulSet", "writeback", lambda spec:
+        container_of(spec)["args"].__setitem__(3, "--conversion=http://conversion:7401")),
+    "a Secret that nobody makes": break_spec("StatefulSet", "conversion", lambda spec:
+        volume_of(spec)["secret"].update(secretName="conversion")),
+    "the certificate of another kind": break_spec("StatefulSet", "conversion", lambda spec:
+        volume_of(spec)["secret"].update(secretName="writeback-tls")),
+    "a certificate for another name": break_spec("StatefulSet", "block-store", lambda spec:
+        container_of(spec)["args"].__setitem__(2, "--advertise=https://block-store:7402")),
+    "a key that everybody reads": break_spec("StatefulSet", "block-store", lambda spec:
+        volume_of(spec)["projected"].update(defaultMode=0o444)),
+    "a key in place of a certificate": break_spec("StatefulSet", "writeback", lambda spec:
+        volume_of(spec)["secret"]["items"][1].update(key="tls.key")),
+    "a store without a certificate": break_spec("StatefulSet", "block-store", lambda spec:
+        spec.update(replicas=4)),
     "a port that nobody listens on": break_spec("StatefulSet", "conversion", lambda spec:
         container_of(spec)["args"].__setitem__(1, "--listen=0.0.0.0:7400")),
     "a flag that the binary does not know": break_spec("StatefulSet", "block-store", lambda spec:
@@ -396,18 +410,30 @@ PLANTED = {
     "a budget that is missing": lambda objects: objects.remove(
         find(objects, "PodDisruptionBudget", "conversion")),
     "a peer that does not exist": break_spec("StatefulSet", "block-store", lambda spec:
-        container_of(spec)["args"].__setitem__(3, "--conversion=http://convert:7401")),
+        container_of(spec)["args"].__setitem__(3, "--conversion=https://convert:7401")),
     "data outside of the volume": break_spec("StatefulSet", "conversion", lambda spec:
         container_of(spec)["args"].__setitem__(0, "--data-dir=/var/lib/endio/data")),
 }
 
 
 def main():
-    effective = asker(pathlib.Path(sys.argv[1]).resolve())
-    failed = False
+    binaries = pathlib.Path(sys.argv[1]).resolve()
+    effective = asker(binaries)
+    secrets, made = issued_by_script(binaries)
+    holders = {"k8s/pki.sh": made, "cert-manager": issued_by_cert_manager()}
+    found = [f for version in VERSIONS for f in schemas(secrets, version)]
+    if (ours := set(made)) != (theirs := set(holders["cert-manager"]) - {"endio-authority"}):
+        found.append(f"k8s/pki.sh makes {sorted(ours)}, cert-manager {sorted(theirs)}")
+    found += filter(None, [the_probe_works(
+        binaries, render(ROOT / "k8s/overlays/dev"), secrets)])
+    for fault in found:
+        print(f"FAIL secrets: {fault}")
+    if not found:
+        print(f"ok   {len(secrets)} Secrets; the probe takes one")
+    failed = bool(found)
     for overlay in sorted((ROOT / "k8s/overlays").iterdir()):
         objects = render(overlay)
-        found = [f for version in VERSIONS for f in faults(objects, effective, version)]
+        found = [f for version in VERSIONS for f in faults(objects, effective, holders, version)]
         real = real_kustomize(overlay)
         if real is not None:
             key = lambda o: (o["kind"], o["metadata"]["name"])
@@ -422,7 +448,7 @@ def main():
         for name, plant in PLANTED.items():
             broken = copy.deepcopy(objects)
             plant(broken)
-            new = [f for f in faults(broken, effective, VERSIONS[-1]) if f not in found]
+            new = [f for f in faults(broken, effective, holders, VERSIONS[-1]) if f not in found]
             if not new:
                 failed = True
                 print(f"FAIL {overlay.name}: planted and not found: {name}")

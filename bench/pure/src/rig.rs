@@ -86,6 +86,7 @@ impl<T: ChunkTable> Rig<T> {
             incarnation: INCARNATION,
             capacity_blocks: store_blocks,
             url: "http://store".to_owned(),
+            name: None,
         };
         rig.feed(vec![Input::Store { session: STORE, message: register }])?;
         let epoch = rig.machine.epoch();
@@ -101,10 +102,14 @@ impl<T: ChunkTable> Rig<T> {
             in_place: false,
             growable: false,
         })?;
-        let open =
-            Call::OpenVolume { name: "v".to_owned(), writeback: "w".to_owned(), force: true };
+        let open = Call::OpenVolume {
+            name: "v".to_owned(),
+            writeback: "w".to_owned(),
+            force: true,
+            if_generation: None,
+        };
         match rig.call(open)? {
-            ReplyBody::Opened(info, _) => rig.volume = Some(info),
+            ReplyBody::Opened(info, ..) => rig.volume = Some(info),
             other => return Err(anyhow!("open was answered with {other:?}")),
         }
         Ok(rig)

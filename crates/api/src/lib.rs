@@ -7,6 +7,7 @@
 pub mod access;
 pub mod convert;
 pub mod protocol;
+mod redact;
 pub mod status;
 pub mod traces;
 

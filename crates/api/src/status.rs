@@ -5,6 +5,7 @@
 //! | malformed, beyond the end | INVALID_ARGUMENT, OUT_OF_RANGE |
 //! | unknown volume, io_end, token, store | NOT_FOUND |
 //! | fenced, expired, old number | ABORTED |
+//! | forged token, not allowed to this caller | PERMISSION_DENIED |
 //! | wrong state, busy | FAILED_PRECONDITION |
 //! | a limit | RESOURCE_EXHAUSTED + RetryInfo |
 //! | draining, peer away, not ready | UNAVAILABLE |
@@ -28,7 +29,7 @@ pub fn code(reason: Reason) -> Code {
         | Reason::UnknownIoEnd
         | Reason::UnknownToken
         | Reason::UnknownStore => Code::NotFound,
-        Reason::ForgedToken => Code::PermissionDenied,
+        Reason::ForgedToken | Reason::NotAllowed => Code::PermissionDenied,
         Reason::OldEpoch
         | Reason::OldGeneration
         | Reason::OldIncarnation
@@ -114,7 +115,7 @@ pub fn reason(status: &Status) -> Reason {
         Code::DataLoss => Reason::ChecksumMismatch,
         Code::DeadlineExceeded => Reason::TimedOut,
         Code::Aborted => Reason::Aborted,
-        Code::PermissionDenied | Code::Unauthenticated => Reason::ForgedToken,
+        Code::PermissionDenied | Code::Unauthenticated => Reason::NotAllowed,
         Code::Internal => Reason::IoError,
         _ => Reason::PeerAway,
     }

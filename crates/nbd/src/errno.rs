@@ -24,7 +24,8 @@ pub enum Errno {
     /// Not supported; also: zeroes could not be written fast.
     #[error("operation not supported")]
     NotSup,
-    /// The server is about to stop.
+    /// The server is about to stop. An export that says so ends the connection without an answer,
+    /// and the client may send the request again.
     #[error("server is shutting down")]
     Shutdown,
 }

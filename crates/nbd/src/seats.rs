@@ -13,10 +13,11 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tracing_mutex::stdsync::{Mutex, MutexGuard};
 
 /// Number of a seat that is free again.
 const OVER: u64 = u64::MAX;

@@ -17,6 +17,10 @@
 //! * `older-first`: what an older connection of an export had sent when a newer one attached begins
 //!   before everything of the newer one, or never. A request takes its place when it is read.
 //! * `slot-until-done`: a connection counts as one until its last request has ended.
+//! * `stop-is-no-error`: no client is told an error because the server stops. Requests that run are
+//!   finished and answered, the others get no answer: the connection ends, and a client that connects
+//!   again sends them again. (`NBD_ESHUTDOWN` would be allowed, but the clients that people use hand
+//!   it on as an I/O error.)
 
 mod input;
 
@@ -33,7 +37,6 @@ use tokio_util::task::TaskTracker;
 
 use crate::codec::{CodecError, Frames, Request};
 use crate::consts::cmd;
-use crate::errno::Errno;
 use crate::export::{Client, Export, ExportInfo, Exports, OpenError, Purpose};
 use crate::handshake::{Action, CloseReason, Handshake, HandshakeError, Negotiated, TlsPolicy};
 use crate::seats::{Seat, Seats, Taken};
@@ -56,8 +59,6 @@ pub struct Limits {
     pub bytes_max: u32,
     /// Connections of the server at once.
     pub connections_max: u32,
-    /// Milliseconds that clients have to leave once the server stops.
-    pub stop_grace_ms: u64,
     /// Milliseconds that a new connection waits for the older ones of its export to begin what they
     /// were sent, and to end it if their clients have left; then the new one is dropped, and its
     /// client may try again. Too small: a stalled disk lets nobody reconnect. Too large: a client
@@ -73,7 +74,6 @@ impl Default for Limits {
             requests_max: 128,
             bytes_max: 64 << 20,
             connections_max: 256,
-            stop_grace_ms: 1_000,
             settle_ms: 60_000,
         }
     }
@@ -204,8 +204,8 @@ impl Server {
         self
     }
 
-    /// Asks every session to end: requests that run are finished, new ones are refused with
-    /// `ESHUTDOWN`. Idempotent.
+    /// Asks every session to end: requests that run are finished and answered, nothing new begins,
+    /// and the connections are closed. Idempotent.
     pub fn stop(&self) {
         self.stop.cancel();
     }
@@ -253,7 +253,10 @@ impl Server {
         };
         let begun = Instant::now();
         let limit = Duration::from_millis(self.limits.handshake_ms);
-        let shaken = timeout(limit, self.shake_hands(Box::new(stream), client)).await;
+        let shaken = tokio::select! {
+            shaken = timeout(limit, self.shake_hands(Box::new(stream), client)) => shaken,
+            () = self.stopping() => return EndReason::Stopped,
+        };
         let agreed = match shaken {
             Ok(Ok(agreed)) => agreed,
             Ok(Err(reason)) => return reason,
@@ -361,6 +364,7 @@ impl Server {
         let writer = tokio::spawn(write_replies(write, queue, stall, gone.clone()));
         let seat = taken.seat();
         let jobs = TaskTracker::new();
+        let stop = self.stop.child_token();
         let mut reader = Reader {
             input: Input::new(read, agreed.bytes, seat.clone(), hang_up.clone()),
             transmission: Arc::new(Transmission::new(agreed.export, agreed.negotiated)),
@@ -371,13 +375,13 @@ impl Server {
             jobs: jobs.clone(),
             hang_up,
             seat: seat.clone(),
-            stop: self.stop.clone(),
+            stop: stop.clone(),
         };
         let ended = tokio::select! {
             reason = reader.run() => reason,
             () = gone.cancelled() => EndReason::Stalled,
             () = seat.was_cut() => EndReason::Replaced,
-            reason = self.stopped_after_grace() => reason,
+            () = stop.cancelled() => EndReason::Stopped,
         };
         // A client that said goodbye gets its replies; nothing new begins for one that is lost.
         if !matches!(ended, EndReason::Disconnected | EndReason::Stopped) {
@@ -392,12 +396,6 @@ impl Server {
             Ok(Err(reason)) if matches!(ended, EndReason::Stalled | EndReason::Closed) => reason,
             _ => ended,
         }
-    }
-
-    async fn stopped_after_grace(&self) -> EndReason {
-        self.stop.cancelled().await;
-        tokio::time::sleep(Duration::from_millis(self.limits.stop_grace_ms)).await;
-        EndReason::Stopped
     }
 }
 
@@ -426,6 +424,7 @@ struct Reader {
     jobs: TaskTracker,
     hang_up: Arc<dyn HangUp>,
     seat: Arc<Seat>,
+    /// Of this connection: the server stops, or the export does.
     stop: CancellationToken,
 }
 
@@ -462,11 +461,10 @@ impl Reader {
         };
         let payload = payload.filter(|_| length > 0);
         let to = self.transmission.reply_to(&request);
-        let checked = match self.stop.is_cancelled() {
-            true => Err(Errno::Shutdown.into()),
-            false => self.transmission.check(&request, payload),
-        };
-        match checked {
+        if self.stop.is_cancelled() {
+            return Err(EndReason::Stopped);
+        }
+        match self.transmission.check(&request, payload) {
             Err(fault) => {
                 let reply = (to.failed(&fault), permits);
                 self.replies.send(reply).await.map_err(|_| EndReason::Stalled)
@@ -501,16 +499,19 @@ impl Reader {
         let transmission = self.transmission.clone();
         let mut run = Box::pin(async move { transmission.run(to, job).await });
         match futures_util::poll!(run.as_mut()) {
-            Poll::Ready(frames) => {
+            Poll::Ready(None) => Err(EndReason::Stopped),
+            Poll::Ready(Some(frames)) => {
                 let sent = self.replies.send((frames, permits)).await;
                 sent.map_err(|_| EndReason::Stalled)
             }
             Poll::Pending => {
-                let replies = self.replies.clone();
+                let (replies, stop) = (self.replies.clone(), self.stop.clone());
                 self.jobs.spawn(async move {
-                    let frames = run.await;
-                    // If the writer is gone, nobody waits for the reply.
-                    let _ = replies.send((frames, permits)).await;
+                    match run.await {
+                        // If the writer is gone, nobody waits for the reply.
+                        Some(frames) => drop(replies.send((frames, permits)).await),
+                        None => stop.cancel(),
+                    }
                 });
                 Ok(())
             }

@@ -1,10 +1,13 @@
-//! STARTTLS ("TLS support"): server certificate, and optionally certificates of clients.
+//! STARTTLS ("TLS support"): server certificate, and optionally certificates of clients. Files that
+//! are replaced count from the next handshake on, without a restart.
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
+use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::pem::{self, PemObject};
@@ -12,6 +15,7 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::rustls::server::{VerifierBuilderError, WebPkiClientVerifier};
 use tokio_rustls::rustls::{self, RootCertStore, ServerConfig};
 use tokio_rustls::server::TlsStream;
+use tracing_mutex::stdsync::Mutex;
 
 use crate::export::Certificate;
 use crate::handshake::TlsPolicy;
@@ -48,12 +52,28 @@ pub enum TlsError {
     Unusable(#[source] rustls::Error),
 }
 
-/// TLS for a server. Cheap to clone.
+/// Shortest time between two looks at the files. Too short: many handshakes cost many looks. Too
+/// long: a certificate that ends soon is shown for longer.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+
+/// TLS for a server. Cheap to clone; clones share what they read.
 #[derive(Clone)]
 pub struct Tls {
-    acceptor: TlsAcceptor,
+    files: Arc<TlsFiles>,
+    current: Arc<Mutex<Current>>,
     policy: TlsPolicy,
 }
+
+/// What counts now.
+struct Current {
+    acceptor: TlsAcceptor,
+    /// Of the files as they were read last, also if they did not fit together.
+    stamp: Stamp,
+    looked: Instant,
+}
+
+/// By what a file that was replaced is recognised: time of change and length; `None`: not there.
+type Stamp = Vec<Option<(SystemTime, u64)>>;
 
 impl Tls {
     /// Reads the files. `is_required` refuses clients that do not start TLS.
@@ -61,14 +81,73 @@ impl Tls {
     /// # Errors
     /// [`TlsError`] names the file that is at fault.
     pub fn load(files: &TlsFiles, is_required: bool) -> Result<Self, TlsError> {
-        let chain = certificates(&files.certificate)?;
-        let key = PrivateKeyDer::from_pem_file(&files.key)
-            .map_err(|error| TlsError::File { path: files.key.clone(), error })?;
+        let stamp = files.stamp();
+        let acceptor = files.acceptor()?;
+        let policy = if is_required { TlsPolicy::Required } else { TlsPolicy::Optional };
+        let current = Current { acceptor, stamp, looked: Instant::now() };
+        let (files, current) = (Arc::new(files.clone()), Arc::new(Mutex::new(current)));
+        Ok(Self { files, current, policy })
+    }
+
+    pub(crate) fn policy(&self) -> TlsPolicy {
+        self.policy
+    }
+
+    /// What the files say by now. Files that do not fit together change nothing, and are told once.
+    fn acceptor(&self) -> TlsAcceptor {
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        if current.looked.elapsed() >= LOOK_EVERY {
+            current.looked = Instant::now();
+            let stamp = self.files.stamp();
+            if stamp != current.stamp {
+                current.stamp = stamp;
+                match self.files.acceptor() {
+                    Ok(acceptor) => {
+                        current.acceptor = acceptor;
+                        tracing::info!("certificates of nbd were read again");
+                    }
+                    Err(error) => {
+                        tracing::warn!(error = %chain(&error), "certificates of nbd stay as they were");
+                    }
+                }
+            }
+        }
+        current.acceptor.clone()
+    }
+
+    pub(crate) async fn accept(
+        &self,
+        stream: Box<dyn Stream>,
+    ) -> io::Result<(TlsStream<Box<dyn Stream>>, Option<Certificate>)> {
+        let stream = self.acceptor().accept(stream).await?;
+        let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
+        let certificate = certificate.map(|certificate| Certificate {
+            common_name: common_name(certificate),
+            der: Bytes::copy_from_slice(certificate),
+        });
+        Ok((stream, certificate))
+    }
+}
+
+impl TlsFiles {
+    fn stamp(&self) -> Stamp {
+        let files = [Some(&self.certificate), Some(&self.key), self.client_authorities.as_ref()];
+        let stamp = |path: &PathBuf| {
+            let file = std::fs::metadata(path).ok()?;
+            Some((file.modified().ok()?, file.len()))
+        };
+        files.into_iter().flatten().map(stamp).collect()
+    }
+
+    fn acceptor(&self) -> Result<TlsAcceptor, TlsError> {
+        let chain = certificates(&self.certificate)?;
+        let key = PrivateKeyDer::from_pem_file(&self.key)
+            .map_err(|error| TlsError::File { path: self.key.clone(), error })?;
         let provider = Arc::new(ring::default_provider());
         let config = ServerConfig::builder_with_provider(provider.clone())
             .with_safe_default_protocol_versions()
             .map_err(TlsError::Unusable)?;
-        let config = match &files.client_authorities {
+        let config = match &self.client_authorities {
             None => config.with_no_client_auth(),
             Some(path) => {
                 let mut roots = RootCertStore::empty();
@@ -83,26 +162,14 @@ impl Tls {
             }
         };
         let config = config.with_single_cert(chain, key).map_err(TlsError::Unusable)?;
-        let policy = if is_required { TlsPolicy::Required } else { TlsPolicy::Optional };
-        Ok(Self { acceptor: TlsAcceptor::from(Arc::new(config)), policy })
+        Ok(TlsAcceptor::from(Arc::new(config)))
     }
+}
 
-    pub(crate) fn policy(&self) -> TlsPolicy {
-        self.policy
-    }
-
-    pub(crate) async fn accept(
-        &self,
-        stream: Box<dyn Stream>,
-    ) -> io::Result<(TlsStream<Box<dyn Stream>>, Option<Certificate>)> {
-        let stream = self.acceptor.accept(stream).await?;
-        let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
-        let certificate = certificate.map(|certificate| Certificate {
-            common_name: common_name(certificate),
-            der: Bytes::copy_from_slice(certificate),
-        });
-        Ok((stream, certificate))
-    }
+/// An error with what caused it.
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |said, cause| format!("{said}: {cause}"))
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
@@ -172,3 +239,7 @@ fn der(bytes: &[u8]) -> Option<(u8, &[u8], &[u8])> {
     let (contents, rest) = rest.split_at_checked(length)?;
     Some((*tag, contents, rest))
 }
+
+#[cfg(test)]
+#[path = "tls_tests.rs"]
+mod tests;

@@ -200,11 +200,13 @@ impl Transmission {
         Ok(Job::Status { offset: request.offset, length, contexts, is_one })
     }
 
-    /// Runs a job and encodes its reply.
-    pub(crate) async fn run(&self, to: ReplyTo, job: Job) -> Frames {
+    /// Runs a job and encodes its reply. `None`: the export stops and has not done it, so the client
+    /// is to ask again over another connection.
+    pub(crate) async fn run(&self, to: ReplyTo, job: Job) -> Option<Frames> {
         match self.try_run(to, job).await {
-            Ok(frames) => frames,
-            Err(fault) => to.failed(&fault),
+            Ok(frames) => Some(frames),
+            Err(fault) if fault.errno == Errno::Shutdown => None,
+            Err(fault) => Some(to.failed(&fault)),
         }
     }
 

@@ -52,7 +52,11 @@ impl Export for Gated {
     async fn write(&self, offset: u64, _data: Bytes, _fua: bool) -> Result<(), Fault> {
         self.order.lock().unwrap().push(offset);
         self.begun.fetch_add(1, Ordering::SeqCst);
-        self.gate.acquire().await.unwrap().forget();
+        match self.gate.acquire().await {
+            Ok(permit) => permit.forget(),
+            // A closed gate is an export that stops.
+            Err(_) => return Err(Errno::Shutdown.into()),
+        }
         Ok(())
     }
 
@@ -444,23 +448,57 @@ async fn slot_until_done_a_connection_counts_until_its_last_request_has_ended() 
     Conn::open(near, Mode::Simple).await;
 }
 
+/// What a client still hears on its connection.
+async fn rest<S: AsyncReadExt + Unpin>(stream: &mut S) -> Vec<u8> {
+    let mut rest = Vec::new();
+    stream.read_to_end(&mut rest).await.unwrap();
+    rest
+}
+
 #[tokio::test]
-async fn a_stop_finishes_what_runs_and_refuses_what_comes() {
+async fn stop_is_no_error_what_runs_is_answered_and_what_comes_is_not() {
     let (export, gate, begun) = Gated::new();
-    let server = server(export, Limits { stop_grace_ms: 60_000, ..Limits::default() });
+    let server = server(export, Limits::default());
     let (near, session) = serve(&server, 1 << 12);
     let mut conn = Conn::open(near, Mode::Structured).await;
     conn.send(request(cmd::WRITE, 1, 0, 1), b"a").await;
     until(&begun, 1).await;
     server.stop();
     conn.send(request(cmd::WRITE, 2, 0, 1), b"b").await;
-    let refused = conn.reply(0).await;
-    assert_eq!((refused.cookie, refused.outcome), (2, Err(Errno::Shutdown.code())));
-    gate.add_permits(1);
+    conn.send(request(cmd::READ, 3, 0, 1), b"").await;
+    gate.add_permits(2);
     let done = conn.reply(0).await;
     assert_eq!((done.cookie, done.outcome), (1, Ok(vec![])));
-    conn.send(request(cmd::DISC, 3, 0, 0), b"").await;
-    assert!(matches!(ended(session).await, EndReason::Disconnected));
+    assert_eq!(rest(&mut conn.stream).await, b"", "the connection ends without another answer");
+    assert!(matches!(ended(session).await, EndReason::Stopped));
+    assert_eq!(begun.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test]
+async fn stop_is_no_error_what_a_stopping_export_has_not_done_is_not_answered() {
+    for mode in MODES {
+        let (export, gate, begun) = Gated::new();
+        let server = server(export, Limits::default());
+        let (near, session) = serve(&server, 1 << 12);
+        let mut conn = Conn::open(near, mode).await;
+        conn.send(request(cmd::WRITE, 1, 0, 1), b"a").await;
+        conn.send(request(cmd::WRITE, 2, 0, 1), b"b").await;
+        until(&begun, 2).await;
+        gate.add_permits(1);
+        assert_eq!(conn.reply(0).await.outcome, Ok(vec![]));
+        gate.close();
+        assert_eq!(rest(&mut conn.stream).await, b"");
+        assert!(matches!(ended(session).await, EndReason::Stopped));
+    }
+}
+
+#[tokio::test]
+async fn a_stop_does_not_wait_for_a_client_that_has_not_shaken_hands() {
+    let server = server(memory(), Limits::default());
+    let (mut near, session) = serve(&server, 1 << 12);
+    near.read_exact(&mut [0; 18]).await.unwrap();
+    server.stop();
+    assert!(matches!(ended(session).await, EndReason::Stopped));
 }
 
 #[tokio::test(start_paused = true)]

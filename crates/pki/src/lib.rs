@@ -9,6 +9,7 @@
 //! certificates does as well; this one has no revocation and no protection of its key but the
 //! file's mode, which is why it is for development.
 
+mod current;
 mod files;
 
 use std::net::IpAddr;
@@ -21,6 +22,7 @@ use rcgen::{
     KeyUsagePurpose, SanType,
 };
 
+use crate::current::is_current;
 use crate::files::{PRIVATE, PUBLIC, read, write};
 
 /// File of the authorities, with the authority and with everybody.
@@ -154,8 +156,21 @@ pub struct Request {
     pub sans: Vec<String>,
     /// How long it counts.
     pub valid_for: Duration,
-    /// Leave files alone that this authority made before.
+    /// Leave files alone that this authority made before for the same subject and hosts, and that
+    /// count for another third of `valid_for` at least.
     pub if_missing: bool,
+}
+
+impl Request {
+    /// Where the subject is reached.
+    fn hosts(&self) -> Vec<String> {
+        match self.subject {
+            Subject::Service { .. } if self.sans.is_empty() => {
+                ["localhost", "127.0.0.1", "::1"].map(str::to_owned).to_vec()
+            }
+            _ => self.sans.clone(),
+        }
+    }
 }
 
 /// Signs a certificate with the authority in `dir` and writes the three files into `out`, which is
@@ -165,7 +180,7 @@ pub struct Request {
 /// See [`PkiError`].
 pub fn issue(dir: &Path, out: &Path, request: &Request) -> Result<bool, PkiError> {
     let authorities = read(&dir.join(AUTHORITIES))?;
-    if request.if_missing && is_current(out, &authorities) {
+    if request.if_missing && is_current(out, &authorities, request) {
         return Ok(false);
     }
     let pem = read(&dir.join(AUTHORITY_KEY))?;
@@ -176,11 +191,6 @@ pub fn issue(dir: &Path, out: &Path, request: &Request) -> Result<bool, PkiError
     write(&out.join(CERTIFICATE), certificate.pem().as_bytes(), PUBLIC)?;
     write(&out.join(AUTHORITIES), authorities.as_bytes(), PUBLIC)?;
     Ok(true)
-}
-
-fn is_current(out: &Path, authorities: &str) -> bool {
-    let is_same = read(&out.join(AUTHORITIES)).is_ok_and(|found| found == authorities);
-    is_same && out.join(CERTIFICATE).exists() && out.join(KEY).exists()
 }
 
 fn authority() -> CertificateParams {
@@ -211,14 +221,10 @@ fn params(request: &Request) -> Result<CertificateParams, PkiError> {
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
     params.subject_alt_names = vec![SanType::URI(Ia5String::try_from(subject.uri())?)];
-    let mut sans = request.sans.clone();
     if matches!(subject, Subject::Service { .. }) {
         params.extended_key_usages.push(ExtendedKeyUsagePurpose::ServerAuth);
-        if sans.is_empty() {
-            sans = ["localhost", "127.0.0.1", "::1"].map(str::to_owned).to_vec();
-        }
     }
-    for san in sans {
+    for san in request.hosts() {
         params.subject_alt_names.push(host(san)?);
     }
     params.use_authority_key_identifier_extension = true;

@@ -47,6 +47,63 @@ fn if_missing_keeps_the_files_of_this_authority_and_replaces_those_of_another() 
 }
 
 #[test]
+fn if_missing_replaces_a_certificate_before_it_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    init(dir.path(), DAY, false).unwrap();
+    // Of the day that is asked for, a third must be left.
+    for (life, is_replaced) in [(DAY / 4, true), (DAY / 2, false)] {
+        let out = dir.path().join("out");
+        let first = Request { valid_for: life, ..request(Subject::Client("a".into())) };
+        assert!(issue(dir.path(), &out, &first).unwrap());
+        let again = Request { if_missing: true, valid_for: DAY, ..first };
+        assert_eq!(issue(dir.path(), &out, &again).unwrap(), is_replaced, "{life:?}");
+        assert!(!issue(dir.path(), &out, &again).unwrap(), "the new one lives long enough");
+    }
+}
+
+#[test]
+fn if_missing_replaces_what_is_for_another_subject_or_lacks_a_host() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    init(dir.path(), DAY, false).unwrap();
+    let service = |name: &str| Subject::Service { kind: "writeback".into(), name: name.into() };
+    let wanted = |subject, sans: &[&str]| Request {
+        sans: sans.iter().map(|san| (*san).to_owned()).collect(),
+        if_missing: true,
+        ..request(subject)
+    };
+    let steps: [(Subject, &[&str]); 5] = [
+        (service("a"), &[]),
+        (service("b"), &[]),
+        (service("b"), &["b.example"]),
+        (service("b"), &["b.example", "10.0.0.7"]),
+        (service("b"), &["b.example", "*.b.example", "10.0.0.7", "::1"]),
+    ];
+    for (subject, sans) in steps {
+        let request = wanted(subject, sans);
+        assert!(issue(dir.path(), &out, &request).unwrap(), "{request:?}");
+        assert!(!issue(dir.path(), &out, &request).unwrap(), "{request:?}");
+    }
+    // One host fewer than it has is no reason.
+    assert!(!issue(dir.path(), &out, &wanted(service("b"), &["::1"])).unwrap());
+}
+
+#[test]
+fn if_missing_replaces_a_key_that_does_not_fit_its_certificate() {
+    let dir = tempfile::tempdir().unwrap();
+    let (one, two) = (dir.path().join("one"), dir.path().join("two"));
+    init(dir.path(), DAY, false).unwrap();
+    let request = Request { if_missing: true, ..request(Subject::Client("a".into())) };
+    issue(dir.path(), &one, &request).unwrap();
+    issue(dir.path(), &two, &request).unwrap();
+    // As a stop between two of the files leaves them.
+    std::fs::copy(one.join(KEY), two.join(KEY)).unwrap();
+    assert!(issue(dir.path(), &two, &request).unwrap());
+    std::fs::write(two.join(CERTIFICATE), "no certificate").unwrap();
+    assert!(issue(dir.path(), &two, &request).unwrap());
+}
+
+#[test]
 fn names_that_could_pretend_to_be_another_path_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     init(dir.path(), DAY, false).unwrap();

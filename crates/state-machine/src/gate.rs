@@ -11,6 +11,8 @@
 //! * `fenced-is-refused`: after a fence, an epoch or a floor was taken in, nothing older is admitted.
 //! * `write-at-most-once`: a token is admitted for writing at most once, as long as anything that it
 //!   names could be admitted at all.
+//! * `punch-once`: a punch that conversion sends again is never carried out again: what it names was
+//!   free only until its end was told.
 //! * `clear-means-drained`: [`Cleared`] is said of a fence, an epoch or a punch only when nothing that
 //!   it names is in flight any more, and nothing that it names can be admitted again.
 //!
@@ -84,6 +86,9 @@ pub enum Cleared {
     Epoch(ClusterEpoch),
     /// The ranges may be punched.
     Punch(PunchTurn),
+    /// `PunchDone` may be said again: this punch ended before, and its blocks may be somebody's by
+    /// now.
+    Punched(u64),
 }
 
 /// A punch whose turn has come. Punch the ranges, then call [`Gate::punched`].
@@ -161,6 +166,8 @@ pub struct Gate {
     drains: Vec<Drain>,
     /// Ranges that wait for their punch or are being punched.
     punching: BTreeMap<FlightId, Vec<PblkRange>>,
+    /// The newest punch of this epoch, and whether it has ended.
+    last_punch: Option<(u64, bool)>,
 }
 
 impl Gate {
@@ -180,6 +187,7 @@ impl Gate {
             next_flight: 0,
             drains: Vec::new(),
             punching: BTreeMap::new(),
+            last_punch: None,
         }
     }
 
@@ -251,6 +259,7 @@ impl Gate {
         self.fenced_volumes.clear();
         self.seen.clear();
         self.drains.clear();
+        self.last_punch = None;
         // A punch that is under way must end before the new epoch hands its blocks out.
         self.punching.retain(|flight, _| self.flights.contains_key(flight));
     }
@@ -401,7 +410,9 @@ impl Gate {
     }
 
     /// Refuses bios to these ranges from now on. [`Cleared::Punch`] comes, now or later, when
-    /// nothing is in flight there.
+    /// nothing is in flight there. Numbers of punches grow, and conversion sends a punch again when
+    /// it may not have arrived: then nothing is refused or punched, and [`Cleared::Punched`] comes
+    /// if that punch has ended.
     ///
     /// # Errors
     /// [`Reason::OutOfRange`] if a range is empty or beyond the capacity, [`Reason::Limit`] if too
@@ -413,6 +424,14 @@ impl Gate {
         for range in &ranges {
             self.check_range(*range)?;
         }
+        if let Some((last, has_ended)) = self.last_punch
+            && punch <= last
+        {
+            // The next punch is sent after the end of the one before was heard.
+            let is_owed = punch == last && has_ended;
+            return Ok(if is_owed { vec![Cleared::Punched(punch)] } else { Vec::new() });
+        }
+        self.last_punch = Some((punch, false));
         let flight = self.next_flight_id();
         self.punching.insert(flight, ranges.clone());
         let turn = PunchTurn { punch, epoch, ranges: ranges.clone(), flight };
@@ -425,6 +444,13 @@ impl Gate {
     /// Says what this was the last obstacle to.
     pub fn punched(&mut self, turn: &PunchTurn) -> Vec<Cleared> {
         self.punching.remove(&turn.flight);
+        let is_of_this_epoch = self.epoch() == Some(turn.epoch);
+        if let Some((last, has_ended)) = &mut self.last_punch
+            && is_of_this_epoch
+            && *last == turn.punch
+        {
+            *has_ended = true;
+        }
         self.finish(turn.flight, Ok(()))
     }
 
@@ -510,7 +536,7 @@ impl Gate {
                         Flight { epoch: *epoch, volume, generation, range, segment: None };
                     self.flights.insert(*flight, under_way);
                 }
-                Cleared::Fence(_) => {}
+                Cleared::Fence(_) | Cleared::Punched(_) => {}
             }
         }
         cleared

@@ -286,6 +286,27 @@ fn a_new_epoch_waits_for_a_punch_under_way_and_drops_one_that_waits() {
 }
 
 #[test]
+fn a_punch_that_is_sent_again_is_not_carried_out_again() {
+    let mut gate = gate();
+    let ranges = vec![PblkRange::new(0, 2)];
+    let cleared = gate.punch(5, ranges.clone()).unwrap();
+    let [Cleared::Punch(turn)] = cleared.as_slice() else { panic!("{cleared:?}") };
+    // The session broke: it comes again while it is under way, and after its end.
+    gate.register(Millis(0), registration(3)).unwrap();
+    assert_eq!(gate.punch(5, ranges.clone()), Ok(vec![]));
+    assert_eq!(gate.punched(turn), []);
+    let bio = write(&mut gate, &token(10));
+    assert_eq!(gate.finish(bio, Ok(())), []);
+    assert_eq!(gate.punch(5, ranges.clone()), Ok(vec![Cleared::Punched(5)]));
+    assert_eq!(gate.punch(4, ranges.clone()), Ok(vec![]));
+    assert!(matches!(admit(&mut gate, &token(11)), Ok(Admit::Write(_))), "nothing is punched");
+    // The next epoch counts anew.
+    let cleared = gate.register(Millis(0), registration(4)).unwrap();
+    assert_eq!(cleared, []);
+    assert_eq!(gate.punch(5, vec![PblkRange::new(9, 1)]).unwrap().len(), 1);
+}
+
+#[test]
 fn bios_and_reads_above_the_limit_are_refused_until_one_has_ended() {
     let mut gate = gate_with(GateLimits { in_flight_max: 2, ..limits() });
     let first = write(&mut gate, &token(10));

@@ -13,7 +13,8 @@ pub struct Limits {
     pub io_end_life_max_ms: u64,
     /// io_ends in flight per volume and lane; more are refused with a hint to wait.
     pub io_ends_per_volume_max: usize,
-    /// Physical blocks reserved for io_ends in flight, over all volumes.
+    /// Physical blocks reserved for io_ends in flight, over all volumes. A write that is larger by
+    /// itself begins when nothing else is in flight.
     pub in_flight_blocks_max: u64,
     /// Volumes, including those being deleted.
     pub volumes_max: usize,

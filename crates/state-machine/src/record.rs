@@ -75,6 +75,10 @@ pub struct Snapshot {
     pub volumes: BTreeMap<VolumeId, VolumeState>,
     /// All stores ever registered.
     pub stores: BTreeMap<StoreId, StoreState>,
+    /// The name in the certificate with which a store was first registered: no other name may speak
+    /// for it. Not among the fields of the first format: whoever encodes a snapshot puts it behind them.
+    #[serde(skip)]
+    pub store_names: BTreeMap<StoreId, String>,
 }
 
 /// How far the numbers of volumes and the generations leap at a restore: more volumes, and more opens
@@ -94,6 +98,7 @@ impl Snapshot {
             next_store: StoreId(1),
             volumes: BTreeMap::new(),
             stores: BTreeMap::new(),
+            store_names: BTreeMap::new(),
         }
     }
 }
@@ -208,5 +213,12 @@ pub enum Record {
     Restored {
         /// The epoch from here on: higher than any that a store has seen.
         epoch: ClusterEpoch,
+    },
+    /// Only a certificate with this name may register the store from here on.
+    StoreNamed {
+        /// The store.
+        store: StoreId,
+        /// The name.
+        name: String,
     },
 }

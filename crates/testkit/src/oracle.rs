@@ -177,6 +177,8 @@ pub struct Oracle {
     shown: BTreeMap<u64, Shown>,
     /// Reads under way, by when they were sent: each is judged by what was known then.
     reads: BTreeSet<At>,
+    /// Cells and writes that no read sent since then may return there.
+    ruled_out: BTreeMap<(u64, u64), At>,
 }
 
 impl Oracle {
@@ -199,6 +201,7 @@ impl Oracle {
             history: BTreeMap::new(),
             shown: BTreeMap::new(),
             reads: BTreeSet::new(),
+            ruled_out: BTreeMap::new(),
         }
     }
 
@@ -260,10 +263,16 @@ impl Oracle {
     }
 
     /// What this write put into these cells cannot appear there any more: something that was
-    /// sent after the write had been given up was acknowledged over it.
+    /// sent after the write had been given up was acknowledged over it. A read that was sent before
+    /// now may still return it, however late it is answered.
     pub fn rule_out(&mut self, sequence: u64, first: u64, cells: u64) {
-        for (_, known) in self.history.range_mut(first..first + cells) {
-            known.remove(&sequence);
+        let at = self.tick();
+        for (cell, known) in self.history.range_mut(first..first + cells) {
+            if self.reads.is_empty() {
+                known.remove(&sequence);
+            } else if known.contains(&sequence) {
+                self.ruled_out.entry((*cell, sequence)).or_insert(at);
+            }
         }
     }
 
@@ -329,6 +338,10 @@ impl Oracle {
         self.writes.retain(|sequence, write| {
             *sequence == NEVER || needed.contains(sequence) || write.state == State::Pending
         });
+        let history = &self.history;
+        self.ruled_out.retain(|(cell, sequence), _| {
+            history.get(cell).is_some_and(|known| known.contains(sequence))
+        });
     }
 
     /// The system crashed and is back. Pending writes become unknown.
@@ -375,10 +388,11 @@ impl Oracle {
         let is_allowed = |sequence: &u64| {
             let Some(ended) = self.writes[sequence].ended() else { return true };
             let replaced = newest_required.is_some_and(|required| ended < required);
+            let ruled_out = self.ruled_out.get(&(cell, *sequence)).is_some_and(|at| *at < began);
             let decided = self.shown.get(&cell).is_some_and(|shown| {
                 shown.ended < began && shown.sequence != *sequence && ended < shown.began
             });
-            !replaced && !decided
+            !replaced && !decided && !ruled_out
         };
         known.iter().copied().filter(is_allowed).collect()
     }

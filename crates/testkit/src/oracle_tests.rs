@@ -228,3 +228,19 @@ fn a_read_that_was_sent_before_a_flushed_write_may_return_what_was_there_before(
     oracle.end_read(slow);
     assert_eq!(read(&mut oracle, 3, second), Ok(second));
 }
+
+#[test]
+fn a_read_under_way_may_return_what_was_ruled_out_meanwhile_and_a_later_one_may_not() {
+    let mut oracle = oracle();
+    write(&mut oracle, 3, 1);
+    let given_up = oracle.invoke_zeroes(3, 1);
+    oracle.fail_write(given_up);
+    let began = oracle.invoke_read();
+    let over = write(&mut oracle, 3, 1);
+    oracle.rule_out(given_up, 3, 1);
+    let later = oracle.invoke_read();
+    assert!(oracle.check_read(later, 3, &bytes(3, NEVER)).is_err());
+    assert_eq!(oracle.check_read(began, 3, &bytes(3, NEVER)), Ok(given_up));
+    oracle.end_read(began);
+    assert_eq!(oracle.check_read(later, 3, &bytes(3, over)), Ok(over));
+}

@@ -4,7 +4,7 @@
 //! test says for its own thread which bug there is.
 
 /// A bug.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Bug {
     /// A store admits io_ends that it has fenced.
     NoFence,
@@ -38,6 +38,10 @@ pub enum Bug {
     NeverTold,
     /// Credit that is not needed is not given back.
     CreditLeaked,
+    /// What is known of a map stays known while the map changes.
+    ChangeUnnoticed,
+    /// A look-up is believed although the map changed while it was under way.
+    LateLookUpBelieved,
 }
 
 impl Bug {
@@ -59,6 +63,8 @@ impl Bug {
         Self::ToldTwice,
         Self::NeverTold,
         Self::CreditLeaked,
+        Self::ChangeUnnoticed,
+        Self::LateLookUpBelieved,
     ];
 }
 

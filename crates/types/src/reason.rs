@@ -68,6 +68,8 @@ pub enum Reason {
     NotSubmitted = 29,
     /// The peer speaks a version of the protocol that this one does not: upgrade the older of the two.
     Protocol = 30,
+    /// The identity of the caller may not do this.
+    NotAllowed = 31,
 }
 
 impl Reason {
@@ -103,6 +105,7 @@ impl Reason {
         Self::NotReady,
         Self::NotSubmitted,
         Self::Protocol,
+        Self::NotAllowed,
     ];
 
     /// The name as it stands in `google.rpc.ErrorInfo.reason`.
@@ -138,6 +141,7 @@ impl Reason {
             Self::NotReady => "NOT_READY",
             Self::NotSubmitted => "NOT_SUBMITTED",
             Self::Protocol => "PROTOCOL",
+            Self::NotAllowed => "NOT_ALLOWED",
         }
     }
 

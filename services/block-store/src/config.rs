@@ -35,7 +35,8 @@ pub struct Config {
     /// Bios and reads under way in the whole service. Too small: `LIMIT` under load. Too large:
     /// memory.
     pub in_flight_max: usize,
-    /// Bios, or reads, under way in one stream; further ones wait in the stream.
+    /// Bios, or reads, under way in one stream; further ones wait in the stream. At most
+    /// `in_flight_max`.
     pub in_flight_per_stream_max: usize,
     /// Bytes of bios under way in the whole service; further ones wait in their streams. Too small:
     /// no parallelism. Too large: memory.
@@ -153,7 +154,10 @@ impl Validate for Config {
         within("writer_threads", self.writer_threads as u64, 1, 256);
         within("reads_at_once_max", self.reads_at_once_max as u64, 1, 400);
         within("in_flight_max", self.in_flight_max as u64, 1, 1 << 20);
-        within("in_flight_per_stream_max", self.in_flight_per_stream_max as u64, 1, 1 << 16);
+        // A stream alone never meets the bound of all: what it sends at once would be refused as
+        // a whole, again and again.
+        let per_stream_max = (self.in_flight_max as u64).min(1 << 16);
+        within("in_flight_per_stream_max", self.in_flight_per_stream_max as u64, 1, per_stream_max);
         within("bio_bytes_max", self.bio_bytes_max as u64, bio_max, 1 << 31);
         within("read_bytes_max", self.read_bytes_max as u64, bio_max, 1 << 31);
         within("releases_max", self.releases_max as u64, 1, 1 << 20);
@@ -222,6 +226,10 @@ mod tests {
         let keys: Vec<_> = bad.validate().into_iter().map(|fault| fault.key).collect();
         assert_eq!(keys, ["writer_threads", "bio_bytes_max", "capacity_bytes"]);
         assert_eq!(Config { capacity_bytes: Some(0), ..Config::default() }.validate().len(), 1);
+        let in_flight = |in_flight_max, in_flight_per_stream_max| {
+            Config { in_flight_max, in_flight_per_stream_max, ..Config::default() }.validate().len()
+        };
+        assert_eq!((in_flight(8, 8), in_flight(8, 9)), (0, 1));
         assert_eq!(Config { capacity_bytes: Some(4096), ..Config::default() }.validate(), []);
     }
 }

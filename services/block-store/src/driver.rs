@@ -6,11 +6,7 @@
 //!             └──────► BioDone                   └─ what was cleared: FenceDone, StoreReady, punch
 //! ```
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard},
-    time::Instant,
-};
+use std::{collections::HashMap, sync::Arc, time::Instant};
 
 use endio_api::{
     blockstore,
@@ -29,6 +25,7 @@ use endio_types::{
 use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
+use tracing_mutex::stdsync::{Mutex, MutexGuard};
 
 use crate::{
     bio::{self, Reply, Segment},
@@ -393,6 +390,7 @@ impl Driver {
         let turns = state.take_in(cleared);
         drop(state);
         self.start_punches(turns);
+        self.changed.notify_one();
         Ok(())
     }
 
@@ -537,6 +535,7 @@ impl State {
                 Cleared::Fence(fence) => self.outbox.fence_done(fence),
                 Cleared::Epoch(_) => self.is_ready_due = true,
                 Cleared::Punch(turn) => turns.push(turn),
+                Cleared::Punched(punch) => self.outbox.punch_done(punch),
             }
         }
         turns

@@ -21,13 +21,14 @@ mod writer;
 use std::{io, sync::Arc, time::Duration};
 
 use endio_api::{
-    DESCRIPTORS, blockstore::block_store_server::BlockStoreServer, traces::RecorderTraces,
+    DESCRIPTORS, access::rules, blockstore::block_store_server::BlockStoreServer,
+    traces::RecorderTraces,
 };
 use endio_chassis::{
     admin,
     net::{Dialer, Listener},
     recorder::Recorder,
-    server::{self, Readiness, ServeError, ServerOptions},
+    server::{self, Readiness, ServeError, ServerCounters, ServerOptions},
     shutdown::Shutdown,
     trace::Tracer,
 };
@@ -185,9 +186,10 @@ pub async fn start_on(
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let routes = Routes::new(blocks).add_service(RecorderTraces::server(recorder, "block-store"));
     let options = ServerOptions {
+        access: Some(Arc::new(rules::OF_BLOCK_STORE)),
+        counters: ServerCounters::register(&driver.metrics.registry),
         config: config.server.clone(),
         descriptors: vec![DESCRIPTORS],
-        ..ServerOptions::default()
     };
     let server = server::serve(options, listener, routes, readiness.clone(), shutdown);
     let life = Life {

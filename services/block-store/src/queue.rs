@@ -1,9 +1,8 @@
 //! A queue between tasks and threads.
 
-use std::{
-    collections::VecDeque,
-    sync::{Condvar, Mutex, MutexGuard, PoisonError},
-};
+use std::{collections::VecDeque, sync::PoisonError};
+
+use tracing_mutex::stdsync::{Condvar, Mutex, MutexGuard};
 
 /// First in, first out; closed once, and then drained. Bounded by whoever pushes: the gate admits
 /// no more bios than its limit.

@@ -32,6 +32,7 @@ use crate::commit::{Committer, Encoded, Progress};
 use crate::config::Config;
 use crate::handle::{Event, Question, Traced};
 use crate::metrics::Metrics;
+use crate::snapshot;
 use checkpoint::Checkpoints;
 use outbox::Outbox;
 
@@ -110,8 +111,9 @@ impl Driver {
             rebuilt,
         } = store.open()?;
         let snapshot = match snapshot {
-            Some((seq, bytes)) => postcard::from_bytes::<Snapshot>(&bytes)
-                .map_err(|source| DriverError::Decode { seq, source })?,
+            Some((seq, bytes)) => {
+                snapshot::decode(&bytes).map_err(|source| DriverError::Decode { seq, source })?
+            }
             None => Snapshot::new(database(database_id)),
         };
         let from = snapshot.seq;

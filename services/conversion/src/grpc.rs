@@ -3,11 +3,14 @@
 use std::pin::Pin;
 use std::sync::Arc;
 
+use endio_api::access::Identity;
 use endio_api::conversion as proto;
 use endio_api::conversion::conversion_server::Conversion;
 use endio_api::convert::{self, Malformed};
 use endio_api::{protocol, status};
-use endio_state_machine::machine::{Call, Input, Refusal, ReplyBody, VolumeInfo};
+use endio_state_machine::machine::{
+    Call, FromStore, FromWriteback, Input, Refusal, ReplyBody, VolumeInfo,
+};
 use endio_types::{Generation, LblkRange, Reason, VolumeId};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::Stream;
@@ -52,6 +55,20 @@ fn unexpected() -> Status {
 
 fn unknown(name: &str) -> Status {
     status::status(Reason::UnknownVolume, format!("volume {name:?} does not exist"))
+}
+
+/// The name of a writeback instance, with that of its certificate behind it: so nobody speaks for an
+/// instance of another certificate, whatever name they say.
+fn of_certificate(writeback: String, identity: Option<&Identity>) -> Result<String, Status> {
+    match identity {
+        None => Ok(writeback),
+        Some(_) if writeback.contains('@') => {
+            Err(Malformed::new("writeback", "a name has no @ in it").into())
+        }
+        // One that is missing stays so, and is refused.
+        Some(_) if writeback.is_empty() => Ok(writeback),
+        Some(identity) => Ok(format!("{writeback}@{}", identity.name)),
+    }
 }
 
 impl Grpc {
@@ -130,17 +147,22 @@ impl Conversion for Grpc {
         &self,
         request: Request<proto::OpenVolumeRequest>,
     ) -> Answer<proto::OpenVolumeResponse> {
+        let identity = Identity::of_call(&request);
         let request = request.into_inner();
         let call = Call::OpenVolume {
             name: request.name,
-            writeback: request.writeback,
+            writeback: of_certificate(request.writeback, identity.as_ref())?,
             force: request.force,
+            if_generation: request.if_generation.map(Generation),
         };
         match self.handle.call(call).await.map_err(refused)? {
-            ReplyBody::Opened(volume, grant) => Ok(Response::new(proto::OpenVolumeResponse {
-                volume: Some(convert::volume_to_proto(&volume)),
-                read_grant: Some(convert::grant_to_proto(&grant)),
-            })),
+            ReplyBody::Opened(volume, grant, wait_ms) => {
+                Ok(Response::new(proto::OpenVolumeResponse {
+                    volume: Some(convert::volume_to_proto(&volume)),
+                    read_grant: Some(convert::grant_to_proto(&grant)),
+                    wait_ms,
+                }))
+            }
             _ => Err(unexpected()),
         }
     }
@@ -209,13 +231,18 @@ impl Conversion for Grpc {
         &self,
         request: Request<Streaming<proto::WritebackBatch>>,
     ) -> Answer<Self::WritebackSessionStream> {
+        let identity = Identity::of_call(&request);
         let stream = self.handle.open_writeback().await.map_err(refused)?;
         let session = stream.session;
         let decode = move |batch: proto::WritebackBatch| {
+            let identity = identity.clone();
             batch.messages.into_iter().map(move |message| {
                 protocol::check_writeback(&message)?;
                 let traceparent = writeback_trace(&message);
-                let message = convert::from_writeback(message)?;
+                let mut message = convert::from_writeback(message)?;
+                if let FromWriteback::Hello { writeback } = &mut message {
+                    *writeback = of_certificate(std::mem::take(writeback), identity.as_ref())?;
+                }
                 Ok((Input::Writeback { session, message }, traceparent))
             })
         };
@@ -232,13 +259,18 @@ impl Conversion for Grpc {
         &self,
         request: Request<Streaming<proto::StoreBatch>>,
     ) -> Answer<Self::StoreSessionStream> {
+        let identity = Identity::of_call(&request);
         let stream = self.handle.open_store().await.map_err(refused)?;
         let session = stream.session;
         let decode = move |batch: proto::StoreBatch| {
+            let identity = identity.clone();
             batch.messages.into_iter().map(move |message| {
                 protocol::check_store(&message)?;
                 let traceparent = store_trace(&message);
-                let message = convert::from_store(message)?;
+                let mut message = convert::from_store(message)?;
+                if let FromStore::Register { name, .. } = &mut message {
+                    *name = identity.as_ref().map(|identity| identity.name.clone());
+                }
                 Ok((Input::Store { session, message }, traceparent))
             })
         };

@@ -12,16 +12,18 @@ mod grpc;
 mod handle;
 mod metrics;
 mod restore;
+mod snapshot;
 
 use std::sync::Arc;
 
+use endio_api::access::rules;
 use endio_api::conversion::conversion_server::ConversionServer;
 use endio_api::traces::RecorderTraces;
 use endio_chassis::admin;
 use endio_chassis::metrics::Registry;
 use endio_chassis::net::{Dialer, Incoming, Listener};
 use endio_chassis::recorder::Recorder;
-use endio_chassis::server::{Readiness, ServeError, ServerOptions, serve};
+use endio_chassis::server::{Readiness, ServeError, ServerCounters, ServerOptions, serve};
 use endio_chassis::shutdown::Shutdown;
 use endio_chassis::trace::Tracer;
 use endio_store::meta::{DiskMeta, MetaOptions, MetaStore};
@@ -128,13 +130,20 @@ pub async fn start(config: Config, deps: Deps) -> Result<Running, StartError> {
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let traces = RecorderTraces::server(recorder, "conversion");
     let routes = Routes::new(service).add_service(traces);
+    let registry = Registry::default();
+    registry.expose();
     let options = ServerOptions {
+        access: Some(Arc::new(rules::OF_CONVERSION)),
+        counters: ServerCounters::register(&registry),
         config: config.server.clone(),
         descriptors: vec![endio_api::DESCRIPTORS],
-        ..ServerOptions::default()
     };
-    let server =
-        tokio::spawn(serve(options, incoming, routes, readiness.clone(), shutdown.clone()));
+    let server = serve(options, incoming, routes, readiness.clone(), shutdown.clone());
+    let server = tokio::spawn(async move {
+        // Shown as long as somebody has it.
+        let _shown = registry;
+        server.await
+    });
     let driver = start_driver(config, store, queue, readiness, shutdown.clone()).await?;
     Ok(Running { url, driver, server, shutdown })
 }

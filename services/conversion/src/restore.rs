@@ -21,6 +21,7 @@ use endio_store::meta::{
 use endio_types::{ClusterEpoch, IoEndId, Millis};
 
 use crate::driver::{DriverError, database};
+use crate::snapshot;
 
 /// How far the epoch leaps unless told otherwise: more starts of conversion than there can have been
 /// since any backup. An epoch has 24 bits in the number of an io_end, so there is room for 255 restores.
@@ -129,7 +130,7 @@ fn recover(store: &DiskMeta) -> Result<Opened, RestoreError> {
         store.open()?;
     let decode = |seq| move |source| DriverError::Decode { seq, source };
     let snapshot = match snapshot {
-        Some((seq, bytes)) => postcard::from_bytes::<Snapshot>(&bytes).map_err(decode(seq))?,
+        Some((seq, bytes)) => snapshot::decode(&bytes).map_err(decode(seq))?,
         None => Snapshot::new(database(database_id)),
     };
     let mut machine = Machine::recover(<_>::default(), table, snapshot);

@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 const EVERY_VOLUME: &str = "*";
 /// Behind a volume: it may be read, and not changed.
 const READ_ONLY: &str = "@ro";
+/// Behind a volume: it may also be created, resized and deleted.
+const MANAGE: &str = "@manage";
 
 /// What a client may do with a volume. The greater one includes the smaller one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -14,13 +16,36 @@ pub enum Access {
     ReadOnly,
     /// Read and change it.
     ReadWrite,
+    /// Also create, resize and delete it, which NBD has no words for.
+    Manage,
 }
 
-/// What the holder of a certificate with this common name (`None`: there is none) may do with a
-/// volume; `None`: nothing.
+/// Volume and access of one entry of a list: `volume`, `volume@ro`, `volume@manage`; `*` stands for
+/// every volume. `None`: it is none.
+fn parse(entry: &str) -> Option<(&str, Access)> {
+    let (of, access) = match entry.split_once('@') {
+        None => (entry, Access::ReadWrite),
+        Some((of, _)) if entry.ends_with(READ_ONLY) => (of, Access::ReadOnly),
+        Some((of, _)) if entry.ends_with(MANAGE) => (of, Access::Manage),
+        Some(_) => return None,
+    };
+    let is_whole = entry.matches('@').count() <= 1 && !of.is_empty();
+    is_whole.then_some((of, access))
+}
+
+/// The entries of a list that mean nothing, as `client: entry`.
+pub(crate) fn faults(clients: &BTreeMap<String, Vec<String>>) -> Vec<String> {
+    let entries = clients.iter().flat_map(|(who, list)| list.iter().map(move |entry| (who, entry)));
+    let bad = entries.filter(|(_, entry)| parse(entry).is_none());
+    bad.map(|(who, entry)| format!("{who}: {entry:?}")).collect()
+}
+
+/// What the holder of a certificate with this name (`None`: there is none) may do with a volume;
+/// `None`: nothing.
 ///
-/// `clients` has for each name what it may use: `volume`, `volume@ro`, `*` or `*@ro`; of several that
-/// fit, the widest counts. Without any client in it, everybody may do everything.
+/// `clients` has for each name what it may use: `volume`, `volume@ro`, `volume@manage`, and `*` for
+/// every volume; of several that fit, the widest counts. Without any client in it, everybody may
+/// read and change every volume.
 pub fn access(
     clients: &BTreeMap<String, Vec<String>>,
     name: Option<&str>,
@@ -30,10 +55,7 @@ pub fn access(
         return Some(Access::ReadWrite);
     }
     let allowed = clients.get(name?)?.iter().filter_map(|entry| {
-        let (of, access) = match entry.strip_suffix(READ_ONLY) {
-            Some(of) => (of, Access::ReadOnly),
-            None => (entry.as_str(), Access::ReadWrite),
-        };
+        let (of, access) = parse(entry)?;
         (of == EVERY_VOLUME || of == volume).then_some(access)
     });
     allowed.max()
@@ -67,6 +89,18 @@ mod tests {
         assert_eq!(access("backup", "scratch"), Some(Access::ReadWrite));
         assert_eq!(access("reader", "a"), Some(Access::ReadOnly));
         assert_eq!(access("reader", "b"), None);
+    }
+
+    #[test]
+    fn an_entry_that_means_nothing_is_told_and_allows_nothing() {
+        let good = clients(&[("alice", &["a", "a@ro", "a@manage", "*", "*@ro", "*@manage"])]);
+        assert_eq!(faults(&good), Vec::<String>::new());
+        let bad = ["", "@ro", "a@", "a@rw", "a@ro@ro", "a@b@manage", "a@ro "];
+        let bad = clients(&[("alice", &bad)]);
+        assert_eq!(faults(&bad).len(), 7);
+        for volume in ["", "a", "a@", "a@ro", "a@b"] {
+            assert_eq!(access(&bad, Some("alice"), volume), None, "{volume}");
+        }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What an operator may set. Every limit has a unit, a default, a bound and a reason.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use endio_chassis::config::{Fault, Validate};
@@ -9,6 +10,7 @@ use endio_chassis::telemetry::TelemetryConfig;
 use endio_chassis::tls::TlsConfig;
 use serde::{Deserialize, Serialize};
 
+use crate::access;
 use crate::nbd::NbdTls;
 
 /// Configuration of the writeback service.
@@ -25,8 +27,15 @@ pub struct Config {
     /// Where the NBD export listens; absent: no export.
     pub nbd_listen: Option<ListenAddr>,
     /// STARTTLS for NBD clients; absent: none.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub nbd_tls: Option<NbdTls>,
+    /// Without `nbd_tls`: take addresses that are not loopback. Whoever reaches them opens every
+    /// volume.
+    pub nbd_insecure_any_address: bool,
+    /// Name in a client's certificate (`endio://client/NAME`), and the volumes that it may use over
+    /// gRPC: `volume` (read and change), `volume@ro` (read), `volume@manage` (also create, resize,
+    /// delete); `*`: all. Empty: every client reads and changes every volume.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub clients: BTreeMap<String, Vec<String>>,
     /// How long a request waits for what is away or full before its caller gets an error, in ms.
     /// Too small: a restart of a peer becomes an I/O error. Too large: a caller hangs. 100 to
     /// 3,600,000.
@@ -98,7 +107,8 @@ pub struct Config {
     pub session_queue: usize,
     /// Bios or reads waiting for one store's stream. 1 to 65,536.
     pub store_queue: usize,
-    /// How long a stop may write out before what is held is named and left, in ms.
+    /// How long a stop may finish requests and write out before what is held is named and left, in
+    /// ms. What is left is in the cache log.
     pub drain_deadline_ms: u64,
     /// Mutual TLS of the gRPC server and of connections to peers.
     pub tls: TlsConfig,
@@ -122,6 +132,8 @@ impl Default for Config {
             cache_dir: PathBuf::from("endio-data/cache"),
             nbd_listen: None,
             nbd_tls: None,
+            nbd_insecure_any_address: false,
+            clients: BTreeMap::new(),
             io_timeout_ms,
             dirty_bytes_soft: 64 << 20,
             dirty_bytes_max: 256 << 20,
@@ -209,6 +221,13 @@ impl Validate for Config {
             let why = "names clients, but without client_authorities none can show who it is";
             faults.push(Fault::new("nbd_tls.clients", why));
         }
+        let of_nbd = tls.map(|tls| ("nbd_tls.clients", &tls.clients));
+        for (key, list) in [("clients", &self.clients)].into_iter().chain(of_nbd) {
+            for entry in access::faults(list) {
+                let why = format!("{entry} is no VOLUME, VOLUME@ro or VOLUME@manage");
+                faults.push(Fault::new(key, why));
+            }
+        }
         faults.extend(self.tls.faults());
         faults.extend(self.server.faults());
         faults
@@ -217,6 +236,7 @@ impl Validate for Config {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
     #[test]
@@ -229,5 +249,18 @@ mod tests {
         let config = Config { io_timeout_ms: 0, write_out_blocks: 0, ..Config::default() };
         let keys: Vec<_> = config.validate().into_iter().map(|fault| fault.key).collect();
         assert_eq!(keys, ["io_timeout_ms", "write_out_blocks"]);
+    }
+
+    #[test]
+    fn nbd_tls_is_taken_from_the_environment() {
+        let name = "T_NBD_TLS".to_owned();
+        let text = r#"{certificate="/c", key="/k", client_authorities="/ca"}"#;
+        let flags = serde_json::json!({});
+        let config =
+            endio_chassis::config::load_with_env(None, "T", [(name, text.to_owned())], &flags);
+        let config: Config = config.unwrap();
+        let tls = config.nbd_tls.unwrap();
+        assert_eq!((tls.certificate, tls.key), ("/c".into(), "/k".into()));
+        assert!(tls.required, "what is not said is the safe choice");
     }
 }

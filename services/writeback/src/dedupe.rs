@@ -1,6 +1,6 @@
 //! Retry keys for tasks: one try of a request at a time, applied at most once.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use endio_api::writeback::RetryKey;
 use endio_state_machine::writeback::sessions::{
@@ -9,6 +9,7 @@ use endio_state_machine::writeback::sessions::{
 use endio_types::{Millis, Reason};
 use tokio::sync::Notify;
 use tokio::time::Instant;
+use tracing_mutex::stdsync::{Mutex, MutexGuard};
 
 use crate::failure::Failure;
 

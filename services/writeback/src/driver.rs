@@ -4,8 +4,8 @@
 //!   Starting ── session stands, log replayed ──► Serving ── stop asked for ──► Draining ──► ended
 //! ```
 
+use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use endio_api::access;
@@ -23,6 +23,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tracing_mutex::stdsync::Mutex;
 
 use crate::config::Config;
 use crate::conversion::Conversion;
@@ -81,6 +82,7 @@ pub(crate) fn build(
     opened: Opened,
     dialer: Dialer,
     recorder: Recorder,
+    is_insecure: bool,
 ) -> Result<(Arc<Engine>, Replay, JoinHandle<()>), StartError> {
     let Opened { log, replay, identity } = opened;
     let ms = Duration::from_millis;
@@ -142,6 +144,7 @@ pub(crate) fn build(
         log: Log::start(log),
         metrics,
         recorder,
+        is_insecure,
         started: tokio::time::Instant::now(),
         room: Notify::new(),
         opening: Mutex::default(),
@@ -195,15 +198,18 @@ impl Life {
         // Refuses new work also when the server ended by itself.
         shutdown.request();
         readiness.set_not_ready().await;
+        // One deadline for all that follows, so that whoever stops the process knows how long to wait.
+        let until = Instant::now() + Duration::from_millis(engine.config.drain_deadline_ms);
+        nbd.iter().for_each(Serving::begin_stop);
         engine.drain();
         let served = match early {
             Some(served) => served,
             None => server.await,
         };
         // What NBD clients were told is done is in the cache before it is written out.
-        stop_nbd(nbd, &engine, &shutdown).await;
+        stop_nbd(nbd, until, &shutdown).await;
         let held = match recovered {
-            Some(()) => write_everything_out(&engine, &shutdown).await,
+            Some(()) => write_everything_out(&engine, until, &shutdown).await,
             // What was not replayed is in the log, where the next start finds it.
             None => {
                 recovery.abort();
@@ -227,11 +233,10 @@ impl Life {
 }
 
 /// Ends the NBD server; one that overruns its deadline is left, and the process ends without it.
-async fn stop_nbd(nbd: Option<Serving>, engine: &Engine, shutdown: &Shutdown) {
+async fn stop_nbd(nbd: Option<Serving>, until: Instant, shutdown: &Shutdown) {
     let Some(nbd) = nbd else { return };
-    let deadline = Duration::from_millis(engine.config.drain_deadline_ms);
     tokio::select! {
-        stopped = tokio::time::timeout(deadline, nbd.stop()) => {
+        stopped = tokio::time::timeout_at(until, nbd.stop()) => {
             if stopped.is_err() {
                 tracing::warn!("requests of nbd clients are still under way");
             }
@@ -264,12 +269,15 @@ async fn recover(engine: Arc<Engine>, replay: Replay, readiness: Readiness) -> R
 }
 
 /// Writes out what is dirty. Returns what is left at the deadline, by name.
-async fn write_everything_out(engine: &Arc<Engine>, shutdown: &Shutdown) -> Vec<String> {
-    let deadline = Instant::now() + Duration::from_millis(engine.config.drain_deadline_ms);
+async fn write_everything_out(
+    engine: &Arc<Engine>,
+    until: Instant,
+    shutdown: &Shutdown,
+) -> Vec<String> {
     loop {
         engine.want_everything_out();
         let held = engine.held();
-        if held.is_empty() || Instant::now() >= deadline || shutdown.is_forced() {
+        if held.is_empty() || Instant::now() >= until || shutdown.is_forced() {
             return held;
         }
         tokio::time::sleep(DRAIN_LOOK).await;

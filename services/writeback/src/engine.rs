@@ -3,6 +3,7 @@
 //! Every request that changes something runs in a task of its own, so that a client that goes away
 //! leaves nothing half done and nothing locked.
 
+pub(crate) mod direct;
 mod flusher;
 mod inspect;
 mod merge;
@@ -10,6 +11,7 @@ mod range;
 mod read;
 mod replay;
 mod status;
+mod stored;
 mod sync;
 mod volumes;
 mod write;
@@ -17,7 +19,7 @@ mod write_out;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use endio_chassis::recorder::Recorder;
@@ -28,6 +30,7 @@ use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tracing_mutex::stdsync::Mutex;
 
 pub use range::{RangeKind, RangeOp, Ranged};
 pub use read::{Piece, ReadOp};
@@ -73,8 +76,10 @@ impl Identity {
         format!("wb-{}/{}", self.uuid, self.start)
     }
 
-    /// Whether an owner's name is that of an earlier start of the same cache directory.
+    /// Whether an owner's name is that of an earlier start of the same cache directory. Conversion
+    /// writes the name in the certificate behind it: `wb-UUID/START@NAME`.
     pub fn is_earlier_start(&self, owner: &str) -> bool {
+        let owner = owner.split('@').next().unwrap_or_default();
         owner.strip_prefix("wb-").and_then(|rest| rest.split_once('/')).is_some_and(
             |(uuid, start)| {
                 uuid == self.uuid && start.parse::<u64>().is_ok_and(|start| start <= self.start)
@@ -96,6 +101,8 @@ pub struct Engine {
     pub(crate) dedupe: Arc<Dedupe>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) recorder: Recorder,
+    /// gRPC clients are served without TLS.
+    pub(crate) is_insecure: bool,
     /// When this process started to serve.
     pub(crate) started: Instant,
     pub(crate) throttle: Mutex<Throttle>,
@@ -124,20 +131,22 @@ impl Engine {
         VolumeLimits { credit, map_entries_max: self.config.map_entries_per_volume }
     }
 
-    pub(crate) fn throttle(&self) -> MutexGuard<'_, Throttle> {
-        self.throttle.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Asks or changes the throttle. It is the innermost lock, taken under a volume's state: `with`
+    /// takes no other. A guard in an expression would live to the end of the whole statement.
+    pub(crate) fn throttled<T>(&self, with: impl FnOnce(&mut Throttle) -> T) -> T {
+        with(&mut self.throttle.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Versions of blocks of a volume became dirty.
     pub(crate) fn dirtied(&self, volume: u64, blocks: u64) {
-        self.throttle().add(VolumeId(volume), blocks * BLOCK_BYTES);
+        self.throttled(|throttle| throttle.add(VolumeId(volume), blocks * BLOCK_BYTES));
         self.metrics.dirty_bytes.add(i64::try_from(blocks * BLOCK_BYTES).unwrap_or(i64::MAX));
     }
 
     /// Versions of blocks of a volume are not dirty any more.
     pub(crate) fn undirtied(&self, volume: u64, blocks: u64) {
         if blocks > 0 {
-            self.throttle().sub(VolumeId(volume), blocks * BLOCK_BYTES);
+            self.throttled(|throttle| throttle.sub(VolumeId(volume), blocks * BLOCK_BYTES));
             let bytes = i64::try_from(blocks * BLOCK_BYTES).unwrap_or(i64::MAX);
             self.metrics.dirty_bytes.add(-bytes);
             self.room.notify_waiters();
@@ -188,6 +197,9 @@ mod tests {
     fn only_an_earlier_start_of_the_same_directory_is_taken_for_ours() {
         let us = Identity { uuid: "aa".to_owned(), start: 3 };
         assert!(us.is_earlier_start("wb-aa/2"));
+        assert!(us.is_earlier_start("wb-aa/2@w1"));
+        assert!(!us.is_earlier_start("wb-aa/4@w1"));
+        assert!(!us.is_earlier_start("wb-ab/2@wb-aa/2"));
         assert!(us.is_earlier_start(&us.writeback()));
         assert!(!us.is_earlier_start("wb-aa/4"));
         assert!(!us.is_earlier_start("wb-ab/2"));

@@ -47,6 +47,11 @@ impl Failure {
         Self::new(Reason::PeerAway, "the conversion service cannot be reached now")
     }
 
+    /// Whether it says that the volume is not open here any more.
+    pub fn ends_volume(&self) -> bool {
+        matches!(self.reason, Reason::OldGeneration | Reason::UnknownVolume)
+    }
+
     /// A newer generation of the volume exists.
     pub fn fenced() -> Self {
         Self::new(Reason::OldGeneration, "the volume was opened by somebody else since")

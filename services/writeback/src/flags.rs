@@ -31,10 +31,21 @@ pub struct Flags {
     /// Address of the NBD export.
     #[arg(long)]
     pub nbd_listen: Option<ListenAddr>,
+    /// Without TLS for NBD (`nbd_tls`): take addresses that are not loopback. Whoever reaches them
+    /// opens every volume.
+    #[arg(long)]
+    #[serde(skip_serializing_if = "is_false")]
+    pub nbd_insecure_any_address: bool,
     /// Where /metrics, /healthz and /readyz are served, e.g. 127.0.0.1:7410; port 0 chooses one.
     #[arg(long, value_name = "ADDR")]
     pub metrics_listen: Option<String>,
     /// Whether connections are secured.
     #[command(flatten)]
     pub tls: TlsFlags,
+}
+
+/// A flag that was not given leaves the configuration as it is.
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde calls it with a reference")]
+fn is_false(flag: &bool) -> bool {
+    !flag
 }

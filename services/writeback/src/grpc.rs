@@ -1,5 +1,6 @@
 //! The skin: decode, hand over, await, encode. No rule of the domain lives here.
 
+mod caller;
 mod inspect;
 mod io;
 mod submit;

@@ -21,8 +21,9 @@ use endio_chassis::backoff::{Backoff, Delays};
 use endio_chassis::metrics::Histogram;
 use endio_chassis::trace::{Span, Why};
 use endio_failpoints::{Point, reach};
+use endio_state_machine::writeback::layout::{lblk_at, ranges_of};
 use endio_state_machine::writeback::map_cache::Part;
-use endio_types::{BLOCK_SIZE, LblkRange, Reason};
+use endio_types::{BLOCK_SIZE, Lblk, LblkRange, Reason};
 use futures_util::StreamExt as _;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
@@ -66,17 +67,6 @@ impl Job {
 
     fn blocks(&self) -> u64 {
         self.ranges.iter().map(|range| range.len).sum()
-    }
-
-    /// The logical block of the write's n-th block.
-    fn lblk(&self, mut n: u64) -> Option<u64> {
-        for range in &self.ranges {
-            if n < range.len {
-                return Some(range.start.0 + n);
-            }
-            n -= range.len;
-        }
-        None
     }
 }
 
@@ -160,6 +150,15 @@ impl Submitter {
             // What follows is recorded in all services: attempt 2 of the same trace.
             job.span.set("attempt", attempt + 1);
             job.span.keep(Why::Retried);
+            // Ordinary when a store restarts, and then as many lines as writes were under way.
+            tracing::debug!(
+                volume = %job.name,
+                attempt,
+                store = missed.store,
+                reason = %missed.failure.reason,
+                error = %missed.failure.detail,
+                "a write begins again"
+            );
             note_store(&mut avoid, missed.store);
             pause(&mut pauses, &missed.failure, job.deadline).await?;
         }
@@ -319,7 +318,8 @@ impl Flight<'_> {
     fn bio(&self, segment: &Segment, crcs: &[u32]) -> Option<(Bio, Span)> {
         let token = segment.token.clone()?;
         // Both sides count the blocks of a write alike, or its data would land elsewhere.
-        if self.job.lblk(segment.offset_blocks.into()) != Some(segment.lblk) {
+        let lblk = lblk_at(&self.job.ranges, segment.offset_blocks.into());
+        if lblk != Some(Lblk(segment.lblk)) {
             return None;
         }
         let first = segment.offset_blocks as usize;
@@ -415,33 +415,25 @@ impl Flight<'_> {
 /// written by redirection: every block gets the place that was granted for it.
 fn placed(job: &Job, segments: &[Segment], crcs: &[u32]) -> Vec<Part<Arc<Extent>>> {
     let mut parts = Vec::new();
-    let mut range = job.ranges.iter().copied();
-    let mut rest = range.next();
     for first in segments.iter().filter(|segment| segment.replica == 0) {
         let copies = segments.iter().filter(|s| s.offset_blocks == first.offset_blocks);
         let places: Vec<(u32, u64)> =
             copies.filter_map(|s| s.token.as_ref()).map(|t| (t.store, t.pblk)).collect();
-        let mut done = 0;
-        let mut left = first.token.as_ref().map_or(0, |token| u64::from(token.blocks));
-        while let Some(at) = rest.filter(|_| left > 0) {
-            let len = at.len.min(left);
-            let from = first.offset_blocks as usize + done as usize;
-            let crc32c = crcs.get(from..from + len as usize).unwrap_or_default().to_vec();
-            let place = |(store, pblk): &(u32, u64)| Place { store: *store, pblk: pblk + done };
+        let blocks = first.token.as_ref().map_or(0, |token| u64::from(token.blocks));
+        let offset = u64::from(first.offset_blocks);
+        for (range, nth) in ranges_of(&job.ranges, offset, blocks) {
+            let from = nth as usize;
+            let crc32c = crcs.get(from..from + range.len as usize).unwrap_or_default().to_vec();
+            let place =
+                |(store, pblk): &(u32, u64)| Place { store: *store, pblk: pblk + (nth - offset) };
             let extent = Extent {
-                lblk: at.start.0,
-                blocks: u32::try_from(len).unwrap_or(u32::MAX),
+                lblk: range.start.0,
+                blocks: u32::try_from(range.len).unwrap_or(u32::MAX),
                 state: ExtentState::Written.into(),
                 places: places.iter().map(place).collect(),
                 crc32c,
             };
-            parts.push((LblkRange::new(at.start.0, len), Some(Arc::new(extent))));
-            done += len;
-            left -= len;
-            rest = match at.len > len {
-                true => Some(LblkRange::new(at.start.0 + len, at.len - len)),
-                false => range.next(),
-            };
+            parts.push((range, Some(Arc::new(extent))));
         }
     }
     parts

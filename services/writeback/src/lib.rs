@@ -30,10 +30,11 @@ use std::io;
 use std::sync::Arc;
 
 use endio_api::DESCRIPTORS;
+use endio_api::access::rules;
 use endio_chassis::admin;
 use endio_chassis::net::{Dialer, Listener, NetError};
 use endio_chassis::recorder::Recorder;
-use endio_chassis::server::{self, Readiness, ServeError, ServerOptions};
+use endio_chassis::server::{self, Readiness, ServeError, ServerCounters, ServerOptions};
 use endio_chassis::shutdown::Shutdown;
 use endio_chassis::trace::Tracer;
 use endio_store::cache_log::CacheLogError;
@@ -158,6 +159,7 @@ impl Running {
 pub async fn start(config: Config, deps: Deps) -> Result<Running, StartError> {
     let Deps { listener, dialer, recorder, shutdown } = deps;
     let url = listener.url().to_owned();
+    let is_insecure = url.starts_with("http://") || url.starts_with("unix:");
     let nbd = nbd::bind(&config).await.map_err(StartError::Nbd)?;
     let mut config = config;
     // Clients ask for the port that was chosen.
@@ -165,12 +167,14 @@ pub async fn start(config: Config, deps: Deps) -> Result<Running, StartError> {
     let opening = config.clone();
     let opened = tokio::task::spawn_blocking(move || driver::open(&opening));
     let opened = opened.await.map_err(StartError::Interrupted)??;
+    let server_config = config.server.clone();
+    let (engine, replay, session) = driver::build(config, opened, dialer, recorder, is_insecure)?;
     let options = ServerOptions {
-        config: config.server.clone(),
+        access: Some(Arc::new(rules::OF_WRITEBACK)),
+        counters: ServerCounters::register(&engine.metrics.registry),
+        config: server_config,
         descriptors: vec![DESCRIPTORS],
-        ..ServerOptions::default()
     };
-    let (engine, replay, session) = driver::build(config, opened, dialer, recorder)?;
     let readiness = Readiness::new(grpc::SERVICES).await;
     admin::watch("writeback", &readiness);
     engine.show_gauges();

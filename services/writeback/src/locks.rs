@@ -1,11 +1,12 @@
 //! The range lock of a volume for tasks: a guard that is released when it is dropped.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use endio_state_machine::writeback::range_lock::{Acquired, Mode, RangeLock, Ticket};
 use endio_types::LblkRange;
 use tokio::sync::oneshot;
+use tracing_mutex::stdsync::{Mutex, MutexGuard};
 
 /// First-in-first-out exclusive locks on ranges of blocks.
 #[derive(Default)]

@@ -1,6 +1,6 @@
 //! The cache log for tasks: appends in place, flushes on a blocking thread for all who wait.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, PoisonError, Weak};
 
 use endio_failpoints::{Bug, is_planted};
 use endio_state_machine::writeback::Lsn;
@@ -9,6 +9,7 @@ use endio_state_machine::writeback::sessions::RequestKey;
 use endio_store::cache_log::{CacheLog, CacheLogError, WriteRecord};
 use endio_types::{Generation, LblkRange, VolumeId};
 use tokio::sync::watch;
+use tracing_mutex::stdsync::{Mutex, MutexGuard};
 
 use crate::failure::Failure;
 

@@ -16,6 +16,7 @@ mod name;
 mod status;
 mod tls;
 
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -75,6 +76,12 @@ pub enum NbdError {
     /// The address names no socket.
     #[error("nbd_listen {0} is neither IP:PORT nor unix:PATH")]
     Address(ListenAddr),
+    /// Without TLS only loopback addresses are taken.
+    #[error(
+        "without nbd_tls, nbd_listen {0} is refused: it is not a loopback address; give nbd_tls, or \
+         --nbd-insecure-any-address if everybody on that network may open every volume"
+    )]
+    NotLoopback(SocketAddr),
     /// The socket cannot be bound.
     #[error("nbd_listen cannot be bound")]
     Listen(#[source] ListenError),
@@ -105,7 +112,20 @@ pub(crate) async fn bind(config: &Config) -> Result<Option<Bound>, NbdError> {
         ListenAddr::Memory(_) => return Err(NbdError::Address(listen.clone())),
     };
     let tls = match &config.nbd_tls {
-        None => None,
+        None => {
+            if let NbdAddr::Tcp(at) = &address
+                && !at.ip().is_loopback()
+            {
+                if !(config.nbd_insecure_any_address || config.tls.insecure_any_address) {
+                    return Err(NbdError::NotLoopback(*at));
+                }
+                tracing::warn!(
+                    listen = %at,
+                    "nbd is in the clear: whoever reaches the port may open every volume"
+                );
+            }
+            None
+        }
         Some(tls) => {
             let files = TlsFiles {
                 certificate: tls.certificate.clone(),
@@ -157,7 +177,13 @@ pub(crate) struct Serving {
 }
 
 impl Serving {
-    /// Refuses new requests, finishes those that run, and closes the connections.
+    /// From now on nothing new begins and nobody connects; what runs is finished. Who asks the
+    /// engine to drain does this first, so that no client hears of it.
+    pub(crate) fn begin_stop(&self) {
+        self.server.stop();
+    }
+
+    /// Finishes the requests that run, and closes the connections.
     pub(crate) async fn stop(self) {
         self.server.stop();
         if let Err(error) = self.accepting.await {
@@ -219,7 +245,7 @@ impl Exports for Volumes {
         let observer = Observer::of(identity(client));
         if let Some(volume) = &volume {
             observer.watch(volume);
-            info.size = volume.state().size_bytes;
+            info.size = volume.state().view.size_bytes();
         }
         let engine = Arc::clone(&self.engine);
         let has_flushed = AtomicBool::new(false);
@@ -434,5 +460,20 @@ mod tests {
         let no_space = |reason: &&Reason| errno(**reason) == Errno::NoSpc;
         let told: Vec<_> = Reason::ALL.iter().filter(no_space).collect();
         assert_eq!(told, [&Reason::NoSpace, &Reason::MetadataFull]);
+    }
+
+    #[tokio::test]
+    async fn without_tls_only_loopback_addresses_are_taken_unless_any_is_asked_for() {
+        let mut config = Config {
+            nbd_listen: Some(ListenAddr::Tcp("0.0.0.0:0".to_owned())),
+            ..Config::default()
+        };
+        let refused = bind(&config).await.err().expect("everybody could open every volume");
+        assert!(matches!(refused, NbdError::NotLoopback(_)), "{refused}");
+        config.nbd_insecure_any_address = true;
+        assert!(matches!(bind(&config).await, Ok(Some(_))));
+        config.nbd_insecure_any_address = false;
+        config.nbd_listen = Some(ListenAddr::Tcp("127.0.0.1:0".to_owned()));
+        assert!(matches!(bind(&config).await, Ok(Some(_))));
     }
 }

@@ -11,6 +11,7 @@
 mod link;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use endio_api::conversion::{
@@ -18,6 +19,7 @@ use endio_api::conversion::{
 };
 use endio_chassis::net::Dialer;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::failure::Failure;
@@ -83,6 +85,34 @@ enum Command {
 pub(crate) struct Session {
     commands: mpsc::Sender<Command>,
     link: watch::Receiver<Link>,
+    tenure: Arc<Tenure>,
+}
+
+/// For how long nobody else serves the volumes that are open here, whatever happened to the
+/// session: what is answered without asking anybody is answered under this.
+#[derive(Debug)]
+pub(crate) struct Tenure {
+    start: Instant,
+    ends_after_us: AtomicU64,
+}
+
+impl Tenure {
+    fn new() -> Self {
+        Self { start: Instant::now(), ends_after_us: AtomicU64::new(0) }
+    }
+
+    /// A lease was granted in answer to what was sent then. An eighth of it is kept back, for
+    /// clocks that run at different speeds.
+    fn granted(&self, sent: Instant, lease: Duration) {
+        let ends = (sent + lease - lease / 8).saturating_duration_since(self.start);
+        let ends = u64::try_from(ends.as_micros()).unwrap_or(u64::MAX);
+        self.ends_after_us.fetch_max(ends, Ordering::Release);
+    }
+
+    fn holds(&self) -> bool {
+        let now = u64::try_from(self.start.elapsed().as_micros()).unwrap_or(u64::MAX);
+        now < self.ends_after_us.load(Ordering::Acquire)
+    }
 }
 
 impl Session {
@@ -97,8 +127,15 @@ impl Session {
     ) -> (Self, tokio::task::JoinHandle<()>) {
         let (commands, queue) = mpsc::channel(limits.queue);
         let (tell, link) = watch::channel(Link::default());
-        let task = link::Task { writeback, url, dialer, limits, events, tell, stop };
-        (Self { commands, link }, tokio::spawn(task.run(queue)))
+        let tenure = Arc::new(Tenure::new());
+        let granted = Arc::clone(&tenure);
+        let task = link::Task { writeback, url, dialer, limits, events, tell, granted, stop };
+        (Self { commands, link, tenure }, tokio::spawn(task.run(queue)))
+    }
+
+    /// Whether the lease holds, so that no other writeback serves what is open here.
+    pub(crate) fn lease_holds(&self) -> bool {
+        self.tenure.holds()
     }
 
     /// The state now.

@@ -7,7 +7,7 @@
 mod exchange;
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -18,6 +18,7 @@ use endio_api::conversion::Store;
 use endio_chassis::net::Dialer;
 use endio_types::Reason;
 use tokio::sync::oneshot;
+use tracing_mutex::stdsync::Mutex;
 
 use crate::failure::Failure;
 use exchange::{Exchange, Reads, Writes};

@@ -1,9 +1,10 @@
 //! The volumes that are open here, and what the session with conversion says about them.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use endio_api::conversion::{ReadConfirm, Reserve, Store};
+use tracing_mutex::stdsync::{Mutex, MutexGuard};
 
 use crate::failure::Failure;
 use crate::session::Events;
@@ -92,6 +93,13 @@ impl Events for Table {
             Ok(_) => {
                 state.credit.granted(request);
             }
+            Err(failure) if failure.ends_volume() => {
+                drop(state);
+                tracing::warn!(volume = %volume.name, error = %failure, "not open here any more");
+                volume.let_go(failure);
+                self.remove(&volume);
+                return;
+            }
             Err(failure) => {
                 state.credit.refused(request);
                 let held_blocks = state.credit.held();
@@ -123,7 +131,7 @@ impl Events for Table {
         let confirm = |volume: &Arc<Volume>| ReadConfirm {
             volume: volume.id,
             generation: volume.generation,
-            map_version: volume.state().oldest_read(),
+            map_version: volume.state().view.oldest_read().0,
         };
         self.all().iter().map(confirm).collect()
     }

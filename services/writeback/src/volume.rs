@@ -4,7 +4,7 @@
 //! state to change waits on [`Volume::wait`], which cannot miss a change.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use bytes::Bytes;
 use endio_api::common::{Extent, ReadGrant};
@@ -14,11 +14,14 @@ use endio_state_machine::writeback::credit::{Credit, CreditPolicy};
 use endio_state_machine::writeback::dirty::DirtyMap;
 use endio_state_machine::writeback::errseq::{Cursor, ErrSeq};
 use endio_state_machine::writeback::map_cache::{ChangeId, MapCache, Part};
-use endio_types::{BLOCK_BYTES, ByteRange, LblkRange, Reason, VOLUME_BYTES_MAX};
+use endio_state_machine::writeback::view::VolumeView;
+use endio_types::{BLOCK_BYTES, ByteRange, LblkRange, MapVersion, Reason, VOLUME_BYTES_MAX};
 use tokio::sync::Notify;
 use tokio::time::Instant;
+use tracing_mutex::stdsync::{Mutex, MutexGuard};
 
 use crate::engine::Meter;
+use crate::engine::direct::DirectQueue;
 use crate::failure::Failure;
 use crate::locks::Locks;
 
@@ -56,20 +59,19 @@ pub struct Volume {
 
 /// What changes.
 pub struct State {
-    /// Size as clients of this service see it, bytes: acknowledged extensions count.
-    pub size_bytes: u64,
-    /// Size that conversion knows, bytes.
-    pub durable_size_bytes: u64,
-    /// Map version at which the size was set last; what an older map says of it is of the past.
-    sized_at: u64,
+    /// Its size, and the versions of its map that reads use.
+    pub view: VolumeView,
     /// Acknowledged and not yet converted.
     pub dirty: DirtyMap<CachedBlock>,
     /// Since when something is dirty.
     pub dirty_since: Option<Instant>,
     /// Space promised by conversion.
     pub credit: Credit,
-    /// Number of the request that sets the credit anew, while its answer is owed.
+    /// Number of the request that sets the credit anew, while its answer is owed. Until then it is
+    /// not known whether the volume is still open here.
     pub credit_reset: Option<u64>,
+    /// Why conversion promised no more space when it was asked last.
+    pub credit_refusal: Option<Failure>,
     /// Failed write-outs.
     pub errors: ErrSeq<Failure>,
     /// Counts the failed write-outs.
@@ -89,16 +91,14 @@ pub struct State {
     pub last_clean: Lsn,
     /// Write-out rests until then, after a failure.
     pub rest_until: Option<Instant>,
-    /// Reads under way, by the map version that they may use.
-    reads: BTreeMap<u64, usize>,
-    /// Newest map version seen.
-    map_version: u64,
     /// Permission to read, as conversion gave it last.
     pub grant: Option<ReadGrant>,
     /// Bytes of direct writes under way.
     pub direct_bytes: u64,
     /// First block and number of blocks of the direct writes under way; their locks keep them apart.
     pub direct: BTreeMap<u64, u64>,
+    /// Direct writes that wait to share an io_end.
+    pub(crate) direct_queue: DirectQueue,
     /// Why the volume is not usable here any more.
     pub gone: Option<Failure>,
 }
@@ -164,13 +164,12 @@ impl Volume {
             writes: Meter::default(),
             reads: Meter::default(),
             state: Mutex::new(State {
-                size_bytes: volume.size_bytes,
-                durable_size_bytes: volume.size_bytes,
-                sized_at: volume.map_version,
+                view: VolumeView::new(MapVersion(volume.map_version), volume.size_bytes),
                 dirty: DirtyMap::new(),
                 dirty_since: None,
                 credit: Credit::new(limits.credit),
                 credit_reset: None,
+                credit_refusal: None,
                 errors,
                 error_count: 0,
                 loss: None,
@@ -180,11 +179,10 @@ impl Volume {
                 write_outs: 0,
                 last_clean: Lsn(0),
                 rest_until: None,
-                reads: BTreeMap::new(),
-                map_version: volume.map_version,
                 grant,
                 direct_bytes: 0,
                 direct: BTreeMap::new(),
+                direct_queue: DirectQueue::default(),
                 gone: None,
             }),
             changed: Notify::new(),
@@ -246,7 +244,7 @@ impl Volume {
         if let Some(gone) = &state.gone {
             return Err(gone.clone());
         }
-        if end > state.size_bytes && !(extends && self.growable) {
+        if end > state.view.size_bytes() && !(extends && self.growable) {
             return Err(beyond());
         }
         Ok(bytes.blocks())
@@ -260,44 +258,12 @@ impl Volume {
 
     /// Registers a read: blocks that it finds in a map stay untouched until it has ended.
     pub fn read_begins(self: &Arc<Self>) -> ReadUnderWay {
-        let mut state = self.state();
-        // Whatever version the look-up will have, it is not older than what is known now.
-        let version = state.map_version;
-        *state.reads.entry(version).or_default() += 1;
-        drop(state);
+        let version = self.state().view.read_begins();
         ReadUnderWay { volume: Arc::clone(self), version }
     }
 }
 
 impl State {
-    /// A map of this version, or a newer one, is what conversion has now.
-    pub fn saw_map(&mut self, version: u64) {
-        self.map_version = self.map_version.max(version);
-    }
-
-    /// A map of this version has this size. An answer that was under way while the volume was
-    /// resized says nothing of the size now.
-    pub fn saw_size(&mut self, version: u64, size_bytes: u64) {
-        self.saw_map(version);
-        if version > self.sized_at {
-            self.durable_size_bytes = self.durable_size_bytes.max(size_bytes);
-            self.size_bytes = self.size_bytes.max(size_bytes);
-        }
-    }
-
-    /// The volume was resized.
-    pub fn resized(&mut self, version: u64, size_bytes: u64) {
-        self.saw_map(version);
-        self.sized_at = self.sized_at.max(version);
-        self.size_bytes = size_bytes;
-        self.durable_size_bytes = size_bytes;
-    }
-
-    /// The oldest map version that a read may still use.
-    pub fn oldest_read(&self) -> u64 {
-        self.reads.first_key_value().map_or(self.map_version, |(version, _)| *version)
-    }
-
     /// Blocks of direct writes under way that touch a range.
     pub fn direct_in(&self, range: LblkRange) -> impl Iterator<Item = LblkRange> + '_ {
         // The writes do not overlap, so only the last one before the range reaches into it.
@@ -307,11 +273,6 @@ impl State {
             .into_iter()
             .chain(within)
             .filter_map(move |(start, len)| LblkRange::new(*start, *len).intersection(range))
-    }
-
-    /// Size that a write of blocks up to `end_bytes` makes durable; 0: it does not extend.
-    pub fn size_after(&self, end_bytes: u64) -> u64 {
-        if end_bytes > self.durable_size_bytes { end_bytes } else { 0 }
     }
 
     /// Dirty bytes: versions that wait and versions under writeback.
@@ -346,17 +307,11 @@ impl Drop for MapChanging {
 /// A read that is registered. Dropping it ends it.
 pub struct ReadUnderWay {
     volume: Arc<Volume>,
-    version: u64,
+    version: MapVersion,
 }
 
 impl Drop for ReadUnderWay {
     fn drop(&mut self) {
-        let mut state = self.volume.state();
-        if let Some(count) = state.reads.get_mut(&self.version) {
-            *count -= 1;
-            if *count == 0 {
-                state.reads.remove(&self.version);
-            }
-        }
+        self.volume.state().view.read_ends(self.version);
     }
 }

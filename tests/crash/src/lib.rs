@@ -1,6 +1,10 @@
 //! Real processes, killed at any instant. What the crash tests share: file system images made by
 //! programs nobody here wrote, and byte-for-byte comparison.
 
+pub mod collector;
+pub mod nbd;
+pub mod traces;
+
 use std::fs::{self, File};
 use std::io::Read as _;
 use std::os::unix::fs::MetadataExt as _;

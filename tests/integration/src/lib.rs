@@ -2,5 +2,6 @@
 
 pub mod hostile;
 pub mod raw;
+pub mod secured;
 pub mod services;
 pub mod stack;

@@ -42,13 +42,18 @@ pub struct RawWriteback {
 impl RawWriteback {
     /// Opens a session and says hello.
     pub async fn connect(url: &str, name: &str) -> Self {
+        Self::connect_over(conversion(url), name).await
+    }
+
+    /// The same over a connection of the caller's.
+    pub async fn connect_over(mut client: ConversionClient<Channel>, name: &str) -> Self {
         let (sender, messages) = mpsc::channel(64);
         let hello = FromWriteback::Hello(Hello {
             writeback: name.to_owned(),
             protocol: endio_api::protocol::ours(),
         });
         sender.send(batch([hello])).await.expect("the channel is open");
-        let opened = conversion(url).writeback_session(ReceiverStream::new(messages)).await;
+        let opened = client.writeback_session(ReceiverStream::new(messages)).await;
         let answers = opened.expect("a session opens").into_inner();
         let (name, queue) = (name.to_owned(), VecDeque::new());
         let mut writeback = Self { name, sender, answers, queue, request: 0 };
@@ -195,6 +200,18 @@ impl RawStore {
         incarnation: u64,
         capacity_blocks: u64,
     ) -> Self {
+        let client = conversion(url);
+        let registered = Self::try_register(client, uuid, incarnation, capacity_blocks).await;
+        registered.unwrap_or_else(|ended| panic!("the store is not registered: {ended:?}"))
+    }
+
+    /// The same over a connection of the caller's. `Err`: conversion ended the session.
+    pub async fn try_register(
+        mut client: ConversionClient<Channel>,
+        uuid: [u8; 16],
+        incarnation: u64,
+        capacity_blocks: u64,
+    ) -> Result<Self, Option<Status>> {
         let (sender, messages) = mpsc::channel(64);
         let register = RegisterStore {
             uuid: uuid.to_vec().into(),
@@ -205,7 +222,7 @@ impl RawStore {
         };
         let first = store_batch([FromStore::Register(register)]);
         sender.send(first).await.expect("the channel is open");
-        let opened = conversion(url).store_session(ReceiverStream::new(messages)).await;
+        let opened = client.store_session(ReceiverStream::new(messages)).await;
         let commands = opened.expect("a session opens").into_inner();
         let (registered, queue) = (Registered::default(), VecDeque::new());
         let mut store = Self { id: 0, registered, incarnation, uuid, sender, commands, queue };
@@ -213,9 +230,9 @@ impl RawStore {
             Command::Registered(registered) => Some(registered.clone()),
             _ => None,
         };
-        store.registered = store.wait(pick).await;
+        store.registered = store.try_wait(pick).await?;
         store.id = store.registered.store;
-        store
+        Ok(store)
     }
 
     /// Says that everything of older epochs has drained.

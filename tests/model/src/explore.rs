@@ -35,7 +35,26 @@ impl Hash for Node {
     }
 }
 
+/// While it lives, this thread has the bug.
+struct Planted;
+
+impl Drop for Planted {
+    fn drop(&mut self) {
+        #[cfg(feature = "planted-bugs")]
+        endio_types::planted::plant(None);
+    }
+}
+
 impl Protocol {
+    /// The checker calls from threads of its own.
+    fn planted(&self) -> Planted {
+        #[cfg(feature = "planted-bugs")]
+        if let Some(Plant::Pure(bug)) = self.plant {
+            endio_types::planted::plant(Some(bug));
+        }
+        Planted
+    }
+
     fn replay(&self, path: &[Step]) -> World {
         let mut world = World::new(self.budget, self.plant);
         path.iter().for_each(|step| world.step(*step));
@@ -52,16 +71,19 @@ impl Model for Protocol {
     type Action = Step;
 
     fn init_states(&self) -> Vec<Node> {
+        let _planted = self.planted();
         vec![self.node(Vec::new(), &self.replay(&[]))]
     }
 
     fn actions(&self, state: &Node, actions: &mut Vec<Step>) {
+        let _planted = self.planted();
         if state.broken.is_none() {
             actions.extend(self.replay(&state.path).possible());
         }
     }
 
     fn next_state(&self, last: &Node, step: Step) -> Option<Node> {
+        let _planted = self.planted();
         let mut world = self.replay(&last.path);
         world.step(step);
         let mut path = last.path.clone();
@@ -77,12 +99,17 @@ impl Model for Protocol {
             }),
             Property::<Self>::always(
                 "every io_end ends and every block comes back",
-                |this, state| state.broken.is_some() || this.replay(&state.path).heals(),
+                |this, state| {
+                    let _planted = this.planted();
+                    state.broken.is_some() || this.replay(&state.path).heals()
+                },
             ),
             Property::<Self>::sometimes("a write converts", |this, state| {
+                let _planted = this.planted();
                 this.replay(&state.path).converted() > 0
             }),
             Property::<Self>::sometimes("a block is handed out again", |this, state| {
+                let _planted = this.planted();
                 this.replay(&state.path).reuses() > 0
             }),
         ]

@@ -73,6 +73,8 @@ pub enum Plant {
     ReleasedEarly,
     /// A new epoch counts as drained at once, and blocks as punched that may still be written.
     EpochUndrained,
+    /// In the machine or the gate themselves; needs the feature `planted-bugs`.
+    Pure(planted::Bug),
 }
 
 /// One thing that happens.
@@ -414,7 +416,8 @@ impl World {
 
     fn open(&mut self) {
         let writeback = format!("wb{}", self.writebacks);
-        self.call(Call::OpenVolume { name: VOLUME.to_owned(), writeback, force: true });
+        let (name, if_generation) = (VOLUME.to_owned(), None);
+        self.call(Call::OpenVolume { name, writeback, force: true, if_generation });
     }
 
     fn call(&mut self, call: Call) {
@@ -517,7 +520,7 @@ impl World {
                 self.writes.push(Write { submitter, is_released: false, ended: None });
             }
             EffectKind::Writeback(_, ToWriteback::Completion(done)) => self.completed(&done),
-            EffectKind::Reply(_, Ok(ReplyBody::Opened(volume, _))) => self.volume = Some(volume),
+            EffectKind::Reply(_, Ok(ReplyBody::Opened(volume, ..))) => self.volume = Some(volume),
             _ => {}
         }
     }
@@ -590,6 +593,7 @@ impl World {
             let message = match cleared {
                 Cleared::Fence(fence) => FromStore::FenceDone { fence },
                 Cleared::Epoch(epoch) => FromStore::Ready { epoch },
+                Cleared::Punched(punch) => FromStore::PunchDone { punch },
                 Cleared::Punch(turn) => {
                     let more = self.gate.punched(&turn);
                     self.cleared(more);
@@ -610,6 +614,7 @@ impl World {
             incarnation: Incarnation(self.incarnation),
             capacity_blocks: BLOCKS,
             url: "memory:store".to_owned(),
+            name: None,
         });
     }
 

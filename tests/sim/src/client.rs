@@ -42,6 +42,8 @@ struct Known {
     doubts: Vec<Doubt>,
     /// A read up to here is answered.
     size_cells: u64,
+    /// The size may be this instead: a resize from it failed, or may yet have happened.
+    reach_cells: u64,
     is_resizing: bool,
     /// Changes that were sent.
     changes: u64,
@@ -95,6 +97,7 @@ impl Known {
             oracle: Oracle::new(tag, CELL_BYTES as usize),
             doubts: Vec::new(),
             size_cells: plan.blocks * CELLS,
+            reach_cells: 0,
             is_resizing: false,
             changes: 0,
             resizes: 0,
@@ -180,6 +183,10 @@ impl Clients {
         wb: &Wb,
         work: impl Future<Output = T> + 'static,
     ) -> Option<T> {
+        // Nobody reaches a process that is gone, and its successor is another one.
+        if !self.world.writebacks[wb.at].is(&wb.engine) {
+            return None;
+        }
         let (tell, told) = answer();
         let node = self.world.writebacks[wb.at].node;
         self.exec().spawn(node, async move { tell.send(work.await) });
@@ -197,6 +204,8 @@ impl Clients {
                 slot.is_created.set(true);
             }
         }
+        // Who finds no volume had looked for it before somebody else created it.
+        let is_there = slot.is_created.get();
         let (inner, name) = (wb.clone(), slot.name.clone());
         let opened = self.inside(&wb, async move { inner.open(&name, false).await }).await?;
         if slot.tenure.get() != tenure {
@@ -208,10 +217,10 @@ impl Clients {
                 Some((wb, volume))
             }
             Err(failure) => {
-                if failure.reason == Reason::UnknownVolume && slot.is_created.get() {
+                if failure.reason == Reason::UnknownVolume && is_there {
                     match slot.is_deleting.get() {
                         true => self.renew(slot),
-                        false => self.exec().fail(format!("volume {} is gone", slot.name)),
+                        false => self.exec().fail(format!("volumes_stay: {}", slot.name)),
                     }
                 }
                 None
@@ -349,7 +358,8 @@ impl Clients {
     /// Somewhere in the volume, and how long.
     fn somewhere(&self, slot: &Slot, extends: bool) -> Option<(u64, u64)> {
         let exec = self.exec();
-        let size = slot.known.borrow().size_cells;
+        let known = slot.known.borrow();
+        let size = if extends { known.size_cells.max(known.reach_cells) } else { known.size_cells };
         let end = if extends && slot.plan.growable { (size + 12).min(CELLS_MAX) } else { size };
         if end == 0 {
             return None;
@@ -519,6 +529,7 @@ impl Clients {
             known.is_resizing = true;
             known.resizes += 1;
             known.changes += 1;
+            known.reach_cells = known.reach_cells.max(known.size_cells);
             known.size_cells = known.size_cells.min(cells);
             let invoked = known.oracle.now();
             let beyond = 2 * CELLS_MAX - cells;
@@ -532,7 +543,7 @@ impl Clients {
         if slot.tenure.get() == tenure {
             known.is_resizing = false;
             if outcome == Some(Ok(())) && !known.doubts.iter().any(|d| d.cells >= CELLS_MAX) {
-                known.size_cells = cells;
+                (known.size_cells, known.reach_cells) = (cells, 0);
             }
         }
     }
@@ -543,6 +554,10 @@ impl Clients {
         let (began, quiet) = slot.known.borrow_mut().begin_read();
         let (inner, volume) = (wb.clone(), Rc::clone(volume));
         let read = self.inside(wb, async move { inner.read(&volume, first, cells).await }).await;
+        self.exec().tell(slot.owner.get(), || {
+            let ended = read.as_ref().map(|read| read.as_ref().map(|_| ()));
+            format!("read {} [{first}, {cells}] of {began:?} ended {ended:?}", slot.name)
+        });
         let mut known = slot.known.borrow_mut();
         if slot.tenure.get() == tenure {
             if let Some(Ok(found)) = &read {
@@ -550,10 +565,11 @@ impl Clients {
             }
             known.oracle.end_read(began);
         } else if let Some(Ok(found)) = &read {
-            // Of an older tenure: old data is fine, somebody else's never is.
+            // Of an older tenure: old data is fine, and so is what a client of the fenced owner put
+            // into its cache. Somebody else's never is.
             for (at, number) in (first..).zip(found) {
                 if let Found::Written { tag, cell, .. } = parse(*number)
-                    && (cell != at || tag > known.tag)
+                    && (cell != at || (tag > known.tag && tag != FENCED_TAG))
                 {
                     self.exec().fail(format!("no_foreign_or_stale_byte: cell {at}: {number:x}"));
                 }

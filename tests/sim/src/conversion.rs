@@ -20,7 +20,7 @@ use endio_types::{ClusterEpoch, LblkRange};
 use crate::exec::{MS, Node, Signal};
 use crate::mirror::Mirror;
 use crate::net::{End, Kind, Message};
-use crate::world::World;
+use crate::world::{Planted, World};
 
 /// What survives the process.
 #[derive(Default)]
@@ -408,7 +408,7 @@ impl Process {
             }
             Event::Ask(Message::Owner(name), end) => {
                 let volume = self.machine.volume(&name);
-                let owner = volume.map(|volume| (volume.owner, volume.generation));
+                let owner = volume.map(|volume| (volume.id, volume.owner, volume.generation));
                 end.send(Message::Owned(owner));
                 Ok(())
             }
@@ -445,7 +445,8 @@ impl Process {
         for waiting in std::mem::take(&mut self.now) {
             self.send(world, waiting);
         }
-        while self.waiting.front().is_some_and(|(seq, _)| *seq <= durable) {
+        let is_early = world.planted(Planted::ConversionSendsEarly);
+        while self.waiting.front().is_some_and(|(seq, _)| *seq <= durable || is_early) {
             let Some((_, waiting)) = self.waiting.pop_front() else { break };
             self.send(world, waiting);
         }
@@ -487,7 +488,7 @@ impl Process {
                 self.stores.remove(&session).iter().for_each(|end| end.close());
             }
             EffectKind::ConversionFailed { why, .. } => {
-                world.exec.fail(format!("a conversion failed: {why}"));
+                world.exec.fail(format!("conversions_succeed: {why}"));
             }
         }
     }
@@ -528,6 +529,7 @@ fn kind_of(record: &Record) -> u64 {
         Record::Allocate { .. } => 12,
         Record::Zero { .. } => 13,
         Record::Restored { .. } => 14,
+        Record::StoreNamed { .. } => 15,
     }
 }
 

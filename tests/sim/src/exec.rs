@@ -229,9 +229,15 @@ impl Exec {
         self.0.nodes.borrow().iter().map(|node| node.steps).collect()
     }
 
-    /// Starts a task on a node.
+    /// Starts a task on a node. On one that is down nothing runs, now or later.
     pub fn spawn(&self, node: Node, work: impl Future<Output = ()> + 'static) {
-        let life = self.0.nodes.borrow()[node].life;
+        let (life, is_up) = {
+            let nodes = self.0.nodes.borrow();
+            (nodes[node].life, nodes[node].is_up)
+        };
+        if !is_up {
+            return;
+        }
         let task = self.0.free.borrow_mut().pop().unwrap_or_else(|| {
             self.0.tasks.borrow_mut().push(None);
             self.0.tasks.borrow().len() - 1
@@ -471,6 +477,11 @@ impl<T> Answer<T> {
     /// Puts the value in.
     pub fn send(self, value: T) {
         self.0.borrow_mut().value = Some(value);
+    }
+
+    /// Whether anybody waits for it.
+    pub fn is_awaited(&self) -> bool {
+        Rc::strong_count(&self.0) > 1
     }
 }
 

@@ -51,6 +51,13 @@ pub struct Report {
     pub log: Vec<String>,
 }
 
+impl Report {
+    /// The name of the checker that found something.
+    pub fn checker(&self) -> Option<&str> {
+        self.broken.as_deref().map(|broken| broken.split(':').next().unwrap_or_default())
+    }
+}
+
 /// Runs one seed.
 pub fn run(seed: u64, keep_log: bool) -> Report {
     run_planted(seed, keep_log, None)

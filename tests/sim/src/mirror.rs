@@ -140,7 +140,9 @@ impl Mirror {
             .collect();
         match ours == theirs {
             true => Ok(()),
-            false => Err(format!("the map of volume {volume} is {theirs:?}, not {ours:?}")),
+            false => {
+                Err(format!("map-is-its-records: volume {volume} has {theirs:?}, not {ours:?}"))
+            }
         }
     }
 }

@@ -70,8 +70,8 @@ pub enum Message {
     View(Result<MapView, Refusal>),
     /// Who owns a volume, and under which generation.
     Owner(String),
-    /// Its answer: `None`, there is no such volume.
-    Owned(Option<(Option<String>, Generation)>),
+    /// Its answer, with the volume's number: `None`, there is no such volume.
+    Owned(Option<(VolumeId, Option<String>, Generation)>),
 }
 
 /// What a stream is opened for.

@@ -167,6 +167,12 @@ pub struct Plan {
     pub write_out_blocks: u64,
     /// A graceful stop of conversion.
     pub drain_ms: u64,
+    /// Bios of which the network keeps a copy and delivers it later, in thousandths.
+    pub late_bios: u64,
+    /// Runs of blocks of a volume's map that its writeback remembers; 0: none.
+    pub map_entries: usize,
+    /// Blocks of the map that a look-up asks for at once.
+    pub learn_blocks: u64,
 }
 
 impl Plan {
@@ -304,6 +310,9 @@ impl Plan {
             write_outs: rng.between(1, 4) as usize,
             write_out_blocks: rng.between(1, 32),
             drain_ms: rng.between(20, 500),
+            late_bios: 0,
+            map_entries: if rng.chance(20) { rng.below(6) as usize } else { 64 },
+            learn_blocks: rng.between(1, 48),
         }
     }
 }

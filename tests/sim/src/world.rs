@@ -33,8 +33,40 @@ pub enum Planted {
     NamesakeForgotten,
     /// Data in the log is replayed although somebody else has had the volume since.
     StaleReplay,
+    /// A volume is opened whoever has opened it since it was looked at.
+    OpenUnconditional,
+    /// The size after a resize whose answer never came is taken for the old one.
+    SizeGuessed,
     /// What goes around the cache does not write it out before.
     ForgetSkipped,
+    /// Every eighth buffered write is acknowledged without a record in the log.
+    LogSkipsAppend,
+    /// The log drops segments whose data is still dirty.
+    TrimTooMuch,
+    /// The loss of buffered writes is told to nobody.
+    LossUntold,
+    /// Effects leave conversion before their records are durable.
+    ConversionSendsEarly,
+    /// Neither a store nor a writeback compares a checksum of what is read.
+    ReadSkipsChecksum,
+}
+
+impl Planted {
+    /// All of them.
+    pub const ALL: &[Self] = &[
+        Self::LogFirstOff,
+        Self::EndUnchecked,
+        Self::SizeGuessed,
+        Self::NamesakeForgotten,
+        Self::StaleReplay,
+        Self::OpenUnconditional,
+        Self::ForgetSkipped,
+        Self::LogSkipsAppend,
+        Self::TrimTooMuch,
+        Self::LossUntold,
+        Self::ConversionSendsEarly,
+        Self::ReadSkipsChecksum,
+    ];
 }
 
 /// The world.

@@ -1,8 +1,7 @@
 //! The simulation replays, and keeps every promise over a slice of seeds and all that failed once.
 #![allow(clippy::unwrap_used)]
 
-use endio_sim_tests::world::Planted;
-use endio_sim_tests::{run, run_planted};
+use endio_sim_tests::run;
 use endio_testkit::seed;
 
 fn assert_kept(seed: u64) {
@@ -41,19 +40,4 @@ fn seeds_that_failed_once_do_not_fail_again() {
         count += 1;
     }
     assert!(count > 0);
-}
-
-/// The first seed from 0 on, of at most `most`, that catches a bug of the modelled parts.
-fn caught_by(planted: Planted, most: u64) -> Option<u64> {
-    (0..most).find(|seed| run_planted(*seed, false, Some(planted)).broken.is_some())
-}
-
-#[test]
-fn an_end_of_a_deleted_volume_that_closes_its_namesake_is_caught() {
-    assert!(run_planted(349, false, Some(Planted::NamesakeForgotten)).broken.is_some());
-}
-
-#[test]
-fn a_write_around_the_cache_without_forgetting_first_is_caught() {
-    assert!(caught_by(Planted::ForgetSkipped, 400).is_some());
 }

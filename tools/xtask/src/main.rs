@@ -4,6 +4,7 @@
 //! ready-made tool does: who may import whom, and the limits that keep the code readable.
 
 mod manifest;
+mod metrics;
 mod rules;
 mod safety;
 mod source;
@@ -16,7 +17,7 @@ use anyhow::{Context as _, bail};
 
 const USAGE: &str = "usage: cargo xtask <command>
   check   everything a commit must pass: format, rules, clippy, documentation, tests
-  rules   who may import whom, the limits on files, and that docs/SAFETY.md names what exists";
+  rules   who may import whom, the limits on files, and that the guides name what exists";
 
 /// A step of `check`: name, arguments of cargo, additional environment.
 type Step = (&'static str, &'static [&'static str], &'static [(&'static str, &'static str)]);
@@ -30,6 +31,8 @@ const STEPS: &[Step] = &[
         &[("RUSTDOCFLAGS", "-D warnings")],
     ),
     ("tests", &["test", "--workspace"], &[]),
+    // The workspace's tests build them away.
+    ("failpoints", &["test", "-p", "endio-failpoints", "--all-features"], &[]),
 ];
 
 fn main() -> ExitCode {
@@ -87,6 +90,11 @@ fn rules() -> anyhow::Result<()> {
     let mut findings = rules::find(&crates);
     let promises = std::fs::read_to_string(root.join(safety::PLACE)).context(safety::PLACE)?;
     safety::check(&root, &promises, &crates, &mut findings);
+    let read = |place: &&'static str| {
+        Ok((*place, std::fs::read_to_string(root.join(place)).context(*place)?))
+    };
+    let guides: Vec<_> = metrics::GUIDES.iter().map(read).collect::<anyhow::Result<_>>()?;
+    metrics::check(&crates, &guides, &mut findings);
     for warning in &findings.warnings {
         println!("warning: {warning}");
     }

@@ -89,6 +89,8 @@ pub fn from_store(message: proto::StoreMessage) -> Result<FromStore, Malformed> 
             incarnation: Incarnation(register.incarnation),
             capacity_blocks: register.capacity_blocks,
             url: register.url,
+            // The skin knows who sent it.
+            name: None,
         },
         Message::Ready(ready) => FromStore::Ready { epoch: ClusterEpoch(ready.cluster_epoch) },
         Message::Release(release) => FromStore::Release {

@@ -24,6 +24,7 @@ use tracing::Instrument as _;
 use super::Access;
 use crate::metrics::Counter;
 use crate::net::Peer;
+use crate::quiet::Quiet;
 
 /// When a shed caller may try again. Short: a place is free as soon as any call ends.
 const RETRY_AFTER: Duration = Duration::from_millis(50);
@@ -36,6 +37,7 @@ pub(super) struct CallGuard {
     unary_methods: Arc<HashSet<String>>,
     access: Option<Arc<dyn Access>>,
     denied: Counter,
+    denials: Arc<Quiet>,
 }
 
 impl CallGuard {
@@ -46,7 +48,14 @@ impl CallGuard {
     ) -> Self {
         let places = Arc::new(Semaphore::new(calls_max.min(Semaphore::MAX_PERMITS)));
         let unary_methods = Arc::new(unary_methods);
-        Self { places, unary_timeout, unary_methods, access: None, denied: Counter::default() }
+        Self {
+            places,
+            unary_timeout,
+            unary_methods,
+            access: None,
+            denied: Counter::default(),
+            denials: Arc::default(),
+        }
     }
 
     pub(super) fn with_access(self, access: Option<Arc<dyn Access>>, denied: Counter) -> Self {
@@ -59,7 +68,13 @@ impl CallGuard {
         let Some(access) = &self.access else { return Ok(()) };
         let unknown = Peer::Tls { addr: None, names: Arc::default() };
         let peer = request.extensions().get::<Peer>().unwrap_or(&unknown);
-        access.check(path, peer).inspect_err(|_| self.denied.inc())
+        access.check(path, peer).inspect_err(|status| {
+            self.denied.inc();
+            // A caller may go on and on.
+            if let Some(skipped) = self.denials.pass() {
+                tracing::warn!(message = status.message(), ?peer, skipped, "call denied");
+            }
+        })
     }
 
     pub(super) fn around<S>(self, inner: S) -> Guarded<S> {

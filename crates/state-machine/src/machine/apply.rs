@@ -71,6 +71,7 @@ fn apply_map<T: ChunkTable>(
         | Record::ForgetVolume { .. }
         | Record::Reserve { .. }
         | Record::Store(_)
+        | Record::StoreNamed { .. }
         | Record::Restored { .. } => {}
     }
     Ok(changes)
@@ -145,6 +146,12 @@ fn apply_small(durable: &mut Snapshot, record: &Record) -> Result<(), &'static s
         Record::Store(store) => {
             durable.stores.insert(store.id, store.clone());
             durable.next_store = StoreId(durable.next_store.0.max(store.id.0 + 1));
+        }
+        Record::StoreNamed { store, name } => {
+            if !durable.stores.contains_key(store) {
+                return Err("it names a store that does not exist");
+            }
+            durable.store_names.insert(*store, name.clone());
         }
         Record::Convert(items) => {
             for item in items {

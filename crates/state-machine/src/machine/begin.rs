@@ -8,6 +8,7 @@ use endio_types::{
 };
 
 use super::io::{BeginIo, GrantedSegment, Lane, Output, Refusal, ToWriteback, WritebackSession};
+use super::state::StoreRt;
 use super::{Durability, Machine, MachineError, Step};
 use crate::chunk::{ExtentState, Place};
 use crate::extent_map::{self, ChunkTable};
@@ -117,7 +118,9 @@ impl<T: ChunkTable> Machine<T> {
             return refuse(Reason::Limit, "too many io_ends of the volume are in flight");
         }
         let copies = begin.blocks_total() * u64::from(volume.replicas);
-        if self.in_flight_blocks + copies > self.limits.in_flight_blocks_max {
+        // A write larger than the limit takes its turn alone: refused for ever, it would stay dirty.
+        let is_alone = self.in_flight_blocks == 0;
+        if !is_alone && self.in_flight_blocks + copies > self.limits.in_flight_blocks_max {
             return refuse(Reason::Limit, "too many blocks are in flight");
         }
         let waits = |range: &LblkRange| rt.changes.iter().any(|c| c.range.overlaps(*range));
@@ -250,7 +253,7 @@ impl<T: ChunkTable> Machine<T> {
                 *sum = sum.saturating_add(range.len);
             }
             if !self.fits(&demand) {
-                return Err(self.no_space());
+                return Err(self.no_room(replicas, &demand));
             }
         }
         let search = self.limits.search_runs_max;
@@ -283,6 +286,22 @@ impl<T: ChunkTable> Machine<T> {
             at += blocks;
         }
         Ok(runs)
+    }
+
+    /// Why the usable stores cannot hold so much. Stores that are away count with all that they may
+    /// have: while those would do, the stores are not full, and the caller had better wait.
+    pub(super) fn no_room(&self, replicas: u32, demand: &Demand) -> Refusal {
+        let usable = self.stores.values().filter(|rt| rt.is_usable()).count();
+        let may_have = |rt: &StoreRt| match rt.is_usable() {
+            true => rt.space.free(),
+            false => rt.space.free() + rt.space.quarantined(),
+        };
+        let would_fit = free_space::is_feasible(self.stores.values().map(may_have), demand);
+        if usable < replicas as usize || (usable < self.stores.len() && would_fit) {
+            let message = "the stores that are here cannot hold that, and others are away";
+            return self.refusal(Reason::NotEnoughStores, message);
+        }
+        self.no_space()
     }
 
     /// No space; with a hint to wait if blocks are about to become free.

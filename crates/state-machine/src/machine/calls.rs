@@ -1,7 +1,7 @@
 //! Unary calls on volumes.
 
 use endio_types::{
-    BLOCK_BYTES, Generation, LblkRange, MapVersion, REPLICAS_MAX, Reason, VOLUME_BYTES_MAX,
+    BLOCK_BYTES, Generation, LblkRange, MapVersion, Millis, REPLICAS_MAX, Reason, VOLUME_BYTES_MAX,
     VolumeId,
 };
 
@@ -49,8 +49,8 @@ impl<T: ChunkTable> Machine<T> {
                 self.resize(reply, &name, size_bytes, generation, out)
             }
             Call::DeleteVolume { name, generation } => self.delete(reply, &name, generation, out),
-            Call::OpenVolume { name, writeback, force } => {
-                self.open(reply, &name, writeback, force, out)
+            Call::OpenVolume { name, writeback, force, if_generation } => {
+                self.open(reply, &name, writeback, (force, if_generation), out)
             }
             Call::CloseVolume { name, generation } => self.close(reply, &name, generation, out),
             Call::ChangeMap { volume, generation, change, range } => {
@@ -161,7 +161,7 @@ impl<T: ChunkTable> Machine<T> {
         reply: ReplyTo,
         name: &str,
         writeback: String,
-        force: bool,
+        (force, if_generation): (bool, Option<Generation>),
         out: &mut Output,
     ) -> Step<T> {
         let found = self.names.get(name).and_then(|id| self.durable.volumes.get(id)).cloned();
@@ -169,6 +169,9 @@ impl<T: ChunkTable> Machine<T> {
             None => Some(self.unknown()),
             _ if writeback.is_empty() => {
                 Some(self.refusal(Reason::Malformed, "the writeback has no name"))
+            }
+            Some(volume) if if_generation.is_some_and(|seen| seen != volume.generation) => {
+                Some(self.refusal(Reason::OldGeneration, "the volume was opened meanwhile"))
             }
             Some(volume) => match &volume.owner {
                 Some(owner) if *owner != writeback && !force && self.is_alive(owner) => {
@@ -184,15 +187,28 @@ impl<T: ChunkTable> Machine<T> {
         };
         let generation = Generation(volume.generation.0 + 1);
         self.supersede(&volume, generation, out)?;
+        let wait_ms = self.owner_before_reads_until(&volume, &writeback).since(self.now);
         let owner = writeback;
         self.commit(Record::OpenVolume { volume: volume.id, generation, owner }, out)?;
         self.reads.entry(volume.id).or_default().opened(volume.map_version);
         self.settle_reads(volume.id)?;
         if let (Some(key), Some(info)) = (self.granting_key(), self.volume_info(volume.id)) {
             let grant = ReadGrant::new(key, self.durable.epoch, volume.id, generation);
-            self.reply(reply, Ok(ReplyBody::Opened(info, grant)), out);
+            self.reply(reply, Ok(ReplyBody::Opened(info, grant, wait_ms)), out);
         }
         Ok(())
+    }
+
+    /// Until when an owner that the volume is taken from may answer reads from what it remembers,
+    /// which no store checks. An earlier start of the same instance is over.
+    fn owner_before_reads_until(&mut self, volume: &VolumeState, next: &str) -> Millis {
+        let before = volume.owner.as_deref().filter(|before| !is_same_instance(before, next));
+        let lease = before.and_then(|before| self.writebacks.get(before)?.lease);
+        let rt = self.volumes.entry(volume.id).or_default();
+        if let Some(lease) = lease {
+            rt.read_elsewhere_until = rt.read_elsewhere_until.max(lease.ends());
+        }
+        rt.read_elsewhere_until
     }
 
     /// Ends what generations below `generation` have in flight, and fences them.
@@ -341,4 +357,13 @@ fn size_fault(size_bytes: u64, growable: bool) -> Option<&'static str> {
         return Some("the size is no multiple of 4096");
     }
     None
+}
+
+/// Whether both names are starts of one instance: `INSTANCE/START`.
+fn is_same_instance(one: &str, other: &str) -> bool {
+    one == other
+        || match (one.rsplit_once('/'), other.rsplit_once('/')) {
+            (Some((one, _)), Some((other, _))) => one == other,
+            _ => false,
+        }
 }

@@ -188,7 +188,7 @@ impl<T: ChunkTable> Machine<T> {
                     *sum = sum.saturating_sub(now).saturating_add(wanted);
                 }
                 match wanted > now && !self.fits(&demand) {
-                    true => Some(self.refusal(Reason::NoSpace, "the stores cannot hold that")),
+                    true => Some(self.no_room(state.replicas, &demand)),
                     false => {
                         let used = self.volumes.get(&volume).map_or(0, |v| v.credit_in_flight);
                         let promised = used + wanted;

@@ -86,6 +86,8 @@ pub enum Call {
         writeback: String,
         /// Take it from an owner that may be alive.
         force: bool,
+        /// Only while this is its generation.
+        if_generation: Option<Generation>,
     },
     /// Gives a volume up. Idempotent while nobody opens it again.
     CloseVolume {
@@ -214,6 +216,8 @@ pub enum FromStore {
         capacity_blocks: u64,
         /// Where writebacks reach it.
         url: String,
+        /// The name in its certificate. `None`: there is no TLS, so nobody has one.
+        name: Option<String>,
     },
     /// Everything of older epochs has drained.
     Ready {
@@ -301,7 +305,9 @@ pub enum ReplyBody {
     /// Of create and resize.
     Volume(VolumeInfo),
     /// Of open.
-    Opened(VolumeInfo, ReadGrant),
+    /// The volume, permission to read, and for how long, in milliseconds, an owner that it was
+    /// taken from may still answer reads by itself.
+    Opened(VolumeInfo, ReadGrant, u64),
     /// Of close.
     Closed,
     /// Of delete.

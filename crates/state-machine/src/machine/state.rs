@@ -89,6 +89,9 @@ pub(super) struct VolumeRt {
     pub(super) credit_in_flight: u64,
     /// Blocks in the map, once per replica.
     pub(super) mapped_blocks: u64,
+    /// Until then an owner that the volume was taken from may answer reads by itself. Forgotten
+    /// with the epoch: whoever was told to wait does so all the same.
+    pub(super) read_elsewhere_until: Millis,
 }
 
 /// Who may still read blocks that the map no longer names. Outlives its volume.

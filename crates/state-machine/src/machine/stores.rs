@@ -25,11 +25,11 @@ impl<T: ChunkTable> Machine<T> {
         message: FromStore,
         out: &mut Output,
     ) -> Step<T> {
-        if let FromStore::Register { uuid, incarnation, capacity_blocks, url } = message {
+        if let FromStore::Register { uuid, incarnation, capacity_blocks, url, name } = message {
             let id = self.durable.stores.values().find(|store| store.uuid == uuid);
             let id = id.map_or(self.durable.next_store, |store| store.id);
             let state = StoreState { id, uuid, incarnation, capacity_blocks, url };
-            return self.register(session, state, out);
+            return self.register(session, state, name, out);
         }
         let Some(store) = self.store_sessions.get(&session).copied() else {
             let refusal = self.refusal(Reason::WrongState, "the store is not registered");
@@ -69,9 +69,15 @@ impl<T: ChunkTable> Machine<T> {
     }
 
     /// Why a registration is refused, if it is.
-    fn registration_fault(&self, new: &StoreState) -> Option<Refusal> {
+    fn registration_fault(&self, new: &StoreState, name: Option<&String>) -> Option<Refusal> {
         if self.granting_key().is_none() {
             return Some(self.refusal(Reason::NotReady, "recovering"));
+        }
+        let bound = self.durable.store_names.get(&new.id);
+        if name.zip(bound).is_some_and(|(name, bound)| name != bound) {
+            let message = "the store was first registered with another name in its certificate: give \
+                           it a certificate with that name";
+            return Some(self.refusal(Reason::NotAllowed, message));
         }
         if new.incarnation == Incarnation(0) || new.capacity_blocks == 0 {
             return Some(self.refusal(Reason::Malformed, "incarnation and capacity start at 1"));
@@ -93,8 +99,14 @@ impl<T: ChunkTable> Machine<T> {
         None
     }
 
-    fn register(&mut self, session: StoreSession, new: StoreState, out: &mut Output) -> Step<T> {
-        if let Some(refusal) = self.registration_fault(&new) {
+    fn register(
+        &mut self,
+        session: StoreSession,
+        new: StoreState,
+        name: Option<String>,
+        out: &mut Output,
+    ) -> Step<T> {
+        if let Some(refusal) = self.registration_fault(&new, name.as_ref()) {
             self.refuse_store(session, refusal, out);
             return Ok(());
         }
@@ -121,6 +133,9 @@ impl<T: ChunkTable> Machine<T> {
         self.store_sessions.insert(session, id);
         if !is_known {
             self.commit(Record::Store(new), out)?;
+        }
+        if let Some(name) = name.filter(|_| !self.durable.store_names.contains_key(&id)) {
+            self.commit(Record::StoreNamed { store: id, name }, out)?;
         }
         if let Some(rt) = self.stores.get_mut(&id) {
             rt.registered = self.durable.seq;

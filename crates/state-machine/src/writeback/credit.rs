@@ -54,6 +54,8 @@ pub struct Credit {
     policy: CreditPolicy,
     promised: u64,
     held: u64,
+    /// Dirty blocks that want no space: in place, their places are in the map.
+    excused: u64,
     /// The largest amount that a waiting writer lacks.
     wanted: u64,
     outstanding: Option<Ask>,
@@ -71,6 +73,7 @@ impl Credit {
             policy,
             promised: 0,
             held: 0,
+            excused: 0,
             wanted: 0,
             outstanding: None,
             owes_reset: false,
@@ -107,14 +110,30 @@ impl Credit {
 
     /// Held credit is free again: its data was discarded, or a newer version holds its own.
     pub fn put_back(&mut self, blocks: u64) {
+        let blocks = self.unexcused(blocks);
         if !planted::is(Bug::CreditLeaked) {
             self.held -= blocks.min(self.held);
         }
     }
 
+    /// So many dirty blocks in all want no space: what they hold need not be promised. Which ones
+    /// these are nobody remembers: whatever ends first ends the excuse, so that never less is held
+    /// than wants space.
+    pub fn excuse(&mut self, blocks: u64) {
+        let more = blocks.saturating_sub(self.excused).min(self.held);
+        self.excused += more;
+        self.held -= more;
+    }
+
+    fn unexcused(&mut self, blocks: u64) -> u64 {
+        let excused = blocks.min(self.excused);
+        self.excused -= excused;
+        blocks - excused
+    }
+
     /// `BeginIo` took `blocks` of held credit into an io_end.
     pub fn consumed(&mut self, blocks: u64) {
-        let blocks = blocks.min(self.held);
+        let blocks = self.unexcused(blocks).min(self.held);
         self.held -= blocks;
         self.promised -= blocks;
     }
@@ -186,16 +205,25 @@ impl Credit {
 
     /// `request` was refused for lack of space. Answers to other requests are ignored: `false`.
     pub fn refused(&mut self, request: u64) -> bool {
-        let Some(ask) = self.outstanding.take_if(|ask| ask.request == request) else {
-            return false;
-        };
-        // A refusal changes nothing at conversion, so what was to be given back is still ours.
-        self.promised += ask.drop_blocks;
-        self.owes_reset |= ask.reset;
+        let Some(ask) = self.take_back(request) else { return false };
         if ask.add_blocks > 0 && !ask.reset {
             self.refused_add = Some(ask.add_blocks);
         }
         true
+    }
+
+    /// `request` was refused for now, not because the stores are full: the same is asked for again.
+    /// Answers to other requests are ignored: `false`.
+    pub fn put_off(&mut self, request: u64) -> bool {
+        self.take_back(request).is_some()
+    }
+
+    /// A refusal changes nothing at conversion, so what was to be given back is still ours.
+    fn take_back(&mut self, request: u64) -> Option<Ask> {
+        let ask = self.outstanding.take_if(|ask| ask.request == request)?;
+        self.promised += ask.drop_blocks;
+        self.owes_reset |= ask.reset;
+        Some(ask)
     }
 
     /// Blocks that a write can take at once.

@@ -22,6 +22,26 @@ fn a_writer_that_is_short_gets_its_credit_from_the_next_answer() {
 }
 
 #[test]
+fn what_is_excused_wants_no_promise_and_never_frees_one() {
+    let mut credit = credit();
+    credit.adopt(5);
+    let ask = credit.reset();
+    assert_eq!(ask.add_blocks, 5);
+    assert!(credit.refused(ask.request));
+    credit.excuse(3);
+    credit.excuse(3);
+    let ask = credit.next_ask(false).unwrap();
+    assert_eq!((ask.reset, ask.add_blocks, credit.held()), (true, 2, 2));
+    assert!(credit.granted(ask.request));
+    // Whichever end first: two were promised, and none of that is free before all have ended.
+    credit.put_back(1);
+    credit.consumed(3);
+    assert_eq!((credit.held(), credit.available(), credit.promised()), (1, 0, 1));
+    credit.consumed(1);
+    assert_eq!((credit.held(), credit.available(), credit.promised()), (0, 0, 0));
+}
+
+#[test]
 fn a_refused_step_is_followed_by_a_try_for_just_what_is_short() {
     let mut credit = credit();
     assert_eq!(credit.take(5), Take::Short);
@@ -36,6 +56,22 @@ fn a_refused_step_is_followed_by_a_try_for_just_what_is_short() {
     let again = credit.next_ask(false).unwrap();
     assert!(credit.granted(again.request));
     assert_eq!(credit.take(5), Take::Taken);
+}
+
+#[test]
+fn what_is_put_off_is_asked_for_again_and_is_not_taken_for_full() {
+    let mut credit = credit();
+    assert_eq!(credit.take(5), Take::Short);
+    for _ in 0..3 {
+        let ask = credit.next_ask(false).unwrap();
+        assert_eq!(ask.add_blocks, 25);
+        assert!(credit.put_off(ask.request));
+        assert_eq!(credit.take(5), Take::Short);
+    }
+    let reset = credit.reset();
+    assert!(!credit.put_off(reset.request - 1), "an answer to something else changes nothing");
+    assert!(credit.put_off(reset.request));
+    assert!(credit.is_reset_pending());
 }
 
 #[test]

@@ -18,12 +18,15 @@
 //!   until they are converted; a chain of joined blocks is a *group*. Only a group longer than
 //!   [`GROUP_BLOCKS_MAX`] (many overlapping writes, or one of more than 1 MiB) is cut.
 
+mod stored;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use endio_types::planted::{self, Bug};
 use endio_types::{BLOCK_BYTES, Lblk, LblkRange};
 
 use super::Lsn;
+pub use stored::Waiting;
 
 /// Longest group of joined blocks that is picked as a whole: three times the longest write that
 /// must never be seen in part, because writes that overlap are picked together.

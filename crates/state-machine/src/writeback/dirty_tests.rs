@@ -198,6 +198,7 @@ enum Op {
     Complete(usize),
     Fail(usize),
     Discard(u64, u64),
+    Stored(u64, u64),
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -208,6 +209,7 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (0usize..4).prop_map(Op::Complete),
         1 => (0usize..4).prop_map(Op::Fail),
         1 => (0u64..24, 1u64..8).prop_map(|(s, l)| Op::Discard(s, l)),
+        1 => (0u64..24, 1u64..12).prop_map(|(s, l)| Op::Stored(s, l)),
     ]
 }
 
@@ -351,6 +353,18 @@ fn run(ops: Vec<Op>) {
                     slow.discarded = slow.io.is_some();
                 }
                 oracle.0.retain(|_, slow| !slow.is_empty());
+            }
+            Op::Stored(start, len) => {
+                let told = map.waiting().filter(|w| range(start, len).overlaps(range(w.lblk.0, 1)));
+                let told: BTreeMap<u64, Lsn> = told.map(|w| (w.lblk.0, w.lsn)).collect();
+                for clean in map.take_stored(&told) {
+                    for lblk in clean.range.start.0..clean.range.end() {
+                        let slow = oracle.0.remove(&lblk).unwrap();
+                        assert_eq!((slow.io, slow.writes.last()), (None, Some(&clean.up_to.0)));
+                        assert_eq!(told.get(&lblk), Some(&clean.up_to));
+                        credit -= 1;
+                    }
+                }
             }
             Op::Complete(_) | Op::Fail(_) => {}
         }

@@ -50,6 +50,24 @@ fn a_look_up_teaches_nothing_of_what_changed_meanwhile() {
 }
 
 #[test]
+fn an_answer_is_current_until_its_blocks_change_or_another_session_begins() {
+    let mut cache = MapCache::<char>::new(0);
+    let asked = cache.ticket();
+    assert!(cache.is_current(asked, range(2, 2)));
+    let change = cache.begin(vec![range(3, 1)]);
+    assert!(cache.is_current(asked, range(2, 1)) && !cache.is_current(asked, range(2, 2)));
+    assert!(!cache.is_current(cache.ticket(), range(3, 1)), "it is under way");
+    cache.end(change, []);
+    assert!(cache.is_current(cache.ticket(), range(3, 1)) && !cache.is_current(asked, range(3, 1)));
+    let lost = cache.begin(vec![range(9, 1)]);
+    cache.give_up(lost);
+    assert!(!cache.is_current(cache.ticket(), range(9, 1)), "it may take effect at any time");
+    let asked = cache.ticket();
+    cache.reset();
+    assert!(!cache.is_current(asked, range(2, 1)));
+}
+
+#[test]
 fn a_look_up_that_outlives_the_memory_of_changes_teaches_nothing() {
     let mut cache = MapCache::new(100);
     let asked = cache.ticket();

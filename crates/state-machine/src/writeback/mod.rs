@@ -3,13 +3,17 @@
 //! Nothing here does I/O, reads a clock or spawns: the engine of the writeback service owns one of
 //! each per volume (or per process), calls it under a lock, and acts on what it returns.
 
+pub mod cover;
 pub mod credit;
 pub mod dirty;
 pub mod errseq;
+pub mod gather;
+pub mod layout;
 pub mod map_cache;
 pub mod range_lock;
 pub mod sessions;
 pub mod throttle;
+pub mod view;
 
 use std::fmt;
 

@@ -68,7 +68,7 @@ fn blocks_of_an_unreachable_store_are_not_reused_and_others_serve() {
     }
     assert_eq!(rig.write(&volume, 0, 8).failed, None);
     let refused = rig.try_begin(begin_io(&volume, 20, 1)).unwrap_err();
-    assert_eq!(refused.reason, Reason::NoSpace);
+    assert_eq!(refused.reason, Reason::NotEnoughStores, "not full: one that has room is away");
     rig.assert_sound();
 }
 
@@ -225,6 +225,27 @@ fn a_late_release_of_the_first_attempt_changes_nothing_after_the_second() {
     rig.assert_sound();
 }
 
+fn open(writeback: &str, force: bool, if_generation: Option<Generation>) -> Call {
+    Call::OpenVolume { name: "v".into(), writeback: writeback.into(), force, if_generation }
+}
+
+/// Scenario 61: what a writeback read of a volume before a takeover does not undo the takeover.
+#[test]
+fn an_open_of_a_generation_that_is_over_is_refused_with_and_without_force() {
+    let mut rig = Rig::new(1, 100);
+    let first = rig.volume("v", 100, 1);
+    let seen = Some(first.generation);
+    rig.call(open("w2", true, seen)).unwrap();
+    for (writeback, force) in [("w", true), ("w", false), ("w2", true)] {
+        let refusal = rig.call(open(writeback, force, seen)).unwrap_err();
+        assert_eq!(refusal.reason, Reason::OldGeneration, "{writeback}, force {force}");
+    }
+    let now = rig.machine.volume("v").unwrap();
+    assert_eq!(now.owner.as_deref(), Some("w2"));
+    rig.call(open("w3", true, Some(now.generation))).unwrap();
+    rig.assert_sound();
+}
+
 /// Scenario 61.
 #[test]
 fn a_second_writeback_that_opens_the_volume_fences_the_first() {
@@ -234,7 +255,7 @@ fn a_second_writeback_that_opens_the_volume_fences_the_first() {
     let queued = rig.begin(&old, 4, 1);
     rig.durable_release(&queued.segments[0].token);
     rig.submit(&queued.submitter);
-    let call = |force| Call::OpenVolume { name: "v".into(), writeback: "w2".into(), force };
+    let call = |force| open("w2", force, None);
     assert_eq!(rig.call(call(false)).unwrap_err().reason, Reason::VolumeBusy);
     let held_2 = rig.begin(&old, 8, 1);
     rig.call(call(true)).unwrap();
@@ -261,7 +282,7 @@ fn nothing_is_granted_before_the_epoch_is_durable() {
     let mut machine = Machine::recover(limits(), MemoryTable::new(), Snapshot::new([1; 16]));
     let mut out = Output::default();
     machine.finish_recovery(TokenKey::new([1; 32]), Millis(1), &mut out).unwrap();
-    let call = Call::OpenVolume { name: "v".into(), writeback: "w".into(), force: false };
+    let call = open("w", false, None);
     machine.handle(Millis(1), Input::Call { reply: ReplyTo(1), call }, &mut out).unwrap();
     let Some(EffectKind::Reply(_, Err(refusal))) = out.effects.last().map(|e| e.kind.clone())
     else {
@@ -313,4 +334,76 @@ fn an_io_end_ends_after_its_longest_life_even_if_its_holders_renew() {
     assert!(rig.completion(&begun).is_none());
     rig.advance(500);
     assert_eq!(rig.completion(&begun).unwrap().failed, Some(Reason::Aborted));
+}
+
+/// Registers store 1 with that name in its certificate, on a session of its own; the reason if it is
+/// refused.
+fn register_as(
+    rig: &mut Rig,
+    session: u64,
+    incarnation: u64,
+    name: Option<&str>,
+) -> Option<Reason> {
+    rig.sent.clear();
+    let message = FromStore::Register {
+        uuid: [1; 16],
+        incarnation: Incarnation(incarnation),
+        capacity_blocks: 10,
+        url: "memory:store-1".into(),
+        name: name.map(str::to_owned),
+    };
+    rig.input(Input::Store { session: StoreSession(session), message });
+    rig.sent.iter().find_map(|kind| match kind {
+        EffectKind::Store(to, ToStore::SessionRefused(refusal)) if to.0 == session => {
+            Some(refusal.reason)
+        }
+        _ => None,
+    })
+}
+
+#[test]
+fn a_store_belongs_to_the_name_in_its_first_certificate_also_after_a_crash() {
+    let mut rig = Rig::new(0, 10);
+    assert_eq!(register_as(&mut rig, 1, 1, Some("s1")), None);
+    assert_eq!(register_as(&mut rig, 2, 2, Some("s2")), Some(Reason::NotAllowed));
+    // Nothing of the refused one counts: neither its incarnation nor its session.
+    assert_eq!(register_as(&mut rig, 1, 1, Some("s1")), None);
+    rig.crash();
+    assert_eq!(register_as(&mut rig, 2, 2, Some("s2")), Some(Reason::NotAllowed));
+    assert_eq!(register_as(&mut rig, 1, 2, Some("s1")), None);
+    assert_eq!(rig.machine.snapshot().store_names.len(), 1);
+    rig.assert_sound();
+}
+
+#[test]
+fn a_store_without_a_certificate_is_bound_by_the_first_that_it_shows() {
+    let mut rig = Rig::new(0, 10);
+    assert_eq!(register_as(&mut rig, 1, 1, None), None);
+    assert_eq!(register_as(&mut rig, 2, 1, Some("s1")), None);
+    assert_eq!(register_as(&mut rig, 3, 1, Some("s2")), Some(Reason::NotAllowed));
+    // Without TLS nobody has a name, and there is nothing to compare.
+    assert_eq!(register_as(&mut rig, 4, 1, None), None);
+    rig.assert_sound();
+}
+
+/// What an owner remembers it may serve under its lease, whoever has the volume by then.
+#[test]
+fn a_forced_open_is_told_to_wait_until_the_owner_before_serves_nothing() {
+    let mut rig = Rig::new(1, 100);
+    let (first, other) = (WritebackSession(11), WritebackSession(12));
+    rig.hello(first, "wb-a/1");
+    rig.hello(other, "wb-b/1");
+    rig.create("v", BLOCK_BYTES, 1, false, false);
+    let open = |rig: &mut Rig, writeback: &str| match rig.call(open(writeback, true, None)) {
+        Ok(ReplyBody::Opened(_, _, wait_ms)) => wait_ms,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(open(&mut rig, "wb-a/1"), 0, "nobody had it");
+    rig.now = rig.now.plus(100);
+    assert_eq!(open(&mut rig, "wb-b/1"), 900, "the lease of a second runs since its Hello");
+    rig.now = rig.now.plus(100);
+    assert_eq!(open(&mut rig, "wb-b/2"), 800, "a later start of b waits for a, and not for b");
+    assert_eq!(open(&mut rig, "wb-c/1"), 800, "b/2 had no lease of its own, a has still its");
+    rig.now = rig.now.plus(800);
+    assert_eq!(open(&mut rig, "wb-a/2"), 0);
 }

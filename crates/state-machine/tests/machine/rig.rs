@@ -188,6 +188,7 @@ impl Rig {
             incarnation: Incarnation(incarnation),
             capacity_blocks: capacity,
             url: format!("memory:store-{store}"),
+            name: None,
         };
         self.store(store, message);
     }
@@ -251,8 +252,9 @@ impl Rig {
 
     pub fn open(&mut self, name: &str, writeback: &str) -> VolumeInfo {
         let (name, writeback) = (name.to_owned(), writeback.to_owned());
-        match self.call(Call::OpenVolume { name, writeback, force: true }).unwrap() {
-            ReplyBody::Opened(info, _) => info,
+        let call = Call::OpenVolume { name, writeback, force: true, if_generation: None };
+        match self.call(call).unwrap() {
+            ReplyBody::Opened(info, ..) => info,
             other => panic!("{other:?}"),
         }
     }

@@ -29,6 +29,21 @@ fn promised_space_is_kept_from_direct_writes_and_survives_a_restart() {
     rig.assert_sound();
 }
 
+/// A limit delays a write; it never makes one impossible.
+#[test]
+fn a_write_larger_than_the_limit_in_flight_begins_when_it_is_alone() {
+    let limits = endio_state_machine::limits::Limits { in_flight_blocks_max: 8, ..limits() };
+    let mut rig = Rig::with_limits(1, 100, limits);
+    let volume = rig.volume("v", 100, 1);
+    let small = rig.begin(&volume, 0, 1);
+    assert_eq!(rig.try_begin(begin_io(&volume, 10, 9)).unwrap_err().reason, Reason::Limit);
+    assert_eq!(rig.finish(&small).failed, None);
+    let large = rig.try_begin(begin_io(&volume, 10, 9)).unwrap();
+    assert_eq!(rig.try_begin(begin_io(&volume, 30, 1)).unwrap_err().reason, Reason::Limit);
+    assert_eq!(rig.finish(&large).failed, None);
+    rig.assert_sound();
+}
+
 #[test]
 fn an_abort_returns_the_credit() {
     let mut rig = Rig::new(1, 20);
@@ -51,6 +66,23 @@ fn replicas_lie_on_distinct_stores_and_too_few_stores_are_told_from_no_space() {
     let refused = rig.try_begin(begin_io(&three, 0, 1)).unwrap_err();
     assert_eq!(refused.reason, Reason::NotEnoughStores);
     assert_eq!(rig.try_begin(begin_io(&two, 20, 1)).unwrap_err().reason, Reason::NoSpace);
+}
+
+/// A client that hears "full" gives up; one that hears "away" waits.
+#[test]
+fn stores_that_are_away_are_told_from_full_ones() {
+    let mut rig = Rig::new(2, 10);
+    let one = rig.volume("one", 100, 1);
+    let two = rig.volume("two", 100, 2);
+    rig.input(Input::StoreLost { session: StoreSession(1) });
+    for blocks in [1, 10] {
+        assert_eq!(reserve(&mut rig, &two, blocks), Err(Reason::NotEnoughStores));
+    }
+    assert_eq!(reserve(&mut rig, &one, 11), Err(Reason::NotEnoughStores));
+    assert_eq!(rig.try_begin(begin_io(&one, 0, 11)).unwrap_err().reason, Reason::NotEnoughStores);
+    assert_eq!(reserve(&mut rig, &one, 21), Err(Reason::NoSpace), "not even both hold that");
+    assert_eq!(reserve(&mut rig, &one, 10), Ok(10));
+    rig.assert_sound();
 }
 
 #[test]
@@ -108,6 +140,7 @@ fn an_older_incarnation_is_refused() {
             incarnation: Incarnation(4),
             capacity_blocks: 10,
             url: "memory:store-1".into(),
+            name: None,
         },
     });
     let refused = |kind: &EffectKind| {

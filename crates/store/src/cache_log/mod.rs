@@ -27,8 +27,8 @@ mod tests;
 mod writer;
 
 use std::path::Path;
+use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use endio_failpoints::{Bug, Point, is_planted, reach};
@@ -36,6 +36,7 @@ use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::dirty::CleanRun;
 use endio_state_machine::writeback::sessions::{RequestKey, SessionLimits, SessionTable};
 use endio_types::{Generation, LblkRange, VolumeId};
+use tracing_mutex::stdsync::{Condvar, Mutex, MutexGuard};
 
 pub use api::{CacheLogError, CacheLogOptions, OpenVolume, ReplayedWrite, WriteRecord};
 pub use replay::Replay;

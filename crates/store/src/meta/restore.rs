@@ -25,7 +25,7 @@ pub struct Restoring {
 
 impl Restoring {
     /// Reads the backup into a directory beside `dir`, which must be empty or absent. Nothing appears
-    /// in `dir` before [`Self::finish`].
+    /// in `dir` before [`Self::finish`], and nothing is left beside it after an error.
     ///
     /// # Errors
     /// `dir` holds something, the backup is damaged, or the disk fails.
@@ -41,8 +41,8 @@ impl Restoring {
         if part.exists() {
             fs::remove_dir_all(&part)?;
         }
-        let vfs = RealVfs::new(&part)?;
         let restoring = Self { head: reader.head, part, dir: dir.to_owned() };
+        let vfs = RealVfs::new(&restoring.part)?;
         write(&mut reader, &vfs, options)?;
         Ok(restoring)
     }
@@ -61,6 +61,13 @@ impl Restoring {
         let parent = self.dir.parent().filter(|parent| !parent.as_os_str().is_empty());
         File::open(parent.unwrap_or(Path::new(".")))?.sync_all()?;
         Ok(())
+    }
+}
+
+impl Drop for Restoring {
+    fn drop(&mut self) {
+        // Gone already if it was finished; else nobody finds half a restore.
+        let _ = fs::remove_dir_all(&self.part);
     }
 }
 

@@ -6,6 +6,7 @@ use tokio::sync::oneshot;
 
 use super::DriverError;
 use crate::commit::Committer;
+use crate::snapshot;
 
 /// Chunks copied in one turn: some milliseconds of the driver's time.
 const CHUNKS_PER_TURN: usize = 64;
@@ -65,7 +66,7 @@ impl Checkpoints {
         self.stage = match std::mem::replace(&mut self.stage, Stage::Moved) {
             Stage::Rotating(mut checkpointer, snapshot, mut rotated) => match rotated.try_recv() {
                 Ok(_) => {
-                    let bytes = postcard::to_stdvec(&snapshot).map_err(DriverError::Encode)?;
+                    let bytes = snapshot::encode(&snapshot).map_err(DriverError::Encode)?;
                     checkpointer.begin(snapshot.seq, &bytes)?;
                     Stage::Copying(checkpointer)
                 }

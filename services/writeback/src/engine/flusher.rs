@@ -8,7 +8,7 @@ use endio_types::{BLOCK_BYTES, LblkRange, Reason};
 use tokio::time::{Duration, Instant};
 
 use super::Engine;
-use super::write_out::Gathered;
+use super::write_out::WriteOut;
 use crate::failure::Failure;
 use crate::volume::{State, Volume};
 
@@ -18,7 +18,7 @@ const LOG_LOOK: Duration = Duration::from_millis(250);
 /// What the flusher does next.
 enum Next {
     /// Write this out.
-    WriteOut(Gathered),
+    WriteOut(WriteOut),
     /// Nothing now; look again then, or when something changes.
     Wait(Option<Instant>),
     /// The volume is not ours any more.
@@ -73,10 +73,10 @@ impl Engine {
     async fn flush_for_ever(self: Arc<Self>, volume: Arc<Volume>) {
         loop {
             match self.next(&volume) {
-                Next::WriteOut(gathered) => {
+                Next::WriteOut(out) => {
                     let (engine, volume) = (Arc::clone(&self), Arc::clone(&volume));
                     // A failure stays with the volume; the flusher comes back to it.
-                    let write_out = async move { drop(engine.write_out(&volume, gathered).await) };
+                    let write_out = async move { drop(engine.write_out(&volume, out).await) };
                     self.tasks.spawn(write_out);
                 }
                 Next::Wait(until) => {
@@ -124,8 +124,8 @@ impl Engine {
         }
         let up_to = state.flush_up_to;
         let urgent = PickLimit { blocks_max, up_to: Some(up_to), within: None };
-        if let Some(gathered) = Gathered::pick(volume, &mut state, urgent, true) {
-            return Next::WriteOut(gathered);
+        if let Some(out) = WriteOut::pick(volume, &mut state, urgent, true) {
+            return Next::WriteOut(out);
         }
         let old_at = state.dirty_since.unwrap_or(now) + self.write_out_after();
         if old_at <= now {
@@ -135,11 +135,11 @@ impl Engine {
             drop(state);
             return self.next(volume);
         }
-        if self.throttle().wants_write_out()
-            && let Some(gathered) =
-                Gathered::pick(volume, &mut state, PickLimit::blocks(blocks_max), false)
+        if self.throttled(|throttle| throttle.wants_write_out())
+            && let Some(out) =
+                WriteOut::pick(volume, &mut state, PickLimit::blocks(blocks_max), false)
         {
-            return Next::WriteOut(gathered);
+            return Next::WriteOut(out);
         }
         Next::Wait(Some(old_at))
     }
@@ -162,16 +162,16 @@ impl Engine {
         let blocks_max = self.config.write_out_blocks;
         let limit = PickLimit { blocks_max, up_to: None, within: Some(range) };
         loop {
-            let gathered = {
+            let picked = {
                 let mut state = volume.state();
                 // Without a promise of space it would only be refused.
                 let is_backed = !state.credit.is_reset_pending();
-                is_backed.then(|| Gathered::pick(volume, &mut state, limit, true)).flatten()
+                is_backed.then(|| WriteOut::pick(volume, &mut state, limit, true)).flatten()
             };
-            if let Some(gathered) = gathered {
+            if let Some(out) = picked {
                 // In a task of its own: what was picked must be given back, whoever waits.
                 let (engine, volume) = (Arc::clone(self), Arc::clone(volume));
-                let out = async move { engine.write_out(&volume, gathered).await };
+                let out = async move { engine.write_out(&volume, out).await };
                 self.tasks.spawn(out).await.map_err(|_| Failure::task_lost())??;
                 continue;
             }

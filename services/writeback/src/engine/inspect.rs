@@ -15,7 +15,7 @@ use endio_api::writeback::{CheckResponse, NbdListener, NbdTls};
 use endio_chassis::metrics::Gauge;
 use endio_chassis::net::ListenAddr;
 use endio_chassis::recorder::SpanQuery;
-use endio_types::{BLOCK_BYTES, ByteRange, LblkRange, Reason};
+use endio_types::{ByteRange, LblkRange, Reason};
 use tokio::time::{Duration, Instant};
 
 use super::Engine;
@@ -59,7 +59,7 @@ impl Engine {
             let state = volume.state();
             state.dirty.read_range(part).map(|(lblk, _)| lblk.0).collect()
         };
-        let mapped_end = volume.state().durable_size_bytes.div_ceil(BLOCK_BYTES);
+        let mapped_end = volume.state().view.mapped_end();
         let mapped = part.intersection(LblkRange::new(0, mapped_end));
         let map = match mapped {
             Some(mapped) => {
@@ -81,7 +81,7 @@ impl Engine {
         offset_bytes: u64,
         length_bytes: u64,
     ) -> Result<LblkRange, Failure> {
-        let size = volume.state().size_bytes;
+        let size = volume.state().view.size_bytes();
         let len = if length_bytes == 0 { size.saturating_sub(offset_bytes) } else { length_bytes };
         volume.check(ByteRange { offset: offset_bytes, len }, false)
     }
@@ -260,7 +260,7 @@ impl Engine {
     ) -> Result<(), Failure> {
         // Only the owner of a volume may read it.
         let volume = self.volume(name).await?;
-        let end = volume.state().durable_size_bytes.div_ceil(BLOCK_BYTES);
+        let end = volume.state().view.mapped_end();
         let mut at = 0;
         while at < end {
             let part = LblkRange::new(at, READ_BLOCKS_MAX.min(end - at));

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use bytes::BytesMut;
 use endio_api::conversion::{ChangeMapRequest, MapChange};
 use endio_chassis::trace::Span;
-use endio_types::{BLOCK_BYTES, ByteRange, LblkRange, Reason};
+use endio_state_machine::writeback::cover::inner_and_edges;
+use endio_types::{ByteRange, LblkRange, MapVersion, Reason};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
@@ -166,7 +167,7 @@ impl Change {
             return self.change_map(self.blocks).await;
         }
         self.engine.forget(&self.volume, self.blocks, self.deadline).await?;
-        let size = self.volume.state().size_bytes;
+        let size = self.volume.state().view.size_bytes();
         let (inner, edges) = inner_and_edges(self.op.bytes, size);
         for edge in edges {
             self.zero_edge(edge).await?;
@@ -211,7 +212,7 @@ impl Change {
         }
         let changed = changed?;
         changing.ended(Vec::new());
-        volume.state().saw_map(changed.map_version);
+        volume.state().view.saw_map(MapVersion(changed.map_version));
         Ok(changed.blocks_changed)
     }
 
@@ -222,74 +223,5 @@ impl Change {
             tracing::warn!(%error, "a retry key could not be kept");
         }
         admission.applied(result);
-    }
-}
-
-/// The whole blocks of a range, and what is left of it inside single blocks. A last block that
-/// the volume ends in counts as whole when the range reaches that end.
-fn inner_and_edges(bytes: ByteRange, size_bytes: u64) -> (LblkRange, Vec<ByteRange>) {
-    let end = bytes.offset + bytes.len;
-    let first = bytes.offset.div_ceil(BLOCK_BYTES);
-    let last = if end == size_bytes { end.div_ceil(BLOCK_BYTES) } else { end / BLOCK_BYTES };
-    if first > last {
-        return (LblkRange::new(first, 0), vec![bytes]);
-    }
-    let mut edges = Vec::new();
-    let head = first * BLOCK_BYTES - bytes.offset;
-    if head > 0 {
-        edges.push(ByteRange { offset: bytes.offset, len: head.min(bytes.len) });
-    }
-    let tail = end.saturating_sub(last * BLOCK_BYTES);
-    if tail > 0 && last * BLOCK_BYTES >= bytes.offset {
-        edges.push(ByteRange { offset: last * BLOCK_BYTES, len: tail });
-    }
-    (LblkRange::new(first, last - first), edges)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn at(offset: u64, len: u64) -> ByteRange {
-        ByteRange { offset, len }
-    }
-
-    #[test]
-    fn aligned_ranges_have_no_edges() {
-        assert_eq!(inner_and_edges(at(4096, 8192), 1 << 20), (LblkRange::new(1, 2), vec![]));
-    }
-
-    #[test]
-    fn a_range_inside_one_block_is_all_edge() {
-        let (inner, edges) = inner_and_edges(at(100, 50), 1 << 20);
-        assert!(inner.is_empty());
-        assert_eq!(edges, [at(100, 50)]);
-    }
-
-    #[test]
-    fn both_edges_are_cut_off() {
-        let (inner, edges) = inner_and_edges(at(100, 3 * 4096), 1 << 20);
-        assert_eq!(inner, LblkRange::new(1, 2));
-        assert_eq!(edges, [at(100, 3996), at(3 * 4096, 100)]);
-    }
-
-    #[test]
-    fn two_halves_of_neighbours_are_two_edges() {
-        let (inner, edges) = inner_and_edges(at(4000, 200), 1 << 20);
-        assert!(inner.is_empty());
-        assert_eq!(edges, [at(4000, 96), at(4096, 104)]);
-    }
-
-    #[test]
-    fn the_end_of_a_volume_counts_as_whole() {
-        let (inner, edges) = inner_and_edges(at(4096, 4196), 8292);
-        assert_eq!((inner, edges), (LblkRange::new(1, 2), vec![]));
-    }
-
-    #[test]
-    fn the_end_of_a_volume_inside_one_block_is_an_edge_at_its_beginning() {
-        let (inner, edges) = inner_and_edges(at(100, 50), 150);
-        assert!(inner.is_empty());
-        assert_eq!(edges, [at(100, 50)]);
     }
 }

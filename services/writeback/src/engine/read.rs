@@ -13,7 +13,9 @@ use endio_api::common::{Extent, ExtentState, Place, ReadGrant};
 use endio_api::conversion::{LookupRequest, LookupResponse};
 use endio_chassis::trace::Span;
 use endio_failpoints::{Bug, is_planted};
-use endio_types::{BLOCK_BYTES, BLOCK_SIZE, ByteRange, LblkRange, Reason};
+use endio_state_machine::writeback::cover::{gaps, parts};
+use endio_state_machine::writeback::map_cache::Part;
+use endio_types::{BLOCK_BYTES, BLOCK_SIZE, ByteRange, LblkRange, MapVersion, Reason};
 use futures_util::future::try_join_all;
 use tokio::time::Instant;
 
@@ -70,9 +72,9 @@ impl Piece {
 }
 
 /// A run of blocks that a read found in one place.
-struct Run {
+pub(super) struct Run {
     range: LblkRange,
-    piece: Piece,
+    pub(super) piece: Piece,
 }
 
 impl Engine {
@@ -190,17 +192,23 @@ impl Engine {
     ) -> Result<Vec<Run>, Failure> {
         let _registered = volume.read_begins();
         let mut runs = cached(volume, range);
-        let mapped_end = volume.state().durable_size_bytes.div_ceil(BLOCK_BYTES);
-        let mut gaps = gaps(&runs, range);
+        let mapped_end = volume.state().view.mapped_end();
+        let mut gaps = gaps(runs.iter().map(|run| run.range), range);
         // What a growing volume has beyond the size that conversion knows is dirty or a hole.
         for gap in gaps.extract_if(.., |gap| gap.start.0 >= mapped_end) {
             runs.push(Run { range: gap, piece: Piece::Zeroes(gap.len * BLOCK_BYTES) });
         }
         runs.sort_by_key(|run| run.range.start);
-        let (Some(first), Some(last)) = (gaps.first(), gaps.last()) else { return Ok(runs) };
+        let (Some(first), Some(last)) = (gaps.first(), gaps.last()) else {
+            self.is_ours(volume)?;
+            return Ok(runs);
+        };
         let hull = LblkRange::new(first.start.0, last.end() - first.start.0);
         let (grant, map) = match known(volume, &gaps).filter(|_| *trusts_cache) {
-            Some(known) => known,
+            Some(known) => {
+                self.is_ours(volume)?;
+                known
+            }
             None => {
                 *trusts_cache = false;
                 self.learn(volume, hull, deadline).await?
@@ -223,8 +231,20 @@ impl Engine {
         Ok(runs)
     }
 
+    /// What was found here just now is what everybody may see, as long as nobody else can have
+    /// opened the volume meanwhile. A look-up would say so, too, and so does a store of what it
+    /// holds; nothing else does: not of what is dirty here, and not of holes.
+    fn is_ours(&self, volume: &Volume) -> Result<(), Failure> {
+        // Under a new session, first of all conversion must know the volume as ours.
+        if self.session.lease_holds() && volume.state().credit_reset.is_none() {
+            return Ok(());
+        }
+        let detail = "conversion has not confirmed for a while that the volume is open here";
+        Err(Failure::new(Reason::PeerAway, detail))
+    }
+
     /// Asks for the map of a range, and remembers what is around it, too.
-    async fn learn(
+    pub(super) async fn learn(
         &self,
         volume: &Arc<Volume>,
         hull: LblkRange,
@@ -232,7 +252,7 @@ impl Engine {
     ) -> Result<(ReadGrant, Map), Failure> {
         let (ticket, asked) = {
             let state = volume.state();
-            let end = state.durable_size_bytes.div_ceil(BLOCK_BYTES);
+            let end = state.view.mapped_end();
             let start = hull.start.0 / LEARN_BLOCKS * LEARN_BLOCKS;
             let end = hull.end().next_multiple_of(LEARN_BLOCKS).min(end).max(hull.end());
             let around = LblkRange::new(start, end - start);
@@ -240,9 +260,7 @@ impl Engine {
         };
         let found = self.look_up(volume, asked, deadline).await?;
         let grant = found.read_grant.ok_or_else(Failure::fenced)?;
-        let parts = parts(&found.extents, asked);
-        let parts = parts.into_iter().map(|(part, extent)| (part, extent.cloned().map(Arc::new)));
-        let map: Map = parts.collect();
+        let map: Map = parts(found.extents.into_iter().filter_map(written), asked);
         let mut state = volume.state();
         state.grant = Some(grant.clone());
         state.map.learn(ticket, map.iter().cloned());
@@ -267,12 +285,12 @@ impl Engine {
             |mut client: crate::conversion::Client| async move { client.lookup(request).await };
         let map = self.conversion.call(deadline, call).await?;
         let mut state = volume.state();
-        state.saw_size(map.map_version, map.size_bytes);
+        state.view.saw_size(MapVersion(map.map_version), map.size_bytes);
         Ok(map)
     }
 
     /// Reads a part of a written extent, from one replica after the other.
-    async fn read_extent(
+    pub(super) async fn read_extent(
         &self,
         volume: &Volume,
         grant: &ReadGrant,
@@ -351,7 +369,7 @@ impl Engine {
 }
 
 /// Parts of a range with the written extent that holds them; none: they read as zeroes.
-type Map = Vec<(LblkRange, Option<Arc<Extent>>)>;
+pub(super) type Map = Vec<Part<Arc<Extent>>>;
 
 /// The map of some ranges without asking conversion. What it names stays untouched while the read
 /// is registered, which it is already.
@@ -372,41 +390,10 @@ fn cached(volume: &Volume, range: LblkRange) -> Vec<Run> {
     state.dirty.read_range(range).map(block).collect()
 }
 
-/// What of the range no run covers. The runs are ascending.
-fn gaps(runs: &[Run], range: LblkRange) -> Vec<LblkRange> {
-    let mut gaps = Vec::new();
-    let mut at = range.start.0;
-    for run in runs {
-        if run.range.start.0 > at {
-            gaps.push(LblkRange::new(at, run.range.start.0 - at));
-        }
-        at = run.range.end();
-    }
-    if at < range.end() {
-        gaps.push(LblkRange::new(at, range.end() - at));
-    }
-    gaps
-}
-
-/// Cuts a range along extents: parts with the written extent that holds them, or without one where
-/// it reads as zeroes. A reversed or overlapping map leaves out what does not fit.
-pub(super) fn parts(extents: &[Extent], range: LblkRange) -> Vec<(LblkRange, Option<&Extent>)> {
-    let mut parts = Vec::new();
-    let mut at = range.start.0;
-    for extent in extents.iter().filter(|e| e.state == ExtentState::Written as i32) {
-        let whole = LblkRange::new(extent.lblk, extent.blocks.into());
-        let left = LblkRange::new(at, range.end().saturating_sub(at));
-        let Some(part) = whole.intersection(left) else { continue };
-        if part.start.0 > at {
-            parts.push((LblkRange::new(at, part.start.0 - at), None));
-        }
-        parts.push((part, Some(extent)));
-        at = part.end();
-    }
-    if at < range.end() {
-        parts.push((LblkRange::new(at, range.end() - at), None));
-    }
-    parts
+/// An extent with data, and its blocks.
+fn written(extent: Extent) -> Option<(LblkRange, Arc<Extent>)> {
+    let range = LblkRange::new(extent.lblk, extent.blocks.into());
+    (extent.state == ExtentState::Written as i32).then(|| (range, Arc::new(extent)))
 }
 
 /// The bytes asked for, out of runs of whole blocks that cover them; neighbours are joined.

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use endio_failpoints::{Bug, Point, is_planted, reach};
 use endio_store::cache_log::{OpenVolume, Replay, ReplayedWrite};
 use endio_types::{BLOCK_BYTES, BLOCK_SIZE, LblkRange, Reason};
-use tokio::time::Instant;
+use tokio::time::{Duration, Instant};
 
 use super::Engine;
 use crate::failure::Failure;
-use crate::volume::{CachedBlock, Loss, Volume};
+use crate::volume::{CachedBlock, Loss, Opened, Volume};
 
 /// A write of the log, read back.
 type Writes = BTreeMap<u64, Vec<ReplayedWrite>>;
@@ -58,12 +58,7 @@ impl Engine {
     ) -> Result<(), Failure> {
         let (id, name) = (open.volume.0, open.name.as_str());
         let opened = loop {
-            let opened = match self.is_still_ours(open).await {
-                Ok(true) => self.open_at_conversion(name, false).await,
-                Ok(false) => Err(Failure::fenced()),
-                Err(failure) => Err(failure),
-            };
-            match opened {
+            match self.open_again(open).await {
                 Err(failure) if passes(&failure) => {
                     tracing::warn!(volume = name, error = %failure, "replay waits for conversion");
                     tokio::select! {
@@ -91,7 +86,11 @@ impl Engine {
                 }
                 return self.adopt(volume).await;
             }
-            Ok(_) => Failure::new(Reason::UnknownVolume, "another volume has that name now"),
+            Ok(opened) => {
+                // Nobody serves that one here.
+                self.give_back(&opened).await;
+                namesake()
+            }
             Err(failure) => failure,
         };
         tracing::error!(
@@ -101,12 +100,31 @@ impl Engine {
         self.log.append_closed(id)
     }
 
-    /// Whether nobody else has opened the volume since it was open here. Another writeback may have
-    /// had it and be gone again: what the log holds is then older than what that one wrote.
-    async fn is_still_ours(&self, open: &OpenVolume) -> Result<bool, Failure> {
-        let described = self.describe(&open.name).await?;
-        let is_ours = self.identity.is_earlier_start(&described.owner);
-        Ok(is_ours || described.generation == open.generation.0)
+    /// Opens a volume if nobody else has opened it since it was open here. Another writeback may
+    /// have had it and be gone again: what the log holds is then older than what that one wrote.
+    async fn open_again(&self, open: &OpenVolume) -> Result<Opened, Failure> {
+        let deadline = self.deadline();
+        loop {
+            let described = self.describe(&open.name).await?;
+            if described.id != open.volume.0 {
+                return Err(namesake());
+            }
+            let is_ours = self.identity.is_earlier_start(&described.owner);
+            if !is_ours && described.generation != open.generation.0 {
+                return Err(Failure::fenced());
+            }
+            match self.open_at_conversion(&described, false, deadline).await {
+                // Somebody was faster, or a try of this call whose answer was lost. What is
+                // decided, is decided by the volume as it is now.
+                Err(failure)
+                    if failure.reason == Reason::OldGeneration && Instant::now() < deadline =>
+                {
+                    let pause = Duration::from_millis(self.config.retry_first_ms);
+                    tokio::time::sleep(pause).await;
+                }
+                opened => return opened,
+            }
+        }
     }
 
     fn put_back(&self, volume: &Volume, data: &[ReplayedWrite]) {
@@ -140,8 +158,12 @@ fn insert(state: &mut crate::volume::State, write: &ReplayedWrite, range: LblkRa
             trace: None,
         })
         .collect();
-    state.size_bytes = state.size_bytes.max(end_bytes.min(range.end() * BLOCK_BYTES));
+    state.view.wrote_up_to(end_bytes.min(range.end() * BLOCK_BYTES));
     state.dirty.insert(range, write.lsn, end_bytes, cached).unwrap_or(0)
+}
+
+fn namesake() -> Failure {
+    Failure::new(Reason::UnknownVolume, "another volume has that name now")
 }
 
 /// Whether waiting can help.

@@ -49,11 +49,12 @@ impl Engine {
             writeback: self.identity.writeback(),
             cluster_epoch: link.epoch.unwrap_or(0),
             connected: link.epoch.is_some(),
-            dirty_bytes: self.throttle().total_bytes(),
+            dirty_bytes: self.throttled(|throttle| throttle.total_bytes()),
             dirty_bytes_max: self.config.dirty_bytes_max,
             log_bytes: self.log.usage_bytes().0,
             volumes: self.table.all().iter().map(volume_status).collect(),
             nbd: self.nbd_listeners(),
+            insecure: self.is_insecure,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             ..StatusResponse::default()

@@ -1,7 +1,7 @@
 //! fsync: what was acknowledged before the call is converted, and errors are told once.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use endio_chassis::trace::Span;
 use endio_state_machine::writeback::Lsn;
@@ -9,6 +9,7 @@ use endio_state_machine::writeback::errseq::Cursor;
 use endio_types::Reason;
 use futures_util::future::join_all;
 use tokio::time::{Duration, Instant};
+use tracing_mutex::stdsync::Mutex;
 
 use super::Engine;
 use crate::failure::Failure;
@@ -146,12 +147,13 @@ impl Engine {
         (lsn, errors, pending)
     }
 
-    /// fsync of every volume that is open here.
+    /// fsync of every volume that is open here and that `is_meant` names.
     ///
     /// # Errors
     /// The first volume's error; the others are written out all the same.
-    pub async fn sync_all(&self) -> Result<u64, Failure> {
-        let volumes = self.table.all();
+    pub async fn sync_all(&self, is_meant: impl Fn(&str) -> bool) -> Result<u64, Failure> {
+        let mut volumes = self.table.all();
+        volumes.retain(|volume| is_meant(&volume.name));
         let traceparent = Span::current().traceparent();
         let syncs = volumes.iter().map(|volume| self.fsync(volume, None, &traceparent));
         let mut waited_for = 0;

@@ -6,13 +6,13 @@ use endio_api::conversion::{
     CloseVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest, ListVolumesRequest,
     OpenVolumeRequest, Reserve, ResizeVolumeRequest, Volume as Described, VolumeRequest,
 };
-use endio_types::{BLOCK_BYTES, ByteRange, LblkRange, Reason};
-use tokio::time::Instant;
+use endio_types::{BLOCK_BYTES, ByteRange, LblkRange, MapVersion, Reason};
+use tokio::time::{Duration, Instant};
 
 use super::Engine;
 use crate::conversion::Client;
 use crate::failure::Failure;
-use crate::volume::{Opened, Volume};
+use crate::volume::{MapChanging, Opened, Volume};
 
 impl Engine {
     /// The volume of that name, opened here if nobody has it open.
@@ -74,7 +74,7 @@ impl Engine {
         if self.table.len() >= self.config.volumes_max {
             return Err(Failure::new(Reason::Limit, "too many volumes are open here"));
         }
-        let opened = self.open_at_conversion(name, force).await?;
+        let opened = self.open_as_it_is(name, force).await?;
         let volume = Arc::new(Volume::new(opened, self.volume_limits()));
         // Data of an earlier generation that was let go must not come back at a replay.
         if self.log.holds(volume.id, LblkRange::new(0, u64::MAX)) {
@@ -84,19 +84,41 @@ impl Engine {
         Ok(volume)
     }
 
-    /// The new generation, taken from an earlier start of this writeback if need be.
+    /// The volume, whoever opened it last.
+    async fn open_as_it_is(&self, name: &str, force: bool) -> Result<Opened, Failure> {
+        let deadline = self.deadline();
+        loop {
+            let described = self.describe(name).await?;
+            match self.open_at_conversion(&described, force, deadline).await {
+                // Opened meanwhile: by somebody else, or by a try of this call whose answer was lost.
+                Err(failure)
+                    if failure.reason == Reason::OldGeneration && Instant::now() < deadline =>
+                {
+                    let pause = Duration::from_millis(self.config.retry_first_ms);
+                    tokio::time::sleep(pause).await;
+                }
+                opened => return opened,
+            }
+        }
+    }
+
+    /// The new generation, taken from an earlier start of this writeback if need be. Only of the
+    /// volume as it was described: a takeover since then is not undone.
+    ///
+    /// # Errors
+    /// `OLD_GENERATION`: somebody has opened it since.
     pub(super) async fn open_at_conversion(
         &self,
-        name: &str,
+        described: &Described,
         force: bool,
+        deadline: Instant,
     ) -> Result<Opened, Failure> {
-        let deadline = self.deadline();
-        let described = self.describe(name).await?;
         let is_ours = self.identity.is_earlier_start(&described.owner);
         let request = OpenVolumeRequest {
-            name: name.to_owned(),
+            name: described.name.clone(),
             writeback: self.identity.writeback(),
             force: force || is_ours,
+            if_generation: Some(described.generation),
         };
         let call = |mut client: Client| {
             let request = request.clone();
@@ -106,7 +128,32 @@ impl Engine {
         let volume = opened.volume.ok_or_else(|| {
             Failure::new(Reason::Malformed, "conversion opened a volume without describing it")
         })?;
+        // A volume that was taken by force is served when the owner before can serve it no more.
+        tokio::time::sleep(std::time::Duration::from_millis(opened.wait_ms)).await;
         Ok(Opened { volume, grant: opened.read_grant })
+    }
+
+    /// Closes at conversion what was opened and is not served here. A failure leaves it to the next
+    /// open with force.
+    pub(super) async fn give_back(&self, opened: &Opened) {
+        let (name, generation) = (&opened.volume.name, opened.volume.generation);
+        if let Err(error) = self.close_at_conversion(name, generation, self.deadline()).await {
+            tracing::warn!(volume = %name, %error, "a volume that is not served stays open");
+        }
+    }
+
+    async fn close_at_conversion(
+        &self,
+        name: &str,
+        generation: u64,
+        deadline: Instant,
+    ) -> Result<(), Failure> {
+        let request = CloseVolumeRequest { name: name.to_owned(), generation };
+        let call = |mut client: Client| {
+            let request = request.clone();
+            async move { client.close_volume(request).await }
+        };
+        self.conversion.call(deadline, call).await.map(drop)
     }
 
     /// A volume that was opened is served from now on. That it is open is durable first: after a
@@ -190,7 +237,7 @@ impl Engine {
     /// be ahead of the converted one, and for a moment behind it.
     fn overlay(&self, described: &mut Described) {
         if let Some(open) = self.table.find(&described.name) {
-            described.size_bytes = open.state().size_bytes;
+            described.size_bytes = open.state().view.size_bytes();
         }
     }
 
@@ -236,7 +283,7 @@ impl Engine {
         }
         volume.usable()?;
         self.forget(volume, beyond, deadline).await?;
-        let old = volume.state().size_bytes;
+        let old = volume.state().view.size_bytes();
         let tail = size_bytes % BLOCK_BYTES;
         if size_bytes < old && tail > 0 {
             // A volume that grows again must not show what was cut off.
@@ -253,15 +300,47 @@ impl Engine {
             async move { client.resize_volume(request).await }
         };
         let changing = volume.map_changes(vec![LblkRange::new(0, u64::MAX)]);
-        let resized = self.conversion.call(deadline, call).await;
-        if let Err(failure) = &resized {
-            self.heed(volume, failure);
+        let failure = match self.conversion.call(deadline, call).await {
+            Ok(described) => {
+                changing.ended(Vec::new());
+                let version = MapVersion(described.map_version);
+                volume.state().view.resized(version, described.size_bytes);
+                return Ok(described);
+            }
+            Err(failure) => failure,
+        };
+        self.heed(volume, &failure);
+        let (engine, volume) = (Arc::clone(self), Arc::clone(volume));
+        self.tasks.spawn(async move {
+            engine.learn_size(&volume, size_bytes, changing).await;
+            drop(held);
+        });
+        Err(failure)
+    }
+
+    /// A resize was given up that may have been carried out all the same: what is acknowledged
+    /// beyond the end could never be written out. So the size is asked for until it is known, and
+    /// the caller keeps the lock of what lies beyond.
+    async fn learn_size(&self, volume: &Arc<Volume>, asked_bytes: u64, changing: MapChanging) {
+        while volume.usable().is_ok() {
+            let found = tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return,
+                found = self.look_up(volume, LblkRange::new(0, 1), self.deadline()) => found,
+            };
+            match found {
+                Ok(found) => {
+                    changing.ended(Vec::new());
+                    if found.size_bytes == asked_bytes {
+                        let version = MapVersion(found.map_version);
+                        volume.state().view.resized(version, asked_bytes);
+                    }
+                    return;
+                }
+                Err(failure) => self.heed(volume, &failure),
+            }
+            tokio::time::sleep(Duration::from_millis(self.config.retry_max_ms)).await;
         }
-        let described = resized?;
-        changing.ended(Vec::new());
-        let mut state = volume.state();
-        state.resized(described.map_version, described.size_bytes);
-        Ok(described)
     }
 
     async fn zero_tail(
@@ -321,16 +400,39 @@ impl Engine {
     /// Writes everything out and gives the volume up. Not open: nothing happens.
     ///
     /// # Errors
-    /// What keeps it from being written out; it stays open then.
+    /// What keeps it from being written out; it stays open then. That conversion did not answer; it
+    /// is not open here any more then, and another call closes it.
     pub async fn close(self: &Arc<Self>, name: &str) -> Result<(), Failure> {
         check_name(name)?;
         let Some(volume) = self.table.find(name) else {
-            self.describe(name).await?;
-            return Ok(());
+            return self.close_left_open(name).await;
         };
         let engine = Arc::clone(self);
         let close = async move { engine.close_open(&volume).await };
         self.tasks.spawn(close).await.map_err(|_| Failure::task_lost())?
+    }
+
+    /// Closes at conversion what a close whose answer never came may have left open.
+    async fn close_left_open(&self, name: &str) -> Result<(), Failure> {
+        // Nobody opens it meanwhile, neither a request nor the replay.
+        self.takes_work_soon().await?;
+        let gate = self.gate(name);
+        let turn = gate.lock().await;
+        let closed = match self.table.find(name) {
+            Some(_) => Ok(()),
+            None => self.close_if_ours(name).await,
+        };
+        drop(turn);
+        self.forget_gate(name);
+        closed
+    }
+
+    async fn close_if_ours(&self, name: &str) -> Result<(), Failure> {
+        let described = self.describe(name).await?;
+        match described.owner == self.identity.writeback() {
+            true => self.close_at_conversion(name, described.generation, self.deadline()).await,
+            false => Ok(()),
+        }
     }
 
     async fn close_open(self: &Arc<Self>, volume: &Arc<Volume>) -> Result<(), Failure> {
@@ -341,20 +443,15 @@ impl Engine {
             return Err(Failure::new(Reason::TimedOut, "requests for the volume are under way"));
         }
         self.forget(volume, everything, deadline).await?;
-        let request =
-            CloseVolumeRequest { name: volume.name.to_string(), generation: volume.generation };
-        let call = |mut client: Client| {
-            let request = request.clone();
-            async move { client.close_volume(request).await }
-        };
-        match self.conversion.call(deadline, call).await {
-            Ok(_) => {}
-            Err(failure) if failure.reason == Reason::WrongState => {}
-            Err(failure) => return Err(failure),
-        }
+        let closed = self.close_at_conversion(&volume.name, volume.generation, deadline).await;
+        // Whatever came of it: it may have been carried out, or may yet be, and then what is
+        // acknowledged here would be lost. Nothing is dirty, and the next request opens it again.
         self.table.remove(volume);
         volume.let_go(Failure::new(Reason::WrongState, "the volume was closed here"));
-        Ok(())
+        match closed {
+            Err(failure) if failure.reason != Reason::WrongState => Err(failure),
+            _ => Ok(()),
+        }
     }
 }
 

@@ -1,9 +1,8 @@
-//! Writes: from the dirty cache, or through an io_end.
+//! Writes: into the dirty cache, or through an io_end (`direct`).
 
 use std::sync::Arc;
 
 use bytes::Bytes;
-use endio_api::conversion::{Completion, Lane};
 use endio_chassis::trace::Span;
 use endio_failpoints::{Bug, Point, is_planted, reach};
 use endio_state_machine::writeback::credit::Take;
@@ -17,7 +16,6 @@ use tokio::time::{Duration, Instant};
 use super::Engine;
 use crate::dedupe::{Admission, Admitted, Retry};
 use crate::failure::Failure;
-use crate::io_end::Job;
 use crate::locks::Held;
 use crate::metrics::Kind;
 use crate::volume::{CachedBlock, Volume};
@@ -108,60 +106,9 @@ impl Engine {
         Ok((write, admitted, held))
     }
 
-    /// A write of whole blocks through an io_end. The caller holds the lock of the blocks, and the
-    /// cache and its log hold nothing of them.
-    pub(super) async fn write_through(
-        &self,
-        volume: &Arc<Volume>,
-        range: LblkRange,
-        data: Bytes,
-        end_bytes: u64,
-        deadline: Instant,
-    ) -> Result<Completion, Failure> {
-        let bytes = data.len() as u64;
-        let size_after_bytes = {
-            let mut state = volume.state();
-            state.direct_bytes += bytes;
-            state.direct.insert(range.start.0, range.len);
-            if volume.growable { state.size_after(end_bytes) } else { 0 }
-        };
-        let changing = volume.map_changes(vec![range]);
-        let job = Job {
-            volume: volume.id,
-            name: Arc::clone(&volume.name),
-            generation: volume.generation,
-            lane: Lane::Direct,
-            ranges: vec![range],
-            data,
-            size_after_bytes,
-            sync: true,
-            deadline,
-            span: Span::current(),
-        };
-        let outcome = self.submitter.write(&job, std::future::ready(Ok(())).boxed()).await;
-        let (outcome, parts) = match outcome {
-            Ok(written) => (Ok(written.done), written.parts),
-            Err(failure) => (Err(failure), Vec::new()),
-        };
-        // Before anybody is told: whoever saw the write end reads it.
-        changing.ended(parts);
-        let mut state = volume.state();
-        state.direct_bytes -= bytes;
-        state.direct.remove(&range.start.0);
-        if let Ok(done) = &outcome {
-            state.saw_size(done.map_version, done.size_bytes);
-        }
-        drop(state);
-        if let Err(failure) = &outcome {
-            self.heed(volume, failure);
-        }
-        volume.changed();
-        outcome
-    }
-
     /// A refusal that says that the volume is not ours any more ends it here.
     pub(super) fn heed(&self, volume: &Volume, failure: &Failure) {
-        if matches!(failure.reason, Reason::OldGeneration | Reason::UnknownVolume) {
+        if failure.ends_volume() {
             volume.let_go(failure.clone());
             self.table.remove(volume);
         }
@@ -202,26 +149,33 @@ impl Engine {
                 add_blocks: ask.add_blocks,
                 drop_blocks: ask.drop_blocks,
             };
-            let pause = Duration::from_millis(engine.config.retry_max_ms);
-            let outcome = loop {
-                match engine.session.reserve(reserve).await {
-                    Err(failure) if failure.reason == Reason::Limit => {
-                        tokio::time::sleep(pause).await;
-                    }
-                    outcome => break outcome,
+            match engine.session.reserve(reserve).await {
+                Ok(_) => {
+                    let mut state = volume.state();
+                    state.credit.granted(ask.request);
+                    state.credit_refusal = None;
                 }
-            };
-            match outcome {
-                Ok(_) => drop(volume.state().credit.granted(ask.request)),
                 // The next session sets the credit anew and replaces this request.
                 Err(failure) if failure.reason == Reason::PeerAway => return,
                 Err(failure) => {
                     engine.heed(&volume, &failure);
-                    if ask.reset {
-                        // Asked for again when this is told; stores that start come meanwhile.
+                    // What may pass is asked for again when this is told; so is a reset, always.
+                    let is_full = failure.reason == Reason::NoSpace && failure.retry_after_ms == 0;
+                    // With a hint to wait, too: blocks that such a conversion has freed wait for
+                    // reads of a map that nobody here has seen yet.
+                    if ask.reset && failure.reason == Reason::NoSpace {
+                        engine.take_stored(&volume).await;
+                    }
+                    if ask.reset || !is_full {
+                        let pause = Duration::from_millis(engine.config.retry_max_ms);
                         tokio::time::sleep(pause).await;
                     }
-                    volume.state().credit.refused(ask.request);
+                    let mut state = volume.state();
+                    match is_full {
+                        true => state.credit.refused(ask.request),
+                        false => state.credit.put_off(ask.request),
+                    };
+                    state.credit_refusal = Some(failure);
                 }
             }
             volume.changed();
@@ -337,7 +291,7 @@ impl Write {
             let room = engine.room.notified();
             tokio::pin!(room);
             room.as_mut().enable();
-            let verdict = engine.throttle().decide(VolumeId(volume.id), bytes);
+            let verdict = engine.throttled(|throttle| throttle.decide(VolumeId(volume.id), bytes));
             match verdict {
                 Verdict::Proceed => return Ok(()),
                 Verdict::WriteOut => {
@@ -392,7 +346,8 @@ impl Write {
             match tokio::time::timeout_at(until, taken.as_mut()).await {
                 Ok(outcome) => return outcome,
                 Err(_) if Instant::now() >= self.deadline => {
-                    return Err(Failure::conversion_away());
+                    let refusal = volume.state().credit_refusal.clone();
+                    return Err(refusal.unwrap_or_else(Failure::conversion_away));
                 }
                 Err(_) => {}
             }
@@ -456,7 +411,7 @@ impl Write {
             Err(error) => return Ok(Err(Failure::new(Reason::Malformed, error.to_string()))),
         };
         state.credit.put_back(blocks.len - used);
-        state.size_bytes = state.size_bytes.max(end);
+        state.view.wrote_up_to(end);
         state.dirty_since.get_or_insert_with(Instant::now);
         Ok(Ok(used))
     }

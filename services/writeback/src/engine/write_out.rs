@@ -6,9 +6,9 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 use endio_api::conversion::{Completion, Lane};
 use endio_chassis::trace::{Context, Span};
-use endio_state_machine::writeback::Lsn;
-use endio_state_machine::writeback::dirty::{PickLimit, Picked};
-use endio_types::{BLOCK_BYTES, BLOCK_SIZE, IO_END_RANGES_MAX, Reason};
+use endio_state_machine::writeback::dirty::PickLimit;
+use endio_state_machine::writeback::gather::Gathered;
+use endio_types::{BLOCK_BYTES, BLOCK_SIZE, MapVersion, Reason};
 use futures_util::FutureExt as _;
 use tokio::time::{Duration, Instant};
 
@@ -17,15 +17,16 @@ use crate::failure::Failure;
 use crate::io_end::Job;
 use crate::volume::{CachedBlock, State, Volume};
 
-/// What one write-out takes along; under writeback until it has ended.
-pub(super) struct Gathered {
-    /// Ascending; at least one.
-    picks: Vec<Picked<CachedBlock>>,
+type Blocks = Gathered<CachedBlock>;
+
+/// What one write-out takes along.
+pub(super) struct WriteOut {
+    gathered: Blocks,
     /// A caller waits for it.
     sync: bool,
 }
 
-impl Gathered {
+impl WriteOut {
     /// Puts what the limit allows under writeback. `None`: there is nothing.
     pub(super) fn pick(
         volume: &Volume,
@@ -33,45 +34,23 @@ impl Gathered {
         limit: PickLimit,
         sync: bool,
     ) -> Option<Self> {
-        // What is written in place has its places already: one range at a time.
-        let ranges_max = if volume.in_place { 1 } else { IO_END_RANGES_MAX };
-        let picks = state.dirty.gather(limit, ranges_max);
-        if picks.is_empty() {
-            return None;
-        }
+        let gathered = Gathered::pick(&mut state.dirty, limit, volume.in_place)?;
         state.write_outs += 1;
-        Some(Self { picks, sync })
+        Some(Self { gathered, sync })
     }
+}
 
-    fn blocks(&self) -> u64 {
-        self.picks.iter().map(|picked| picked.range.len).sum()
+/// One buffer out of the blocks; without a copy if there is only one.
+fn one_buffer(gathered: &Blocks) -> Bytes {
+    let mut blocks = gathered.data();
+    if let (Some(only), None) = (blocks.next(), blocks.next()) {
+        return only.data.clone();
     }
-
-    fn max_lsn(&self) -> Lsn {
-        self.picks.iter().map(|picked| picked.max_lsn).max().unwrap_or(Lsn(0))
+    let mut whole = BytesMut::with_capacity(gathered.blocks() as usize * BLOCK_SIZE);
+    for block in gathered.data() {
+        whole.extend_from_slice(&block.data);
     }
-
-    fn end_bytes(&self) -> u64 {
-        self.picks.iter().map(|picked| picked.end_bytes).max().unwrap_or(0)
-    }
-
-    fn start_bytes(&self) -> u64 {
-        self.picks.first().map_or(0, |picked| picked.range.start.0 * BLOCK_BYTES)
-    }
-
-    /// One buffer out of the blocks; without a copy if there is only one.
-    fn data(&self) -> Bytes {
-        if let [only] = &self.picks[..]
-            && let [block] = &only.data[..]
-        {
-            return block.data.clone();
-        }
-        let mut whole = BytesMut::with_capacity(self.blocks() as usize * BLOCK_SIZE);
-        for block in self.picks.iter().flat_map(|picked| &picked.data) {
-            whole.extend_from_slice(&block.data);
-        }
-        whole.freeze()
-    }
+    whole.freeze()
 }
 
 impl Engine {
@@ -79,16 +58,17 @@ impl Engine {
     pub(super) async fn write_out(
         self: &Arc<Self>,
         volume: &Arc<Volume>,
-        gathered: Gathered,
+        out: WriteOut,
     ) -> Result<(), Failure> {
-        let ranges = gathered.picks.iter().map(|picked| picked.range).collect();
-        let changing = volume.map_changes(ranges);
+        let WriteOut { gathered, sync } = out;
+        let changing = volume.map_changes(gathered.ranges());
         let served = Served::begin(volume, &gathered);
-        let job = self.write_out_job(volume, &gathered, served.span.clone());
+        let job = self.write_out_job(volume, &gathered, sync, served.span.clone());
         // The log's flush goes beside the stores' and not after them.
         self.log.want_durable(gathered.max_lsn());
         let gate = self.log.durable(gathered.max_lsn()).boxed();
-        match self.submitter.write(&job, gate).await {
+        let written = served.span.clone().scope(self.submitter.write(&job, gate)).await;
+        match written {
             Ok(written) => {
                 // Before the blocks are clean: a read that misses the cache finds them.
                 changing.ended(written.parts);
@@ -97,24 +77,26 @@ impl Engine {
             Err(failure) => {
                 changing.ended(Vec::new());
                 served.fail(&failure.detail);
-                self.not_written_out(volume, &gathered, &failure);
+                // The log line names the trace.
+                let noting = async { self.not_written_out(volume, &gathered, &failure) };
+                served.span.clone().scope(noting).await;
                 Err(failure)
             }
         }
     }
 
-    fn write_out_job(&self, volume: &Volume, gathered: &Gathered, span: Span) -> Job {
+    fn write_out_job(&self, volume: &Volume, gathered: &Blocks, sync: bool, span: Span) -> Job {
         let end_bytes = gathered.end_bytes();
-        let size_after = volume.growable.then(|| volume.state().size_after(end_bytes));
+        let size_after = volume.growable.then(|| volume.state().view.size_after(end_bytes));
         Job {
             volume: volume.id,
             name: Arc::clone(&volume.name),
             generation: volume.generation,
             lane: Lane::WriteOut,
-            ranges: gathered.picks.iter().map(|picked| picked.range).collect(),
-            data: gathered.data(),
+            ranges: gathered.ranges(),
+            data: one_buffer(gathered),
             size_after_bytes: size_after.unwrap_or(0),
-            sync: gathered.sync,
+            sync,
             deadline: self.deadline(),
             span,
         }
@@ -123,25 +105,19 @@ impl Engine {
     fn written_out(
         &self,
         volume: &Volume,
-        gathered: &Gathered,
+        gathered: &Blocks,
         done: &Completion,
     ) -> Result<(), Failure> {
         let blocks = gathered.blocks();
         let mut state = volume.state();
         state.write_outs -= 1;
-        state.saw_size(done.map_version, done.size_bytes);
+        state.view.saw_size(MapVersion(done.map_version), done.size_bytes);
         state.credit.consumed(blocks);
         state.rest_until = None;
-        let mut clean = Vec::with_capacity(gathered.picks.len());
-        let mut noted = Ok(Lsn(0));
-        for picked in &gathered.picks {
-            match state.dirty.complete(picked.io) {
-                Ok(completed) => clean.extend(completed.runs),
-                Err(error) => noted = Err(Failure::new(Reason::WrongState, error.to_string())),
-            }
-        }
+        let clean = gathered.complete(&mut state.dirty);
+        let clean = clean.map_err(|error| Failure::new(Reason::WrongState, error.to_string()));
         // Under the state's lock: who finds the range clean finds the record, too.
-        match noted.and_then(|_| self.log.append_clean(volume.id, &clean)) {
+        match clean.and_then(|clean| self.log.append_clean(volume.id, &clean)) {
             Ok(lsn) => state.last_clean = state.last_clean.max(lsn),
             // Replay then writes the same data once more; a direct write over it would wait.
             Err(error) => tracing::error!(volume = %volume.name, %error, "cache log"),
@@ -157,13 +133,10 @@ impl Engine {
         Ok(())
     }
 
-    fn not_written_out(&self, volume: &Volume, gathered: &Gathered, failure: &Failure) {
+    fn not_written_out(&self, volume: &Volume, gathered: &Blocks, failure: &Failure) {
         let mut state = volume.state();
         state.write_outs -= 1;
-        let failed = |picked: &Picked<CachedBlock>| state.dirty.fail(picked.io);
-        let failed = gathered.picks.iter().map(failed);
-        let freed =
-            failed.map(|failed| failed.map_or(0, |failed| failed.credit_freed_blocks)).sum();
+        let freed = gathered.fail(&mut state.dirty);
         state.credit.put_back(freed);
         state.errors.set(failure.clone());
         state.error_count += 1;
@@ -179,7 +152,7 @@ impl Engine {
             volume = %volume.name,
             offset = gathered.start_bytes(),
             length = gathered.blocks() * BLOCK_BYTES,
-            ranges = gathered.picks.len(),
+            ranges = gathered.ranges().len(),
             error = %failure,
             "write-out failed; the data stays dirty and is tried again"
         );
@@ -196,9 +169,8 @@ struct Served {
 }
 
 impl Served {
-    fn begin(volume: &Volume, gathered: &Gathered) -> Self {
-        let blocks = gathered.picks.iter().flat_map(|picked| &picked.data);
-        let traces = blocks.filter_map(|block| block.trace);
+    fn begin(volume: &Volume, gathered: &Blocks) -> Self {
+        let traces = gathered.data().filter_map(|block| block.trace);
         let mut first = None;
         let mut sampled: BTreeMap<u64, Context> = BTreeMap::new();
         for trace in traces {
@@ -214,7 +186,7 @@ impl Served {
                 .with("volume", &volume.name)
                 .with("offset", gathered.start_bytes())
                 .with("length", gathered.blocks() * BLOCK_BYTES)
-                .with("ranges", gathered.picks.len())
+                .with("ranges", gathered.ranges().len())
         };
         let whole = span(own);
         let share = |other: Context| {

@@ -11,10 +11,14 @@ use endio_api::writeback::inspect_server::Inspect;
 use endio_api::writeback::{
     CheckRequest, CheckResponse, ExtentsRequest, ExtentsResponse, StatusRequest, StatusResponse,
 };
+use endio_types::Reason;
 use futures_util::stream::{self, BoxStream, StreamExt as _};
 use tonic::{Request, Response, Status};
 
+use super::caller::Caller;
+use crate::access::Access;
 use crate::engine::Engine;
+use crate::failure::Failure;
 
 /// Extents in one message: with their checksums it stays far below the size limit.
 const EXTENTS_PER_MESSAGE: usize = 1_024;
@@ -32,8 +36,10 @@ impl Inspect for InspectService {
         &self,
         request: Request<ExtentsRequest>,
     ) -> Result<Response<Self::ExtentsStream>, Status> {
-        let ExtentsRequest { volume, offset_bytes, length_bytes } = request.into_inner();
+        let (caller, request) = (Caller::of(&request), request.into_inner());
+        let ExtentsRequest { volume, offset_bytes, length_bytes } = request;
         let engine = Arc::clone(&self.engine);
+        caller.may(&engine.config, &volume, Access::ReadOnly)?;
         let volume = engine.volume(&volume).await?;
         let range = engine.blocks_of(&volume, offset_bytes, length_bytes)?;
         let parts = stream::try_unfold(range.start.0, move |at| {
@@ -85,10 +91,12 @@ impl Inspect for InspectService {
         &self,
         request: Request<StatusRequest>,
     ) -> Result<Response<StatusResponse>, Status> {
-        let status = match request.into_inner().cluster {
+        let caller = Caller::of(&request);
+        let mut status = match request.into_inner().cluster {
             true => self.engine.cluster_status().await,
             false => self.engine.status(),
         };
+        caller.narrow(&self.engine.config, &mut status);
         Ok(Response::new(status))
     }
 
@@ -99,7 +107,14 @@ impl Inspect for InspectService {
         request: Request<BackupRequest>,
     ) -> Result<Response<Self::BackupStream>, Status> {
         // Not tried again in here: the file begins anew with each try.
-        let pieces = self.engine.conversion.client().backup(request.into_inner()).await?;
-        Ok(Response::new(pieces.into_inner().boxed()))
+        let pieces = self.engine.conversion.client().backup(request.into_inner()).await;
+        let pieces = pieces.map_err(of_conversion)?.into_inner();
+        Ok(Response::new(pieces.map(|piece| piece.map_err(of_conversion)).boxed()))
     }
+}
+
+/// An error of the connection to conversion is not one of the connection to us.
+fn of_conversion(status: Status) -> Status {
+    let failure = Failure::from(status);
+    if failure.reason == Reason::PeerAway { Failure::conversion_away() } else { failure }.into()
 }

@@ -15,6 +15,9 @@ use futures_util::stream::{self, BoxStream, StreamExt as _};
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::caller::Caller;
+use super::submit::Origin;
+use crate::access::Access;
 use crate::dedupe::Retry;
 use crate::engine::{Engine, Piece, RangeKind, RangeOp, ReadOp, WriteOp};
 use crate::failure::Failure;
@@ -78,8 +81,9 @@ impl IoService {
         kind: RangeKind,
         request: Request<RangeRequest>,
     ) -> Result<Response<RangeResponse>, Status> {
-        let parent = parent(request.metadata());
+        let (caller, parent) = (Caller::of(&request), parent(request.metadata()));
         let request = request.into_inner();
+        caller.may(&self.engine.config, &request.volume, Access::ReadWrite)?;
         let volume = self.engine.volume(&request.volume).await?;
         let op = range_op(kind, request, &parent)?;
         let done = self.engine.start_range(&volume, op).await;
@@ -97,8 +101,9 @@ impl Io for IoService {
         &self,
         request: Request<WriteRequest>,
     ) -> Result<Response<WriteResponse>, Status> {
-        let parent = parent(request.metadata());
+        let (caller, parent) = (Caller::of(&request), parent(request.metadata()));
         let request = request.into_inner();
+        caller.may(&self.engine.config, &request.volume, Access::ReadWrite)?;
         let volume = self.engine.volume(&request.volume).await?;
         let op = write_op(request, &parent)?;
         let acked = self.engine.start_write(&volume, op).await;
@@ -114,10 +119,11 @@ impl Io for IoService {
         &self,
         request: Request<ReadRequest>,
     ) -> Result<Response<Self::ReadStream>, Status> {
-        let parent = parent(request.metadata());
+        let (caller, parent) = (Caller::of(&request), parent(request.metadata()));
         let ReadRequest { volume, offset_bytes, length_bytes, traceparent } = request.into_inner();
         let traceparent = or_parent(traceparent, &parent);
         let engine = Arc::clone(&self.engine);
+        caller.may(&engine.config, &volume, Access::ReadOnly)?;
         let volume = engine.volume(&volume).await?;
         let whole = ByteRange { offset: offset_bytes, len: length_bytes };
         volume.check(whole, false)?;
@@ -142,9 +148,9 @@ impl Io for IoService {
         &self,
         request: Request<Streaming<IoRequest>>,
     ) -> Result<Response<Self::SubmitStream>, Status> {
-        let parent = parent(request.metadata());
+        let from = Origin { caller: Caller::of(&request), parent: parent(request.metadata()) };
         let (engine, shutdown) = (Arc::clone(&self.engine), self.shutdown.clone());
-        let completions = super::submit::start(engine, shutdown, request.into_inner(), parent);
+        let completions = super::submit::start(engine, shutdown, request.into_inner(), from);
         Ok(Response::new(completions))
     }
 
@@ -152,17 +158,21 @@ impl Io for IoService {
         &self,
         request: Request<FsyncRequest>,
     ) -> Result<Response<FsyncResponse>, Status> {
-        let parent = parent(request.metadata());
-        let volume = self.engine.volume(&request.into_inner().volume).await?;
+        let (caller, parent) = (Caller::of(&request), parent(request.metadata()));
+        let name = request.into_inner().volume;
+        caller.may(&self.engine.config, &name, Access::ReadOnly)?;
+        let volume = self.engine.volume(&name).await?;
         let waited_for = self.engine.fsync(&volume, None, &parent).await?;
         Ok(Response::new(FsyncResponse { waited_for }))
     }
 
     async fn sync_all(
         &self,
-        _: Request<SyncAllRequest>,
+        request: Request<SyncAllRequest>,
     ) -> Result<Response<FsyncResponse>, Status> {
-        Ok(Response::new(FsyncResponse { waited_for: self.engine.sync_all().await? }))
+        let caller = Caller::of(&request);
+        let sees = |volume: &str| caller.sees(&self.engine.config, volume);
+        Ok(Response::new(FsyncResponse { waited_for: self.engine.sync_all(sees).await? }))
     }
 
     async fn trim(

@@ -16,19 +16,29 @@ use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
+use super::caller::Caller;
 use super::io::{READ_PIECE_BYTES, range_op, write_op};
+use crate::access::Access;
 use crate::engine::{Engine, Observer, Piece, RangeKind, ReadOp};
 use crate::failure::Failure;
 
 /// Unit of the bound of bytes under way.
 const PERMIT_BYTES: usize = 4096;
 
+/// Where a stream comes from.
+pub(super) struct Origin {
+    /// Who opened it.
+    pub(super) caller: Caller,
+    /// Trace context of requests that have none of their own.
+    pub(super) parent: String,
+}
+
 /// Serves one stream in a task of its own; the completions come out.
 pub(super) fn start(
     engine: Arc<Engine>,
     shutdown: Shutdown,
     requests: Streaming<IoRequest>,
-    parent: String,
+    from: Origin,
 ) -> BoxStream<'static, Result<IoCompletion, Status>> {
     let (completions, stream) = mpsc::channel(engine.config.submit_requests);
     let permits = usize::try_from(engine.config.submit_bytes).unwrap_or(usize::MAX) / PERMIT_BYTES;
@@ -39,7 +49,7 @@ pub(super) fn start(
         permits,
         observer: Arc::default(),
         engine,
-        parent,
+        from,
         completions,
     };
     tokio::spawn(submit.run(shutdown, requests));
@@ -48,7 +58,7 @@ pub(super) fn start(
 
 struct Submit {
     engine: Arc<Engine>,
-    parent: String,
+    from: Origin,
     completions: mpsc::Sender<Result<IoCompletion, Status>>,
     slots: Arc<Semaphore>,
     bytes: Arc<Semaphore>,
@@ -120,12 +130,17 @@ impl Submit {
         started: Instant,
         room: Room,
     ) -> Result<(), Box<(Room, Failure)>> {
-        let name = match &op {
-            Op::Write(write) => &write.volume,
-            Op::Read(read) => &read.volume,
-            Op::Fsync(fsync) => &fsync.volume,
-            Op::Trim(range) | Op::WriteZeroes(range) | Op::Allocate(range) => &range.volume,
+        let (name, needed) = match &op {
+            Op::Write(write) => (&write.volume, Access::ReadWrite),
+            Op::Read(read) => (&read.volume, Access::ReadOnly),
+            Op::Fsync(fsync) => (&fsync.volume, Access::ReadOnly),
+            Op::Trim(range) | Op::WriteZeroes(range) | Op::Allocate(range) => {
+                (&range.volume, Access::ReadWrite)
+            }
         };
+        if let Err(failure) = self.from.caller.may(&self.engine.config, name, needed) {
+            return Err(Box::new((room, failure)));
+        }
         let volume = match self.engine.volume(name).await {
             Ok(volume) => volume,
             Err(failure) => return Err(Box::new((room, failure))),
@@ -134,7 +149,7 @@ impl Submit {
         let engine = Arc::clone(&self.engine);
         match op {
             Op::Write(write) => {
-                let op = match write_op(write, &self.parent) {
+                let op = match write_op(write, &self.from.parent) {
                     Ok(op) => op,
                     Err(failure) => return Err(Box::new((room, failure))),
                 };
@@ -157,7 +172,7 @@ impl Submit {
                     return Err(Box::new((room, Failure::new(Reason::Malformed, detail))));
                 }
                 let own = read.traceparent;
-                let traceparent = if own.is_empty() { self.parent.clone() } else { own };
+                let traceparent = if own.is_empty() { self.from.parent.clone() } else { own };
                 let op = ReadOp { bytes, traceparent };
                 self.answer(room, cookie, started, async move {
                     let data = joined(engine.read(&volume, &op).await?);
@@ -166,7 +181,7 @@ impl Submit {
                 });
             }
             Op::Fsync(_) => {
-                let (observer, parent) = (Arc::clone(&self.observer), self.parent.clone());
+                let (observer, parent) = (Arc::clone(&self.observer), self.from.parent.clone());
                 self.answer(room, cookie, started, async move {
                     engine.fsync(&volume, Some(&observer), &parent).await?;
                     Ok(IoCompletion::default())
@@ -195,7 +210,7 @@ impl Submit {
         room: Room,
     ) -> Result<(), Box<(Room, Failure)>> {
         let bytes = range.length_bytes;
-        let op = match range_op(kind, range, &self.parent) {
+        let op = match range_op(kind, range, &self.from.parent) {
             Ok(op) => op,
             Err(failure) => return Err(Box::new((room, failure))),
         };

@@ -11,6 +11,8 @@ use endio_api::writeback::{
 };
 use tonic::{Request, Response, Status};
 
+use super::caller::Caller;
+use crate::access::Access;
 use crate::engine::Engine;
 
 /// Volumes.
@@ -24,22 +26,31 @@ impl Volumes for VolumesService {
         &self,
         request: Request<CreateVolumeRequest>,
     ) -> Result<Response<Volume>, Status> {
-        Ok(Response::new(self.engine.create(request.into_inner()).await?))
+        let (caller, request) = (Caller::of(&request), request.into_inner());
+        caller.may(&self.engine.config, &request.name, Access::Manage)?;
+        Ok(Response::new(self.engine.create(request).await?))
     }
 
     async fn get(&self, request: Request<VolumeRequest>) -> Result<Response<Volume>, Status> {
-        Ok(Response::new(self.engine.describe(&request.into_inner().name).await?))
+        let (caller, name) = (Caller::of(&request), request.into_inner().name);
+        caller.may(&self.engine.config, &name, Access::ReadOnly)?;
+        Ok(Response::new(self.engine.describe(&name).await?))
     }
 
     async fn list(
         &self,
-        _: Request<ListVolumesRequest>,
+        request: Request<ListVolumesRequest>,
     ) -> Result<Response<ListVolumesResponse>, Status> {
-        Ok(Response::new(ListVolumesResponse { volumes: self.engine.list().await? }))
+        let caller = Caller::of(&request);
+        let mut volumes = self.engine.list().await?;
+        volumes.retain(|volume| caller.sees(&self.engine.config, &volume.name));
+        Ok(Response::new(ListVolumesResponse { volumes }))
     }
 
     async fn resize(&self, request: Request<ResizeRequest>) -> Result<Response<Volume>, Status> {
-        let ResizeRequest { name, size_bytes } = request.into_inner();
+        let (caller, request) = (Caller::of(&request), request.into_inner());
+        let ResizeRequest { name, size_bytes } = request;
+        caller.may(&self.engine.config, &name, Access::Manage)?;
         Ok(Response::new(self.engine.resize(&name, size_bytes).await?))
     }
 
@@ -47,12 +58,16 @@ impl Volumes for VolumesService {
         &self,
         request: Request<DeleteRequest>,
     ) -> Result<Response<DeleteResponse>, Status> {
-        self.engine.delete(&request.into_inner().name).await?;
+        let (caller, name) = (Caller::of(&request), request.into_inner().name);
+        caller.may(&self.engine.config, &name, Access::Manage)?;
+        self.engine.delete(&name).await?;
         Ok(Response::new(DeleteResponse {}))
     }
 
     async fn open(&self, request: Request<OpenRequest>) -> Result<Response<Volume>, Status> {
-        let OpenRequest { name, force } = request.into_inner();
+        let (caller, request) = (Caller::of(&request), request.into_inner());
+        let OpenRequest { name, force } = request;
+        caller.may(&self.engine.config, &name, Access::ReadWrite)?;
         self.engine.open(&name, force).await?;
         Ok(Response::new(self.engine.describe(&name).await?))
     }
@@ -61,7 +76,9 @@ impl Volumes for VolumesService {
         &self,
         request: Request<VolumeRequest>,
     ) -> Result<Response<CloseVolumeResponse>, Status> {
-        self.engine.close(&request.into_inner().name).await?;
+        let (caller, name) = (Caller::of(&request), request.into_inner().name);
+        caller.may(&self.engine.config, &name, Access::ReadWrite)?;
+        self.engine.close(&name).await?;
         Ok(Response::new(CloseVolumeResponse {}))
     }
 }

@@ -18,7 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 
-use super::{Command, Events, Granted, Limits, Link};
+use super::{Command, Events, Granted, Limits, Link, Tenure};
 use crate::failure::Failure;
 
 /// Batches on their way into the transport. Two: one that is being sent and the next.
@@ -32,6 +32,7 @@ pub(super) struct Task {
     pub(super) limits: Limits,
     pub(super) events: Arc<dyn Events>,
     pub(super) tell: watch::Sender<Link>,
+    pub(super) granted: Arc<Tenure>,
     pub(super) stop: CancellationToken,
 }
 
@@ -54,6 +55,11 @@ enum Ended {
     Silent(Duration),
 }
 
+/// Whether a refusal stays as it is until somebody changes something.
+fn is_for_people(status: &tonic::Status) -> bool {
+    matches!(endio_api::status::reason(status), Reason::Protocol | Reason::NotAllowed)
+}
+
 /// An answer that is owed to somebody.
 enum Owed {
     Begin(oneshot::Sender<Result<Granted, Failure>>),
@@ -71,6 +77,7 @@ struct Standing<'a> {
     io_ends: BTreeMap<u64, oneshot::Sender<Completion>>,
     lease: Duration,
     lease_ends: Instant,
+    granted: &'a Tenure,
     /// When the renewals that are not answered yet were sent, oldest first.
     renewals: VecDeque<Instant>,
 }
@@ -91,7 +98,7 @@ impl Task {
                     tracing::warn!(error = %ended, "session with conversion lost");
                     backoff = shortest;
                 }
-                Ended::Broke(status) if endio_api::status::reason(&status) == Reason::Protocol => {
+                Ended::Broke(status) if is_for_people(&status) => {
                     tracing::error!(error = %status, "conversion refuses to speak with us");
                 }
                 ended => tracing::debug!(error = ?ended, "no session with conversion yet"),
@@ -130,11 +137,14 @@ impl Task {
             io_ends: BTreeMap::new(),
             lease,
             lease_ends: sent + lease,
+            granted: &self.granted,
             renewals: VecDeque::new(),
         };
         for reset in self.events.welcome(welcome.cluster_epoch) {
             standing.reset(reset);
         }
+        // What is to be proven under this session is noted by now.
+        self.granted.granted(sent, lease);
         standing.receive(rest);
         self.tell.send_modify(|link| {
             link.epoch = Some(welcome.cluster_epoch);
@@ -294,6 +304,7 @@ impl Standing<'_> {
                     if let Some(sent) = self.renewals.pop_front() {
                         let lease = Duration::from_millis(u64::from(renewed.lease_ms.max(1)));
                         self.lease_ends = sent + lease;
+                        self.granted.granted(sent, lease);
                     }
                 }
                 Some(Incoming::Fenced(fenced)) => {

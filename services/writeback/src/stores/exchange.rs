@@ -85,7 +85,8 @@ async fn run<P: Protocol>(mut protocol: P, mut queue: mpsc::Receiver<Job<P>>, li
         match opened {
             Ok(Ok(inbound)) => standing(&mut protocol, first, &mut queue, asks, inbound).await,
             Ok(Err(status)) => {
-                if endio_api::status::reason(&status) == Reason::Protocol {
+                let reason = endio_api::status::reason(&status);
+                if matches!(reason, Reason::Protocol | Reason::NotAllowed) {
                     tracing::error!(error = %status, "a block-store refuses to speak with us");
                 } else {
                     tracing::debug!(error = %status, "no stream to a block-store");

@@ -207,6 +207,59 @@ async fn a_full_store_is_a_clear_error_and_service_resumes_after_a_trim() {
     client.settles().await.unwrap();
 }
 
+/// Direct writes that share an io_end are refused together only if none of them fits.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn direct_writes_at_once_use_a_store_to_its_last_block() {
+    let directory = tempfile::tempdir().unwrap();
+    let conversion = Conversion::start(directory.path()).await;
+    let _store = Store::start_with(&conversion.url, 1024).await;
+    let config = endio_writeback::Config {
+        conversion: conversion.url.clone(),
+        cache_dir: directory.path().join("cache"),
+        io_timeout_ms: 1_500,
+        ..Default::default()
+    };
+    let writeback = Writeback::start_with(config).await;
+    let client = writeback.client();
+    client.create("vol1", VOLUME_BYTES, 1).await.unwrap();
+    // So that what is left in the end is not nothing.
+    write(&client, 12 << 20, &[1; 5 * 4096], WriteMode::Direct).await.unwrap();
+    let mut pieces = 0;
+    while write(&client, pieces << 16, &[1; 64 << 10], WriteMode::Direct).await.is_ok() {
+        pieces += 1;
+        assert!(pieces <= 64, "more was written than there is space");
+    }
+    let small = |number: u64| {
+        let client = client.clone();
+        let offset = (8 << 20) + (number << 13);
+        let write = WriteRequest {
+            volume: "vol1".into(),
+            offset_bytes: offset,
+            data: Bytes::from_static(&[2; 4096]),
+            mode: WriteMode::Direct.into(),
+            // Not sampled: sampled writes go alone.
+            traceparent: format!("00-{:032x}-{:016x}-00", number + 1, number + 1),
+            ..Default::default()
+        };
+        async move { Ok::<_, Refused>(client.io().write(write).await.map(|_| offset)?) }
+    };
+    // Fewer than 16 blocks are left: some fit, and most do not.
+    let all = futures_util::future::join_all((0..64).map(small)).await;
+    for outcome in &all {
+        match outcome {
+            Ok(offset) => {
+                let read = client.read("vol1", *offset, 4096).await.unwrap();
+                assert!(read.iter().all(|byte| *byte == 2));
+            }
+            Err(refused) => assert_eq!(refused.reason, Reason::NoSpace, "{refused}"),
+        }
+    }
+    let fitted = all.iter().filter(|outcome| outcome.is_ok()).count();
+    assert!((1..16).contains(&fitted), "{fitted} fitted");
+    assert_eq!(small(64).await.unwrap_err().reason, Reason::NoSpace, "a block was left");
+    client.settles().await.unwrap();
+}
+
 /// Promise 6, scenarios 23 and 69. A device that fails for longer than the timeout is told to the
 /// fsync that hits it; the data stays dirty, and once the fault clears, all is well without help.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

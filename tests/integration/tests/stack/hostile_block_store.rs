@@ -42,7 +42,7 @@ async fn rig() -> Rig {
     let create = CreateVolumeRequest { name: name.clone(), size_bytes, ..Default::default() };
     client.create_volume(create).await.unwrap();
     let writeback = RawWriteback::connect(&url, "wb-1").await;
-    let open = OpenVolumeRequest { name, writeback: "wb-1".into(), force: false };
+    let open = OpenVolumeRequest { name, writeback: "wb-1".into(), ..Default::default() };
     let opened = client.open_volume(open).await.unwrap().into_inner();
     let blocks = BlockStoreClient::new(channel(&store.url)).max_decoding_message_size(8 << 20);
     Rig {

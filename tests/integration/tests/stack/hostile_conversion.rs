@@ -47,7 +47,7 @@ async fn rig() -> Rig {
     client.create_volume(request).await.unwrap();
     let writeback = RawWriteback::connect(&running.url, "wb-1").await;
     let (name, instance) = ("vol1".to_owned(), "wb-1".to_owned());
-    let open = OpenVolumeRequest { name, writeback: instance, force: false };
+    let open = OpenVolumeRequest { name, writeback: instance, ..Default::default() };
     let opened = client.open_volume(open).await.unwrap().into_inner();
     let volume = opened.volume.unwrap();
     Rig { conversion: running, client, store, writeback, volume, _directory: directory }
@@ -114,7 +114,12 @@ async fn malformed_volume_calls_are_refused_with_a_reason() {
         assert_eq!(reason, Reason::Malformed, "create {name:?}");
         let name = name.to_owned();
         refused("get", client.get_volume(VolumeRequest { name: name.clone() }).await);
-        let open = OpenVolumeRequest { name: name.clone(), writeback: "x".into(), force: true };
+        let open = OpenVolumeRequest {
+            name: name.clone(),
+            writeback: "x".into(),
+            force: true,
+            if_generation: None,
+        };
         refused("open", client.open_volume(open).await);
         let delete = DeleteVolumeRequest { name, generation: 0 };
         refused("delete", client.delete_volume(delete).await);
@@ -154,10 +159,17 @@ async fn malformed_volume_calls_are_refused_with_a_reason() {
         refused("close of another generation", client.close_volume(close).await);
     }
     let name = "vol1".to_owned();
-    let nobody = OpenVolumeRequest { name: name.clone(), writeback: String::new(), force: true };
-    refused("open by nobody", client.open_volume(nobody).await);
-    let other = OpenVolumeRequest { name, writeback: "other".into(), force: false };
-    assert_eq!(refused("busy", client.open_volume(other).await), Reason::VolumeBusy);
+    let open = |writeback: &str, force, if_generation| OpenVolumeRequest {
+        name: name.clone(),
+        writeback: writeback.to_owned(),
+        force,
+        if_generation,
+    };
+    refused("open by nobody", client.open_volume(open("", true, None)).await);
+    let busy = client.open_volume(open("other", false, None)).await;
+    assert_eq!(refused("busy", busy), Reason::VolumeBusy);
+    let past = client.open_volume(open("other", true, Some(0))).await;
+    assert_eq!(refused("opened since", past), Reason::OldGeneration);
     assert_eq!(picture(&mut rig.client).await, before);
 }
 

@@ -77,7 +77,7 @@ impl Rig {
 
     async fn open(&mut self, writeback: &str, force: bool) -> Result<Volume, Reason> {
         let (name, writeback) = ("vol1".to_owned(), writeback.to_owned());
-        let request = OpenVolumeRequest { name, writeback, force };
+        let request = OpenVolumeRequest { name, writeback, force, if_generation: None };
         match self.client.open_volume(request).await {
             Ok(opened) => Ok(opened.into_inner().volume.unwrap()),
             Err(status) => Err(reason_of(&status)),

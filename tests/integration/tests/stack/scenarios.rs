@@ -1,5 +1,7 @@
 //! What a client may rely on, case by case.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use endio_api::common::ExtentState;
 use endio_api::conversion::CreateVolumeRequest;
@@ -142,6 +144,26 @@ async fn sync_all_covers_every_volume() {
     assert!(status.connected);
     let delayed = |(_, _, state): &(u64, u32, ExtentState)| *state == ExtentState::Delayed;
     assert!(!states(&client, SIZE).await.iter().any(delayed));
+    client.settles().await.unwrap();
+}
+
+/// Whoever asks for the status stops no write: once it held the lock of the throttle and waited for
+/// a volume's, while the flusher held the volume's and waited for the throttle's.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn status_is_told_while_buffered_data_is_written_out() {
+    let (_stack, client) = stack().await;
+    let writer = client.clone();
+    let writes = tokio::spawn(async move {
+        for piece in 0..200_u64 {
+            let write = write_of((piece % 8) << 16, &[7; 64 << 10], WriteMode::Buffered);
+            writer.io().write(write).await.unwrap();
+        }
+        writer.fsync("vol1").await.unwrap();
+    });
+    while !writes.is_finished() {
+        client.inspect().status(StatusRequest::default()).await.unwrap();
+    }
+    writes.await.unwrap();
     client.settles().await.unwrap();
 }
 
@@ -319,4 +341,39 @@ async fn known_blocks_are_read_while_conversion_is_away_and_a_change_is_seen_at_
     assert!(client.read("vol1", 0, 16384).await.unwrap() == now);
     write(&client, 0, &[4; 4096], WriteMode::Direct).await;
     assert_eq!(client.read("vol1", 0, 4096).await.unwrap()[..], [4; 4096]);
+}
+
+/// A close that conversion did not answer may have been carried out, or may yet be: nothing is
+/// acknowledged on the strength of what was open before, and another call closes the volume.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_acknowledged_after_a_close_that_was_not_answered() {
+    let mut stack = Stack::start(1).await;
+    let impatient = Writeback::start_with(endio_writeback::Config {
+        conversion: stack.conversion.url.clone(),
+        cache_dir: stack.directory.path().join("impatient"),
+        io_timeout_ms: 1000,
+        ..endio_writeback::Config::default()
+    })
+    .await;
+    let client = impatient.client();
+    client.create("vol1", SIZE, 1).await.unwrap();
+    write(&client, 0, &[1; 8192], WriteMode::Buffered).await;
+    client.fsync("vol1").await.unwrap();
+    stack.conversion.stop().await;
+    let close = VolumeRequest { name: "vol1".into() };
+    client.volumes().close(close.clone()).await.unwrap_err();
+    let late = write_of(0, &[2; 4096], WriteMode::Buffered);
+    client.io().write(late).await.unwrap_err();
+    stack.conversion.restart().await;
+    for _ in 0..100 {
+        if client.volumes().close(close.clone()).await.is_ok() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    // Closed: somebody else opens it without force.
+    let other = stack.client();
+    other.open("vol1", false).await.unwrap();
+    assert!(other.read("vol1", 0, 8192).await.unwrap() == [1; 8192]);
+    other.settles().await.unwrap();
 }

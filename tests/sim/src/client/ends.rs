@@ -131,7 +131,7 @@ impl Clients {
             }
         }
         let began = slot.known.borrow_mut().begin_read();
-        let cells = volume.state.borrow().size_bytes / CELL_BYTES;
+        let cells = volume.state.borrow().view.size_bytes() / CELL_BYTES;
         let (inner, open) = (wb.clone(), Rc::clone(&volume));
         let read = self.inside(&wb, async move { inner.read(&open, 0, cells).await }).await;
         let Some(Ok(found)) = read else { return false };

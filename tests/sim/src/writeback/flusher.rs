@@ -3,17 +3,18 @@
 use std::rc::Rc;
 
 use endio_state_machine::machine::{Completion, Lane};
-use endio_state_machine::writeback::dirty::{PickLimit, Picked};
+use endio_state_machine::writeback::dirty::PickLimit;
+use endio_state_machine::writeback::gather::Gathered;
 use endio_types::{LblkRange, Reason};
 
 use super::io_end::Job;
-use super::{Failure, Outcome, Volume, Wb};
+use super::{Failure, MapChanging, Outcome, State, Volume, Wb};
 use crate::block::Block;
 use crate::exec::MS;
 use crate::world::Planted;
 
 enum Next {
-    WriteOut(Picked<Block>),
+    WriteOut(Gathered<Block>),
     Wait(Option<u64>),
     Gone,
 }
@@ -32,9 +33,9 @@ impl Wb {
     pub(super) async fn flush_for_ever(self, volume: Rc<Volume>) {
         loop {
             match self.next(&volume) {
-                Next::WriteOut(picked) => {
+                Next::WriteOut(gathered) => {
                     let (wb, volume) = (self.clone(), Rc::clone(&volume));
-                    self.spawn(async move { _ = wb.write_out(&volume, picked).await });
+                    self.spawn(async move { _ = wb.write_out(&volume, gathered).await });
                 }
                 Next::Wait(until) => {
                     let mut is_first = true;
@@ -55,7 +56,7 @@ impl Wb {
         if state.gone.is_some() {
             return Next::Gone;
         }
-        if state.dirty.write_outs() >= plan.write_outs {
+        if state.write_outs >= plan.write_outs {
             return Next::Wait(None);
         }
         if state.rest_until > now {
@@ -76,8 +77,9 @@ impl Wb {
         }
         let blocks_max = plan.write_out_blocks;
         let up_to = Some(state.flush_up_to);
-        if let Some(picked) = state.dirty.pick(PickLimit { blocks_max, up_to, within: None }) {
-            return Next::WriteOut(picked);
+        let urgent = PickLimit { blocks_max, up_to, within: None };
+        if let Some(gathered) = pick(volume, &mut state, urgent) {
+            return Next::WriteOut(gathered);
         }
         let old_at = state.dirty_since.unwrap_or(now) + plan.write_out_after_ms * MS;
         if old_at <= now {
@@ -87,9 +89,9 @@ impl Wb {
             return self.next(volume);
         }
         if self.engine.throttle.borrow().wants_write_out()
-            && let Some(picked) = state.dirty.pick(PickLimit::blocks(blocks_max))
+            && let Some(gathered) = pick(volume, &mut state, PickLimit::blocks(blocks_max))
         {
-            return Next::WriteOut(picked);
+            return Next::WriteOut(gathered);
         }
         Next::Wait(Some(old_at))
     }
@@ -104,15 +106,15 @@ impl Wb {
         let blocks_max = self.world.plan.write_out_blocks;
         let limit = PickLimit { blocks_max, up_to: None, within: Some(range) };
         loop {
-            let picked = {
+            let gathered = {
                 let mut state = volume.state.borrow_mut();
                 let is_backed = !state.credit.is_reset_pending();
-                is_backed.then(|| state.dirty.pick(limit)).flatten()
+                is_backed.then(|| pick(volume, &mut state, limit)).flatten()
             };
-            if let Some(picked) = picked {
+            if let Some(gathered) = gathered {
                 let (tell, told) = crate::exec::answer();
                 let (wb, volume) = (self.clone(), Rc::clone(volume));
-                self.spawn(async move { tell.send(wb.write_out(&volume, picked).await) });
+                self.spawn(async move { tell.send(wb.write_out(&volume, gathered).await) });
                 told.await.unwrap_or(Err(Failure::away()))?;
                 continue;
             }
@@ -134,26 +136,34 @@ impl Wb {
         }
     }
 
-    /// Carries one pick to its end: clean, or dirty again with the error noted.
-    async fn write_out(&self, volume: &Rc<Volume>, picked: Picked<Block>) -> Outcome<()> {
+    /// Carries a write-out to its end: clean, or dirty again with the error noted.
+    async fn write_out(&self, volume: &Rc<Volume>, gathered: Gathered<Block>) -> Outcome<()> {
+        let ranges = gathered.ranges();
+        let changing = MapChanging::begin(volume, ranges.clone());
         let size_after_bytes = match volume.growable {
-            true => volume.state.borrow().size_after(picked.end_bytes),
+            true => volume.state.borrow().view.size_after(gathered.end_bytes()),
             false => 0,
         };
+        self.want_log_durable(gathered.max_lsn());
+        let details: Vec<u64> = ranges.iter().flat_map(|at| [at.start.0, at.len]).collect();
+        self.exec().note("write out", self.node(), &details);
         let job = Job {
             lane: Lane::WriteOut,
-            range: picked.range,
-            data: picked.data.clone(),
+            ranges,
+            data: gathered.data().copied().collect(),
             size_after_bytes,
             deadline: self.deadline(),
-            gate: (!self.world.planted(Planted::LogFirstOff)).then_some(picked.max_lsn),
+            gate: (!self.world.planted(Planted::LogFirstOff)).then_some(gathered.max_lsn()),
         };
-        let (start, len) = (picked.range.start.0, picked.range.len);
-        self.exec().note("write out", self.node(), &[start, len]);
         match self.submit(volume, &job).await {
-            Ok(done) => self.written_out(volume, &picked, &done),
+            Ok(written) => {
+                // Before the blocks are clean: a read that misses the cache finds them.
+                changing.ended(written.parts);
+                self.written_out(volume, &gathered, &written.done)
+            }
             Err(failure) => {
-                self.not_written_out(volume, &picked, failure);
+                changing.ended(Vec::new());
+                self.not_written_out(volume, &gathered, failure);
                 Err(failure)
             }
         }
@@ -162,16 +172,18 @@ impl Wb {
     fn written_out(
         &self,
         volume: &Volume,
-        picked: &Picked<Block>,
+        gathered: &Gathered<Block>,
         done: &Completion,
     ) -> Outcome<()> {
+        let blocks = gathered.blocks();
         let mut state = volume.state.borrow_mut();
-        state.saw_size(done.map_version, done.size_bytes);
-        state.credit.consumed(picked.range.len);
+        state.write_outs -= 1;
+        state.view.saw_size(done.map_version, done.size_bytes);
+        state.credit.consumed(blocks);
         state.rest_until = 0;
-        let completed = state.dirty.complete(picked.io);
-        let completed = completed.map_err(|_| Failure::new(Reason::WrongState))?;
-        match self.engine.log.append_clean(volume.id, &completed.runs) {
+        let clean = gathered.complete(&mut state.dirty);
+        let clean = clean.map_err(|_| Failure::new(Reason::WrongState))?;
+        match self.engine.log.append_clean(volume.id, &clean) {
             Ok(lsn) => state.last_clean = state.last_clean.max(lsn),
             Err(error) => _ = self.log_failed(&error),
         }
@@ -179,15 +191,16 @@ impl Wb {
             state.dirty_since = None;
         }
         drop(state);
-        self.undirtied(volume.id, picked.range.len);
+        self.undirtied(volume.id, blocks);
         volume.changed.notify();
         Ok(())
     }
 
-    fn not_written_out(&self, volume: &Volume, picked: &Picked<Block>, failure: Failure) {
+    fn not_written_out(&self, volume: &Volume, gathered: &Gathered<Block>, failure: Failure) {
         self.exec().note("write-out failed", self.node(), &[failure.reason as u64]);
         let mut state = volume.state.borrow_mut();
-        let freed = state.dirty.fail(picked.io).map_or(0, |failed| failed.credit_freed_blocks);
+        state.write_outs -= 1;
+        let freed = gathered.fail(&mut state.dirty);
         state.credit.put_back(freed);
         state.errors.set(failure);
         state.error_count += 1;
@@ -201,7 +214,7 @@ impl Wb {
 
     /// The end of a volume here: what is dirty is of no use to anybody any more.
     async fn clear(&self, volume: &Volume) {
-        volume.wait(|state| (state.dirty.write_outs() == 0).then_some(())).await;
+        volume.wait(|state| (state.write_outs == 0).then_some(())).await;
         let lost = {
             let mut state = volume.state.borrow_mut();
             let lost = state.dirty.waiting_blocks();
@@ -225,6 +238,7 @@ impl Wb {
             let last = self.engine.log.last_lsn();
             let oldest =
                 self.all().iter().filter_map(|v| v.state.borrow().dirty.oldest_lsn()).min();
+            let oldest = oldest.filter(|_| !self.world.planted(Planted::TrimTooMuch));
             let oldest = oldest.unwrap_or_else(|| last.next());
             if used > bound / 2
                 && let Err(error) = self.engine.log.rotate()
@@ -238,4 +252,11 @@ impl Wb {
             self.engine.log_moved.notify();
         }
     }
+}
+
+/// Puts what the limit allows under writeback.
+fn pick(volume: &Volume, state: &mut State, limit: PickLimit) -> Option<Gathered<Block>> {
+    let gathered = Gathered::pick(&mut state.dirty, limit, volume.in_place)?;
+    state.write_outs += 1;
+    Some(gathered)
 }

@@ -2,11 +2,16 @@
 
 use std::future::poll_fn;
 use std::pin::Pin;
+use std::rc::Rc;
 use std::task::Poll;
 
+use endio_state_machine::chunk::{ExtentState, Place, Places};
+use endio_state_machine::extent_map::MapExtent;
 use endio_state_machine::machine::{BeginIo, Completion, GrantedSegment, Lane};
 use endio_state_machine::writeback::Lsn;
-use endio_types::{LblkRange, Reason, StoreId};
+use endio_state_machine::writeback::layout::{lblk_at, ranges_of};
+use endio_state_machine::writeback::map_cache::Part;
+use endio_types::{LblkRange, Pblk, Reason, StoreId};
 
 use super::stores::Done;
 use super::{Failure, Granted, Outcome, Volume, Wb};
@@ -17,12 +22,31 @@ use crate::net::Message;
 /// A write of whole blocks.
 pub(super) struct Job {
     pub(super) lane: Lane,
-    pub(super) range: LblkRange,
+    /// Ascending, at least one; more than one only on volumes that are written by redirection.
+    pub(super) ranges: Vec<LblkRange>,
+    /// Of all ranges, in order.
     pub(super) data: Vec<Block>,
     pub(super) size_after_bytes: u64,
     pub(super) deadline: u64,
     /// The log must be durable up to here before the submitter's token is released.
     pub(super) gate: Option<Lsn>,
+}
+
+impl Job {
+    fn first(&self) -> LblkRange {
+        self.ranges.first().copied().unwrap_or(LblkRange::new(0, 0))
+    }
+
+    fn blocks(&self) -> u64 {
+        self.ranges.iter().map(|range| range.len).sum()
+    }
+}
+
+/// A job that is converted, durably.
+pub(super) struct Written {
+    pub(super) done: Completion,
+    /// What the map says of the job's blocks now; empty where that is not known for certain.
+    pub(super) parts: Vec<Part<Rc<MapExtent>>>,
 }
 
 struct Missed {
@@ -39,7 +63,7 @@ enum Next {
 
 impl Wb {
     /// Writes until the conversion is durable.
-    pub(super) async fn submit(&self, volume: &Volume, job: &Job) -> Outcome<Completion> {
+    pub(super) async fn submit(&self, volume: &Volume, job: &Job) -> Outcome<Written> {
         let exec = self.exec();
         let mut avoid: Vec<StoreId> = Vec::new();
         let mut gate = job.gate;
@@ -78,15 +102,24 @@ impl Wb {
         attempt: u32,
         avoid: &[StoreId],
         gate: &mut Option<Lsn>,
-    ) -> Result<Completion, Missed> {
+    ) -> Result<Written, Missed> {
         let granted = self.begin_attempt(volume, job, attempt, avoid).await?;
         let io_end = granted.submitter.io_end;
-        self.exec().note("begun", self.node(), &[io_end.0, job.range.start.0, job.range.len]);
+        let first = job.first();
+        self.exec().note("begun", self.node(), &[io_end.0, first.start.0, job.blocks()]);
         let mut bios: Vec<(StoreId, Awaited<Done>)> = Vec::new();
         let mut missed = None;
+        let firsts = granted.segments.iter().filter(|segment| segment.replica == 0);
+        if firsts.map(|segment| u64::from(segment.token.blocks)).sum::<u64>() != job.blocks() {
+            self.exec().fail("grant-covers-write: the grant is not for the whole write");
+        }
         for segment in &granted.segments {
             let store = segment.token.store;
-            match self.hand_over(store, bio(job, segment)) {
+            let Some(bio) = bio(job, segment) else {
+                self.exec().fail("grant-covers-write: a segment beyond its write");
+                break;
+            };
+            match self.hand_over(store, bio) {
                 Ok(done) => bios.push((store, done)),
                 Err(failure) => {
                     missed = Some(Missed { failure, store, is_retryable: true });
@@ -104,7 +137,11 @@ impl Wb {
             missed = Some(Missed { failure, store: StoreId(0), is_retryable: false });
         }
         self.release(granted.session, granted.submitter, missed.is_some());
-        self.completion(job, granted, bios, missed).await
+        let parts = placed(job, &granted.segments);
+        let done = self.completion(job, granted, bios, missed).await?;
+        let converted: u64 = done.converted.iter().map(|range| range.len).sum();
+        let parts = if converted == job.blocks() { parts } else { Vec::new() };
+        Ok(Written { done, parts })
     }
 
     async fn begin_attempt(
@@ -119,9 +156,9 @@ impl Wb {
             volume: volume.id,
             generation: volume.generation,
             lane: job.lane,
-            lblk: job.range.start,
-            blocks: job.range.len as u32,
-            more: Vec::new(),
+            lblk: job.first().start,
+            blocks: job.first().len as u32,
+            more: job.ranges.iter().skip(1).copied().collect(),
             size_after_bytes: job.size_after_bytes,
             avoid_stores: avoid.to_vec(),
             attempt,
@@ -227,11 +264,39 @@ fn ended(
     }))
 }
 
-fn bio(job: &Job, segment: &GrantedSegment) -> Message {
-    let first = (segment.lblk.0 - job.range.start.0) as usize;
-    let data = job.data[first..first + segment.token.blocks as usize].to_vec();
+/// `None`: both sides do not count the blocks of the write alike.
+fn bio(job: &Job, segment: &GrantedSegment) -> Option<Message> {
+    if lblk_at(&job.ranges, segment.offset_blocks.into()) != Some(segment.lblk) {
+        return None;
+    }
+    let first = segment.offset_blocks as usize;
+    let data = job.data.get(first..first + segment.token.blocks as usize)?.to_vec();
     let crcs = crcs(&data);
-    Message::Bio { token: segment.token, data, crcs }
+    Some(Message::Bio { token: segment.token, data, crcs })
+}
+
+/// What the map will say of a job's blocks once it is converted.
+fn placed(job: &Job, segments: &[GrantedSegment]) -> Vec<Part<Rc<MapExtent>>> {
+    let sums = crcs(&job.data);
+    let mut parts = Vec::new();
+    for first in segments.iter().filter(|segment| segment.replica == 0) {
+        let offset = u64::from(first.offset_blocks);
+        for (range, nth) in ranges_of(&job.ranges, offset, first.token.blocks.into()) {
+            let copies = segments.iter().filter(|s| s.offset_blocks == first.offset_blocks);
+            let place = |s: &GrantedSegment| Place {
+                store: s.token.store,
+                pblk: Pblk(s.token.pblk.0 + (nth - offset)),
+            };
+            let Some(places) = Places::new(&copies.map(place).collect::<Vec<_>>()) else {
+                continue;
+            };
+            let from = nth as usize;
+            let crcs = sums.get(from..from + range.len as usize).unwrap_or_default().to_vec();
+            let extent = MapExtent { range, state: ExtentState::Written, places, crcs };
+            parts.push((range, Some(Rc::new(extent))));
+        }
+    }
+    parts
 }
 
 /// Whether a refused begin is worth another try: where only time can help and will.

@@ -5,6 +5,7 @@ mod flusher;
 mod io_end;
 mod read;
 mod session;
+mod stored;
 mod stores;
 mod volumes;
 
@@ -14,19 +15,20 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
+use endio_state_machine::extent_map::MapExtent;
 use endio_state_machine::machine::{Completion, ReplyBody, VolumeInfo};
 use endio_state_machine::token::ReadGrant;
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::credit::Credit;
 use endio_state_machine::writeback::dirty::DirtyMap;
 use endio_state_machine::writeback::errseq::{Cursor, ErrSeq};
+use endio_state_machine::writeback::map_cache::{ChangeId, MapCache, Part};
 use endio_state_machine::writeback::range_lock::{Mode, RangeLock, Ticket};
 use endio_state_machine::writeback::sessions::{RequestKey, SessionTable};
 use endio_state_machine::writeback::throttle::Throttle;
+use endio_state_machine::writeback::view::VolumeView;
 use endio_store::cache_log::{CacheLog, SimDisk};
-use endio_types::{
-    BLOCK_BYTES, Generation, IoEndId, LblkRange, MapVersion, Reason, StoreId, VolumeId,
-};
+use endio_types::{BLOCK_BYTES, Generation, IoEndId, LblkRange, Reason, StoreId, VolumeId};
 
 use crate::block::Block;
 use crate::exec::{Answer, Exec, MS, Node, Signal};
@@ -119,6 +121,11 @@ impl Writeback {
         table.iter().filter(is_open).map(|(name, _)| name.clone()).collect()
     }
 
+    /// Whether this is the process that runs.
+    pub fn is(&self, engine: &Rc<Engine>) -> bool {
+        self.engine.borrow().as_ref().is_some_and(|running| Rc::ptr_eq(running, engine))
+    }
+
     /// The process, if it runs and takes work.
     pub fn serving(&self) -> Option<Rc<Engine>> {
         self.engine.borrow().clone().filter(|engine| engine.is_serving.get())
@@ -167,6 +174,8 @@ pub struct Volume {
     pub name: String,
     /// Under which generation.
     pub generation: Generation,
+    /// Overwrites of written blocks go in place.
+    in_place: bool,
     /// Writes past the end extend it.
     pub growable: bool,
     /// The order of overlapping requests.
@@ -178,11 +187,14 @@ pub struct Volume {
 
 /// What changes of a volume.
 pub struct State {
-    /// As its clients see it.
-    pub size_bytes: u64,
-    durable_size_bytes: u64,
-    /// Map version at which the size was set last.
-    sized_at: MapVersion,
+    /// Its size, and the versions of its map that reads use.
+    pub view: VolumeView,
+    /// What is known of the map.
+    map: MapCache<Rc<MapExtent>>,
+    /// Permission to read, as conversion gave it last.
+    grant: Option<ReadGrant>,
+    /// Write-outs under way.
+    write_outs: usize,
     /// Acknowledged and not yet converted.
     pub dirty: DirtyMap<Block>,
     dirty_since: Option<u64>,
@@ -196,8 +208,6 @@ pub struct State {
     flush_up_to: Lsn,
     last_clean: Lsn,
     rest_until: u64,
-    reads: BTreeMap<MapVersion, usize>,
-    map_version: MapVersion,
     /// Why it is not usable here any more.
     pub gone: Option<Failure>,
     /// It was put back from the log after a power cut that may have taken acknowledged writes.
@@ -205,17 +215,20 @@ pub struct State {
 }
 
 impl Volume {
-    fn new(world: &World, info: &VolumeInfo, _grant: ReadGrant) -> Self {
+    fn new(world: &World, info: &VolumeInfo, grant: ReadGrant) -> Self {
+        let entries = if info.in_place { 0 } else { world.plan.map_entries };
         Self {
             id: info.id,
             name: info.name.clone(),
             generation: info.generation,
+            in_place: info.in_place,
             growable: info.growable,
             locks: Rc::default(),
             state: RefCell::new(State {
-                size_bytes: info.size_bytes,
-                durable_size_bytes: info.size_bytes,
-                sized_at: info.map_version,
+                view: VolumeView::new(info.map_version, info.size_bytes),
+                map: MapCache::new(entries),
+                grant: Some(grant),
+                write_outs: 0,
                 dirty: DirtyMap::new(),
                 dirty_since: None,
                 credit: Credit::new(world.plan.credit),
@@ -226,8 +239,6 @@ impl Volume {
                 flush_up_to: Lsn(0),
                 last_clean: Lsn(0),
                 rest_until: 0,
-                reads: BTreeMap::new(),
-                map_version: info.map_version,
                 gone: None,
                 may_have_lost: false,
             }),
@@ -256,25 +267,31 @@ impl Volume {
     }
 }
 
-impl State {
-    fn saw_map(&mut self, version: MapVersion) {
-        self.map_version = self.map_version.max(version);
+/// A change of the map that was asked for. Dropping it gives it up: it may take effect at any time.
+struct MapChanging {
+    volume: Rc<Volume>,
+    id: Option<ChangeId>,
+}
+
+impl MapChanging {
+    fn begin(volume: &Rc<Volume>, ranges: Vec<LblkRange>) -> Self {
+        let id = volume.state.borrow_mut().map.begin(ranges);
+        Self { volume: Rc::clone(volume), id: Some(id) }
     }
 
-    fn saw_size(&mut self, version: MapVersion, size_bytes: u64) {
-        self.saw_map(version);
-        if version > self.sized_at {
-            self.durable_size_bytes = self.durable_size_bytes.max(size_bytes);
-            self.size_bytes = self.size_bytes.max(size_bytes);
+    /// It has ended, or died with the session in which it was asked for.
+    fn ended(mut self, parts: Vec<Part<Rc<MapExtent>>>) {
+        if let Some(id) = self.id.take() {
+            self.volume.state.borrow_mut().map.end(id, parts);
         }
     }
+}
 
-    fn oldest_read(&self) -> MapVersion {
-        self.reads.first_key_value().map_or(self.map_version, |(version, _)| *version)
-    }
-
-    fn size_after(&self, end_bytes: u64) -> u64 {
-        if end_bytes > self.durable_size_bytes { end_bytes } else { 0 }
+impl Drop for MapChanging {
+    fn drop(&mut self) {
+        if let Some(id) = self.id.take() {
+            self.volume.state.borrow_mut().map.give_up(id);
+        }
     }
 }
 
@@ -380,14 +397,20 @@ impl Wb {
         }
     }
 
+    /// Asks for the log to be made durable up to a record, without waiting.
+    fn want_log_durable(&self, lsn: Lsn) {
+        let engine = &self.engine;
+        engine.log_wanted.set(engine.log_wanted.get().max(lsn));
+        engine.log_moved.notify();
+    }
+
     /// Waits until the log is durable up to a record.
     async fn log_durable(&self, lsn: Lsn) -> Outcome<()> {
         let engine = &self.engine;
         if engine.log.durable_lsn() >= lsn {
             return Ok(());
         }
-        engine.log_wanted.set(engine.log_wanted.get().max(lsn));
-        engine.log_moved.notify();
+        self.want_log_durable(lsn);
         let look = || (engine.log.durable_lsn() >= lsn).then_some(());
         engine.log_moved.wait(look).await;
         Ok(())
@@ -401,7 +424,7 @@ impl Wb {
             let target = engine.log.last_lsn();
             self.exec().sleep(self.world.plan.journal_us.draw(self.exec())).await;
             if let Err(error) = engine.log.sync_to(target) {
-                return self.exec().fail(format!("the cache log: {error}"));
+                return self.exec().fail(format!("log-reads-back: {error}"));
             }
             engine.log_moved.notify();
         }
@@ -436,7 +459,7 @@ impl Drop for Admission {
 /// The volume of an answer.
 fn opened(reply: ReplyBody) -> Option<(VolumeInfo, ReadGrant)> {
     match reply {
-        ReplyBody::Opened(info, grant) => Some((info, grant)),
+        ReplyBody::Opened(info, grant, _) => Some((info, grant)),
         _ => None,
     }
 }

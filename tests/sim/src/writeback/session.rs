@@ -68,7 +68,7 @@ impl Wb {
                 renewals.push_back(exec.now());
                 renew_at = exec.now() + every;
                 let confirm = |volume: &Rc<Volume>| {
-                    (volume.id, volume.generation, volume.state.borrow().oldest_read())
+                    (volume.id, volume.generation, volume.state.borrow().view.oldest_read())
                 };
                 let confirms = self.all().iter().map(confirm).collect();
                 engine.outbox.borrow_mut().push(FromWriteback::Renew { confirms });
@@ -111,6 +111,10 @@ impl Wb {
             if state.gone.is_some() {
                 continue;
             }
+            // Reads under an older epoch are refused from now on: the next look-up brings another.
+            state.grant = None;
+            // Whatever an older session had asked for has ended by now, one way or the other.
+            state.map.reset();
             let ask = state.credit.reset();
             state.credit_reset = Some(ask.request);
             drop(state);
@@ -132,6 +136,10 @@ impl Wb {
             ToWriteback::Begun { request, submitter, segments, .. } => {
                 let owed = engine.owed.borrow_mut().remove(&request);
                 let Some(Owed::Begin(reply)) = owed else { return Some(()) };
+                if !reply.is_awaited() {
+                    self.release(engine.link_number.get(), submitter, true);
+                    return Some(());
+                }
                 let (tell, done) = answer();
                 engine.io_ends.borrow_mut().insert(submitter.io_end, tell);
                 let session = engine.link_number.get();
@@ -318,16 +326,16 @@ impl Wb {
         });
         let view = view.await.map_err(|failure| Failure { doubt: None, ..failure })?;
         let mut state = volume.state.borrow_mut();
-        state.saw_size(view.map_version, view.size_bytes);
+        state.view.saw_size(view.map_version, view.size_bytes);
         Ok(view)
     }
 
-    /// Who owns a volume, and under which generation.
+    /// Number of a volume, who owns it, and under which generation.
     pub(super) async fn owner(
         &self,
         name: &str,
         deadline: u64,
-    ) -> Outcome<(Option<String>, Generation)> {
+    ) -> Outcome<(VolumeId, Option<String>, Generation)> {
         let message = Message::Owner(name.to_owned());
         self.call_until(message, deadline, |answer| match answer {
             Message::Owned(Some(owner)) => Ok(owner),

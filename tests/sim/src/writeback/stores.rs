@@ -9,7 +9,7 @@ use endio_types::{Incarnation, Reason, StoreId};
 
 use super::{Failure, Outcome, Wb};
 use crate::block::Block;
-use crate::exec::{Answer, Awaited, Either, MS, Signal, answer, either};
+use crate::exec::{Answer, Awaited, Either, MS, Signal, WORLD, answer, either};
 use crate::net::{Kind, Message};
 
 type Key = (u64, u64);
@@ -86,6 +86,26 @@ impl Wb {
         Ok(done)
     }
 
+    /// The network may keep a copy of a bio and deliver it later, to whoever is there by then.
+    fn may_repeat(&self, node: usize, message: &Message) {
+        let is_bio = matches!(message, Message::Bio { .. });
+        if !is_bio || !self.exec().chance(self.world.plan.late_bios) {
+            return;
+        }
+        let lease_us = u64::from(self.world.plan.limits.lease_ms) * MS;
+        let pause = self.exec().below(self.exec().between(1, 4) * lease_us);
+        let (world, message, from) = (Rc::clone(&self.world), message.clone(), self.node());
+        self.exec().spawn(WORLD, async move {
+            world.exec.sleep(pause).await;
+            let patience = world.plan.call_timeout_ms * MS;
+            let end = world.net.connect(from, node, Kind::Bios, patience).await;
+            let Some(end) = end else { return };
+            end.send(message);
+            let until = world.exec.now() + patience;
+            world.exec.until(until, end.receive()).await;
+        });
+    }
+
     /// Opens the stream whenever there is something to ask.
     async fn exchange(&self, node: usize, kind: Kind, exchange: Rc<Exchange>) {
         loop {
@@ -99,6 +119,7 @@ impl Wb {
             // Whoever asked hears that the store is away, by the drop.
             let Some(end) = end else { continue };
             let mut owed: BTreeMap<Key, Answer<Done>> = BTreeMap::new();
+            self.may_repeat(node, &first.message);
             end.send(first.message);
             owed.insert(first.key, first.reply);
             loop {
@@ -121,6 +142,7 @@ impl Wb {
                     }
                     Either::One(Some(_)) => {}
                     Either::Other(Some(job)) => {
+                        self.may_repeat(node, &job.message);
                         end.send(job.message);
                         owed.insert(job.key, job.reply);
                     }

@@ -10,9 +10,9 @@ use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::sessions::SessionTable;
 use endio_state_machine::writeback::throttle::Throttle;
 use endio_store::cache_log::{CacheLog, OpenVolume, Replay, ReplayedWrite};
-use endio_types::{BLOCK_BYTES, LblkRange, Reason, VolumeId};
+use endio_types::{BLOCK_BYTES, Generation, LblkRange, Reason, VolumeId};
 
-use super::{Engine, Failure, Outcome, Volume, Wb, opened};
+use super::{Engine, Failure, MapChanging, Outcome, Volume, Wb, opened};
 use crate::block::{CELL_BYTES, from_bytes};
 use crate::exec::{MS, Signal};
 use crate::world::{Planted, World};
@@ -24,7 +24,7 @@ pub fn start(world: &Rc<World>, at: usize) {
     world.exec.start(node);
     let (log, replay) = match CacheLog::open_simulated(&writeback.disk, world.plan.log) {
         Ok(opened) => opened,
-        Err(error) => return world.exec.fail(format!("the cache log is refused: {error}")),
+        Err(error) => return world.exec.fail(format!("log-reads-back: {error}")),
     };
     writeback.start.set(writeback.start.get() + 1);
     let engine = Rc::new(Engine {
@@ -74,7 +74,7 @@ impl Wb {
             match replay.next_write() {
                 Ok(Some(write)) => writes.entry(write.write.volume).or_default().push(write),
                 Ok(None) => break,
-                Err(error) => return self.exec().fail(format!("the replay: {error}")),
+                Err(error) => return self.exec().fail(format!("log-reads-back: {error}")),
             }
         }
         for open in replay.open_volumes() {
@@ -106,24 +106,21 @@ impl Wb {
     ) {
         let id = open.volume;
         let opened = loop {
-            let opened = match self.is_still_ours(open).await {
-                Ok(true) => self.open_at_conversion(&open.name, false).await,
-                Ok(false) => Err(Failure::new(Reason::OldGeneration)),
-                Err(failure) => Err(failure),
-            };
-            match opened {
+            match self.open_again(open).await {
                 Err(failure) if passes(&failure) => {
                     self.exec().sleep(self.world.plan.retry_max_ms * MS).await;
                 }
                 opened => break opened,
             }
         };
-        if let Ok((info, grant)) = opened
-            && info.id == id
+        if let Ok((info, _)) = &opened
+            && info.id != id
         {
+            self.give_back(info).await;
+        } else if let Ok((info, grant)) = opened {
             let volume = Rc::new(Volume::new(&self.world, &info, grant));
             self.put_back(&volume, &data);
-            if may_have_lost {
+            if may_have_lost && !self.world.planted(Planted::LossUntold) {
                 let mut state = volume.state.borrow_mut();
                 state.errors.set(Failure::new(Reason::LostWrites));
                 state.errors_set += 1;
@@ -136,6 +133,12 @@ impl Wb {
         self.note_closed(id);
     }
 
+    /// Another volume took the name just before it was opened: nobody serves that one here.
+    async fn give_back(&self, info: &VolumeInfo) {
+        let call = Call::CloseVolume { name: info.name.clone(), generation: info.generation };
+        _ = self.call(call, self.deadline()).await;
+    }
+
     fn put_back(&self, volume: &Volume, data: &[ReplayedWrite]) {
         let mut state = volume.state.borrow_mut();
         let mut blocks = 0;
@@ -143,7 +146,7 @@ impl Wb {
             for range in &write.live {
                 let Some(bytes) = write.data(*range) else { continue };
                 let end_bytes = write.write.end_bytes;
-                state.size_bytes = state.size_bytes.max(end_bytes.min(range.end() * BLOCK_BYTES));
+                state.view.wrote_up_to(end_bytes.min(range.end() * BLOCK_BYTES));
                 let cached = from_bytes(&bytes);
                 blocks += state.dirty.insert(*range, write.lsn, end_bytes, cached).unwrap_or(0);
             }
@@ -159,14 +162,31 @@ impl Wb {
         self.dirtied(volume.id, blocks);
     }
 
-    /// Whether nobody else has opened the volume since.
-    async fn is_still_ours(&self, open: &OpenVolume) -> Outcome<bool> {
-        if self.world.planted(Planted::StaleReplay) {
-            return Ok(true);
+    /// Opens a volume if nobody else has opened it since it was open here.
+    async fn open_again(&self, open: &OpenVolume) -> Outcome<(VolumeInfo, ReadGrant)> {
+        let deadline = self.deadline();
+        loop {
+            let (id, owner, generation) = self.owner(&open.name, deadline).await?;
+            if id != open.volume {
+                return Err(Failure::new(Reason::UnknownVolume));
+            }
+            let is_ours = owner.as_ref().is_some_and(|owner| self.is_earlier_start(owner));
+            let is_stale = !is_ours && generation != open.generation;
+            if is_stale && !self.world.planted(Planted::StaleReplay) {
+                return Err(Failure::new(Reason::OldGeneration));
+            }
+            match self.open_at_conversion(&open.name, (is_ours, generation), deadline).await {
+                Err(failure) if self.is_overtaken(&failure, deadline) => {
+                    self.exec().sleep(MS).await;
+                }
+                opened => return opened,
+            }
         }
-        let (owner, generation) = self.owner(&open.name, self.deadline()).await?;
-        let is_ours = owner.is_some_and(|owner| self.is_earlier_start(&owner));
-        Ok(is_ours || generation == open.generation)
+    }
+
+    /// Somebody opened the volume meanwhile, or a try of the call whose answer was lost did.
+    fn is_overtaken(&self, failure: &Failure, deadline: u64) -> bool {
+        failure.reason == Reason::OldGeneration && self.exec().now() < deadline
     }
 
     fn is_earlier_start(&self, owner: &str) -> bool {
@@ -175,18 +195,32 @@ impl Wb {
         ours.is_some_and(|ours| ours.parse::<u64>().is_ok_and(|ours| ours <= start))
     }
 
+    /// The volume, whoever opened it last.
+    async fn open_as_it_is(&self, name: &str, force: bool) -> Outcome<(VolumeInfo, ReadGrant)> {
+        let deadline = self.deadline();
+        loop {
+            let (_, owner, generation) = self.owner(name, deadline).await?;
+            let is_ours = owner.is_some_and(|owner| self.is_earlier_start(&owner));
+            match self.open_at_conversion(name, (force || is_ours, generation), deadline).await {
+                Err(failure) if self.is_overtaken(&failure, deadline) => {
+                    self.exec().sleep(MS).await;
+                }
+                opened => return opened,
+            }
+        }
+    }
+
     async fn open_at_conversion(
         &self,
         name: &str,
-        force: bool,
+        (force, seen): (bool, Generation),
+        deadline: u64,
     ) -> Outcome<(VolumeInfo, ReadGrant)> {
-        let deadline = self.deadline();
-        let (owner, _) = self.owner(name, deadline).await?;
-        let is_ours = owner.is_some_and(|owner| self.is_earlier_start(&owner));
         let call = Call::OpenVolume {
             name: name.to_owned(),
             writeback: self.engine.name.clone(),
-            force: force || is_ours,
+            force,
+            if_generation: (!self.world.planted(Planted::OpenUnconditional)).then_some(seen),
         };
         let body = self.call(call, deadline).await?;
         opened(body).ok_or(Failure::new(Reason::Malformed))
@@ -240,7 +274,7 @@ impl Wb {
     }
 
     async fn open_now(&self, name: &str, force: bool) -> Outcome<Rc<Volume>> {
-        let (info, grant) = self.open_at_conversion(name, force).await?;
+        let (info, grant) = self.open_as_it_is(name, force).await?;
         let volume = Rc::new(Volume::new(&self.world, &info, grant));
         // Data of an earlier generation that was let go must not come back at a replay.
         if self.engine.log.holds(volume.id, LblkRange::new(0, u64::MAX)) {
@@ -280,10 +314,10 @@ impl Wb {
     pub async fn resize(&self, volume: &Rc<Volume>, size_bytes: u64) -> Outcome<()> {
         let deadline = self.deadline();
         let first = size_bytes / BLOCK_BYTES;
-        let _held = self.alone(volume, first, deadline).await?;
+        let held = self.alone(volume, first, deadline).await?;
         let beyond = LblkRange::new(first, u64::MAX - first);
         self.forget(volume, beyond, deadline).await?;
-        let old = volume.state.borrow().size_bytes;
+        let old = volume.state.borrow().view.size_bytes();
         let tail = size_bytes % BLOCK_BYTES;
         if size_bytes < old && tail > 0 {
             let len = (BLOCK_BYTES - tail).min(old - size_bytes);
@@ -298,20 +332,44 @@ impl Wb {
             size_bytes,
             generation: volume.generation,
         };
+        let changing = MapChanging::begin(volume, vec![LblkRange::new(0, u64::MAX)]);
         match self.call(call, deadline).await {
             Ok(ReplyBody::Volume(info)) => {
-                let mut state = volume.state.borrow_mut();
-                state.size_bytes = info.size_bytes;
-                state.durable_size_bytes = info.size_bytes;
-                state.sized_at = state.sized_at.max(info.map_version);
-                state.saw_map(info.map_version);
+                changing.ended(Vec::new());
+                volume.state.borrow_mut().view.resized(info.map_version, info.size_bytes);
                 Ok(())
             }
             Ok(_) => Err(Failure::new(Reason::Malformed)),
             Err(failure) => {
                 self.heed(volume, &failure);
+                let (wb, volume) = (self.clone(), Rc::clone(volume));
+                self.spawn(async move {
+                    if !wb.world.planted(Planted::SizeGuessed) {
+                        wb.learn_size(&volume, size_bytes, changing).await;
+                    }
+                    drop(held);
+                });
                 Err(failure)
             }
+        }
+    }
+
+    /// A resize was given up that may have been carried out all the same: the size is asked for
+    /// until it is known.
+    async fn learn_size(&self, volume: &Rc<Volume>, asked_bytes: u64, changing: MapChanging) {
+        while volume.usable().is_ok() {
+            match self.look_up(volume, LblkRange::new(0, 1), self.deadline()).await {
+                Ok(found) => {
+                    changing.ended(Vec::new());
+                    if found.size_bytes == asked_bytes {
+                        let mut state = volume.state.borrow_mut();
+                        state.view.resized(found.map_version, asked_bytes);
+                    }
+                    return;
+                }
+                Err(failure) => self.heed(volume, &failure),
+            }
+            self.exec().sleep(self.world.plan.retry_max_ms * MS).await;
         }
     }
 
@@ -321,14 +379,15 @@ impl Wb {
         let _held = self.alone(volume, 0, deadline).await?;
         self.forget(volume, LblkRange::new(0, u64::MAX), deadline).await?;
         let call = Call::CloseVolume { name: volume.name.clone(), generation: volume.generation };
-        match self.call(call, deadline).await {
-            Ok(_) => {}
-            Err(failure) if failure.reason == Reason::WrongState => {}
-            Err(failure) => return Err(failure),
-        }
+        let closed = self.call(call, deadline).await;
+        // Whatever came of it: it may have been carried out, or may yet be, and then what is
+        // acknowledged here would be lost. Nothing is dirty, and the next request opens it again.
         self.remove(volume);
         volume.let_go(Failure::new(Reason::WrongState));
-        Ok(())
+        match closed {
+            Err(failure) if failure.reason != Reason::WrongState => Err(failure),
+            _ => Ok(()),
+        }
     }
 
     /// Deletes a volume and drops what is cached of it.

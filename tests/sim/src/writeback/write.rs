@@ -4,6 +4,7 @@ use std::rc::Rc;
 
 use endio_state_machine::machine::{Call, Completion, Lane, MapChange, ReplyBody};
 use endio_state_machine::writeback::Lsn;
+use endio_state_machine::writeback::cover::inner_and_edges;
 use endio_state_machine::writeback::credit::Take;
 use endio_state_machine::writeback::errseq::Cursor;
 use endio_state_machine::writeback::sessions::{Decision, RequestKey};
@@ -12,9 +13,10 @@ use endio_store::cache_log::{CacheLogError, WriteRecord};
 use endio_types::{BLOCK_BYTES, ByteRange, LblkRange, Reason};
 
 use super::io_end::Job;
-use super::{Admission, Failure, Held, Outcome, Volume, Wb};
+use super::{Admission, Failure, Held, MapChanging, Outcome, Volume, Wb};
 use crate::block::{Block, CELL_BYTES, CELLS, ZEROES, to_bytes};
 use crate::exec::MS;
+use crate::world::Planted;
 
 /// Makes a retry safe.
 #[derive(Clone, Copy, Debug)]
@@ -94,7 +96,7 @@ impl Wb {
         if let Some(gone) = state.gone {
             return Err(gone);
         }
-        if bytes.offset + bytes.len > state.size_bytes && !(extends && volume.growable) {
+        if bytes.offset + bytes.len > state.view.size_bytes() && !(extends && volume.growable) {
             return Err(Failure::new(Reason::OutOfRange));
         }
         Ok(bytes.blocks())
@@ -114,7 +116,7 @@ impl Wb {
         let blocks = self.check(volume, bytes, true)?;
         let turn = self.turn(volume, blocks, retry, deadline).await?;
         let Some((admission, _held)) = turn else { return Ok(()) };
-        if !self.world.planted(crate::world::Planted::EndUnchecked) {
+        if !self.world.planted(Planted::EndUnchecked) {
             self.check(volume, bytes, true)?;
         }
         let end = bytes.offset + bytes.len;
@@ -165,16 +167,23 @@ impl Wb {
         deadline: u64,
     ) -> Outcome<Completion> {
         let size_after_bytes = match volume.growable {
-            true => volume.state.borrow().size_after(end_bytes),
+            true => volume.state.borrow().view.size_after(end_bytes),
             false => 0,
         };
         let lane = Lane::Direct;
-        let job = Job { lane, range, data, size_after_bytes, deadline, gate: None };
-        let outcome = self.submit(volume, &job).await;
+        let changing = MapChanging::begin(volume, vec![range]);
+        let ranges = vec![range];
+        let job = Job { lane, ranges, data, size_after_bytes, deadline, gate: None };
+        let (outcome, parts) = match self.submit(volume, &job).await {
+            Ok(written) => (Ok(written.done), written.parts),
+            Err(failure) => (Err(failure), Vec::new()),
+        };
+        // Before anybody is told: whoever saw the write end reads it.
+        changing.ended(parts);
         match &outcome {
             Ok(done) => {
                 let mut state = volume.state.borrow_mut();
-                state.saw_size(done.map_version, done.size_bytes);
+                state.view.saw_size(done.map_version, done.size_bytes);
             }
             Err(failure) => self.heed(volume, failure),
         }
@@ -189,7 +198,7 @@ impl Wb {
         range: LblkRange,
         deadline: u64,
     ) -> Outcome<()> {
-        if self.world.planted(crate::world::Planted::ForgetSkipped) {
+        if self.world.planted(Planted::ForgetSkipped) {
             return Ok(());
         }
         let touches = volume.state.borrow().dirty.touches(range);
@@ -208,25 +217,24 @@ impl Wb {
         let Some(ask) = volume.state.borrow_mut().credit.next_ask(idle) else { return };
         let (wb, volume) = (self.clone(), Rc::clone(volume));
         self.spawn(async move {
-            let outcome = loop {
-                let (add, drop) = (ask.add_blocks, ask.drop_blocks);
-                match wb.reserve(&volume, ask.reset, add, drop).await {
-                    Err(failure) if failure.reason == Reason::Limit => {
-                        wb.exec().sleep(wb.world.plan.retry_max_ms * MS).await;
-                    }
-                    outcome => break outcome,
-                }
-            };
-            match outcome {
+            match wb.reserve(&volume, ask.reset, ask.add_blocks, ask.drop_blocks).await {
                 Ok(_) => _ = volume.state.borrow_mut().credit.granted(ask.request),
                 // The next session sets the credit anew and replaces this request.
                 Err(failure) if failure.reason == Reason::PeerAway => return,
                 Err(failure) => {
                     wb.heed(&volume, &failure);
-                    if ask.reset {
+                    let is_full = failure.reason == Reason::NoSpace && failure.retry_ms == 0;
+                    if ask.reset && failure.reason == Reason::NoSpace {
+                        wb.take_stored(&volume).await;
+                    }
+                    if ask.reset || !is_full {
                         wb.exec().sleep(wb.world.plan.retry_max_ms * MS).await;
                     }
-                    volume.state.borrow_mut().credit.refused(ask.request);
+                    let credit = &mut volume.state.borrow_mut().credit;
+                    match is_full {
+                        true => credit.refused(ask.request),
+                        false => credit.put_off(ask.request),
+                    };
                 }
             }
             volume.changed.notify();
@@ -314,7 +322,13 @@ impl Wb {
                 request: admission.map(|admission| admission.key),
                 result: bytes.len() as u64,
             };
-            match self.engine.log.append_write(&record, &[&bytes]) {
+            let is_skipped =
+                self.world.planted(Planted::LogSkipsAppend) && blocks.start.0.is_multiple_of(8);
+            let appended = match is_skipped {
+                true => Ok(self.engine.log.last_lsn()),
+                false => self.engine.log.append_write(&record, &[&bytes]),
+            };
+            match appended {
                 Ok(lsn) => return Ok(self.put_into_cache(volume, blocks, lsn, end_bytes, whole)),
                 Err(CacheLogError::Full { .. } | CacheLogError::DiskFull) => {}
                 Err(error) => return Err(self.log_failed(&error)),
@@ -339,7 +353,7 @@ impl Wb {
         let used = state.dirty.insert(blocks, lsn, end_bytes, whole.to_vec());
         let used = used.expect("as much data as blocks");
         state.credit.put_back(blocks.len - used);
-        state.size_bytes = state.size_bytes.max(end_bytes);
+        state.view.wrote_up_to(end_bytes);
         state.dirty_since.get_or_insert(self.exec().now());
         used
     }
@@ -389,7 +403,7 @@ impl Wb {
             return Ok(());
         }
         self.forget(volume, blocks, deadline).await?;
-        let size = volume.state.borrow().size_bytes;
+        let size = volume.state.borrow().view.size_bytes();
         let (inner, edges) = inner_and_edges(bytes, size);
         for edge in edges {
             self.zero_cells(volume, edge.offset / CELL_BYTES, edge.len / CELL_BYTES, deadline)
@@ -427,16 +441,19 @@ impl Wb {
 
     async fn change_map(
         &self,
-        volume: &Volume,
+        volume: &Rc<Volume>,
         change: MapChange,
         range: LblkRange,
         deadline: u64,
     ) -> Outcome<()> {
         let (id, generation) = (volume.id, volume.generation);
         let call = Call::ChangeMap { volume: id, generation, change, range };
+        let changing = MapChanging::begin(volume, vec![range]);
+        // Without an answer it may have been carried out, or may yet be.
         match self.call(call, deadline).await {
             Ok(ReplyBody::Changed { map_version, .. }) => {
-                volume.state.borrow_mut().saw_map(map_version);
+                changing.ended(Vec::new());
+                volume.state.borrow_mut().view.saw_map(map_version);
                 Ok(())
             }
             Ok(_) => Err(Failure::new(Reason::Malformed)),
@@ -476,24 +493,4 @@ impl Wb {
             None => Ok(()),
         }
     }
-}
-
-/// The whole blocks of a range, and what is left of it inside single blocks.
-fn inner_and_edges(bytes: ByteRange, size_bytes: u64) -> (LblkRange, Vec<ByteRange>) {
-    let end = bytes.offset + bytes.len;
-    let first = bytes.offset.div_ceil(BLOCK_BYTES);
-    let last = if end == size_bytes { end.div_ceil(BLOCK_BYTES) } else { end / BLOCK_BYTES };
-    if first > last {
-        return (LblkRange::new(first, 0), vec![bytes]);
-    }
-    let mut edges = Vec::new();
-    let head = first * BLOCK_BYTES - bytes.offset;
-    if head > 0 {
-        edges.push(ByteRange { offset: bytes.offset, len: head.min(bytes.len) });
-    }
-    let tail = end.saturating_sub(last * BLOCK_BYTES);
-    if tail > 0 && last * BLOCK_BYTES >= bytes.offset {
-        edges.push(ByteRange { offset: last * BLOCK_BYTES, len: tail });
-    }
-    (LblkRange::new(first, last - first), edges)
 }

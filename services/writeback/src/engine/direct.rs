@@ -1,0 +1,306 @@
+//! Direct writes: each waits for its own conversion, and those that come at the same time share an
+//! io_end.
+//!
+//! ```text
+//!   write ──► at once, while fewer than GROUPS_MAX groups of the volume are under way
+//!        └──► [waiting] ──► all that wait, in one io_end, as soon as a group has ended
+//! ```
+//! So a lone writer waits for nobody, and many writers cost a few messages for all of them instead
+//! of several for each. A group that fails is written again one by one: what is wrong with one
+//! write is told to that one only. Sampled writes go alone, so that their trace is their own.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use endio_api::conversion::{Completion, Lane};
+use endio_chassis::trace::{Span, Why};
+use endio_types::{IO_END_RANGES_MAX, LblkRange, MapVersion};
+use futures_util::FutureExt as _;
+use futures_util::future::join_all;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use super::Engine;
+use crate::failure::Failure;
+use crate::io_end::Job;
+use crate::volume::Volume;
+
+/// Groups of one volume under way. One: the stores idle while conversion commits. More than a few:
+/// the groups are small, and cost what single writes cost.
+const GROUPS_MAX: usize = 2;
+/// Longest write that joins a group, in blocks: what is larger is worth its own messages.
+const JOIN_BLOCKS_MAX: u64 = 16;
+/// Most blocks of a group: 1 MiB.
+const GROUP_BLOCKS_MAX: u64 = 256;
+
+/// A direct write on its way into an io_end.
+pub(crate) struct Direct {
+    range: LblkRange,
+    data: Bytes,
+    end_bytes: u64,
+    deadline: Instant,
+    span: Span,
+}
+
+/// A write of a group, and who waits for it.
+type Waiting = (Direct, oneshot::Sender<Result<Completion, Failure>>);
+
+/// The direct writes of a volume that wait for a group.
+#[derive(Default)]
+pub(crate) struct DirectQueue {
+    waiting: VecDeque<Waiting>,
+    groups: usize,
+}
+
+impl DirectQueue {
+    /// Queues a write; says whether the caller has to see to a further group.
+    fn push(&mut self, waiting: Waiting) -> bool {
+        self.waiting.push_back(waiting);
+        let starts = self.groups < GROUPS_MAX;
+        self.groups += usize::from(starts);
+        starts
+    }
+
+    /// What goes together next. Empty: nothing waits, and the group is over.
+    fn take(&mut self) -> Vec<Waiting> {
+        let mut group = Vec::new();
+        let mut blocks = 0;
+        while let Some((next, _)) = self.waiting.front() {
+            blocks += next.range.len;
+            let is_full = group.len() >= IO_END_RANGES_MAX || blocks > GROUP_BLOCKS_MAX;
+            if is_full && !group.is_empty() {
+                break;
+            }
+            group.extend(self.waiting.pop_front());
+        }
+        if group.is_empty() {
+            self.groups -= 1;
+        }
+        group
+    }
+}
+
+/// Gives the place of a group back when its task ends before it is over.
+struct Leading {
+    volume: Arc<Volume>,
+    is_over: bool,
+}
+
+impl Leading {
+    /// Group after group, until nothing waits.
+    async fn lead(mut self, engine: Arc<Engine>) {
+        loop {
+            let group = self.volume.state().direct_queue.take();
+            if group.is_empty() {
+                self.is_over = true;
+                return;
+            }
+            engine.write_group(&self.volume, group).await;
+        }
+    }
+}
+
+impl Drop for Leading {
+    fn drop(&mut self) {
+        if !self.is_over {
+            self.volume.state().direct_queue.groups -= 1;
+        }
+    }
+}
+
+impl Engine {
+    /// A write of whole blocks through an io_end. The caller holds the lock of the blocks, and the
+    /// cache and its log hold nothing of them.
+    pub(super) async fn write_through(
+        self: &Arc<Self>,
+        volume: &Arc<Volume>,
+        range: LblkRange,
+        data: Bytes,
+        end_bytes: u64,
+        deadline: Instant,
+    ) -> Result<Completion, Failure> {
+        let bytes = data.len() as u64;
+        {
+            let mut state = volume.state();
+            state.direct_bytes += bytes;
+            state.direct.insert(range.start.0, range.len);
+        }
+        let span = Span::current();
+        let is_alone = volume.in_place || range.len > JOIN_BLOCKS_MAX || span.sampled().is_some();
+        let direct = Direct { range, data, end_bytes, deadline, span };
+        let outcome = match is_alone {
+            true => self.write_alone(volume, &direct).await,
+            false => self.write_in_group(volume, direct).await,
+        };
+        let mut state = volume.state();
+        state.direct_bytes -= bytes;
+        state.direct.remove(&range.start.0);
+        outcome
+    }
+
+    async fn write_in_group(
+        self: &Arc<Self>,
+        volume: &Arc<Volume>,
+        direct: Direct,
+    ) -> Result<Completion, Failure> {
+        let (answer, answered) = oneshot::channel();
+        if volume.state().direct_queue.push((direct, answer)) {
+            let leading = Leading { volume: Arc::clone(volume), is_over: false };
+            self.tasks.spawn(leading.lead(Arc::clone(self)));
+        }
+        answered.await.unwrap_or_else(|_| Err(Failure::task_lost()))
+    }
+
+    async fn write_group(&self, volume: &Arc<Volume>, mut group: Vec<Waiting>) {
+        // The locks of their blocks keep them apart.
+        group.sort_by_key(|(direct, _)| direct.range.start);
+        let together = match &group[..] {
+            [(only, _)] => self.write_alone(volume, only).await,
+            _ => self.write_together(volume, &group).await,
+        };
+        let is_one = group.len() == 1;
+        match together {
+            Err(failure) if !is_one && !failure.ends_volume() => {
+                join_all(group.into_iter().map(|(direct, answer)| async move {
+                    // Whoever has gone needs no answer.
+                    let _ = answer.send(self.write_alone(volume, &direct).await);
+                }))
+                .await;
+            }
+            outcome => {
+                for (_, answer) in group {
+                    let _ = answer.send(outcome.clone());
+                }
+            }
+        }
+    }
+
+    async fn write_together(
+        &self,
+        volume: &Arc<Volume>,
+        group: &[Waiting],
+    ) -> Result<Completion, Failure> {
+        let writes = || group.iter().map(|(direct, _)| direct);
+        let mut ranges: Vec<LblkRange> = Vec::with_capacity(group.len());
+        let mut data = BytesMut::with_capacity(writes().map(|direct| direct.data.len()).sum());
+        for direct in writes() {
+            match ranges.last_mut() {
+                Some(last) if last.end() == direct.range.start.0 => last.len += direct.range.len,
+                _ => ranges.push(direct.range),
+            }
+            data.extend_from_slice(&direct.data);
+        }
+        let end_bytes = writes().map(|direct| direct.end_bytes).max().unwrap_or(0);
+        let deadline = writes().map(|direct| direct.deadline).min();
+        let span = group.first().map_or_else(Span::current, |(first, _)| first.span.clone());
+        let deadline = deadline.unwrap_or_else(Instant::now);
+        let (data, lead) = (data.freeze(), span.clone());
+        let outcome = self.write_ranges(volume, ranges, data, end_bytes, deadline, span).await;
+        // None was sampled when it joined: what is by now had to be tried again, or was slow.
+        if let Some(context) = lead.sampled() {
+            for direct in writes().skip(1) {
+                direct.span.link(context);
+                direct.span.keep(Why::Retried);
+            }
+        }
+        outcome
+    }
+
+    async fn write_alone(
+        &self,
+        volume: &Arc<Volume>,
+        direct: &Direct,
+    ) -> Result<Completion, Failure> {
+        let (ranges, data) = (vec![direct.range], direct.data.clone());
+        let span = direct.span.clone();
+        self.write_ranges(volume, ranges, data, direct.end_bytes, direct.deadline, span).await
+    }
+
+    async fn write_ranges(
+        &self,
+        volume: &Arc<Volume>,
+        ranges: Vec<LblkRange>,
+        data: Bytes,
+        end_bytes: u64,
+        deadline: Instant,
+        span: Span,
+    ) -> Result<Completion, Failure> {
+        let size_after = volume.growable.then(|| volume.state().view.size_after(end_bytes));
+        let changing = volume.map_changes(ranges.clone());
+        let job = Job {
+            volume: volume.id,
+            name: Arc::clone(&volume.name),
+            generation: volume.generation,
+            lane: Lane::Direct,
+            ranges,
+            data,
+            size_after_bytes: size_after.unwrap_or(0),
+            sync: true,
+            deadline,
+            span: span.clone(),
+        };
+        let write = self.submitter.write(&job, std::future::ready(Ok(())).boxed());
+        let (outcome, parts) = match span.scope(write).await {
+            Ok(written) => (Ok(written.done), written.parts),
+            Err(failure) => (Err(failure), Vec::new()),
+        };
+        // Before anybody is told: whoever saw the write end reads it.
+        changing.ended(parts);
+        match &outcome {
+            Ok(done) => volume.state().view.saw_size(MapVersion(done.map_version), done.size_bytes),
+            Err(failure) => self.heed(volume, failure),
+        }
+        volume.changed();
+        outcome
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn waiting(lblk: u64, blocks: u64) -> Waiting {
+        let direct = Direct {
+            range: LblkRange::new(lblk, blocks),
+            data: Bytes::new(),
+            end_bytes: 0,
+            deadline: Instant::now(),
+            span: Span::current(),
+        };
+        (direct, oneshot::channel().0)
+    }
+
+    #[test]
+    fn writes_wait_only_while_enough_groups_are_under_way_and_leave_together() {
+        let mut queue = DirectQueue::default();
+        assert!(queue.push(waiting(0, 1)));
+        assert_eq!(queue.take().len(), 1);
+        assert!(queue.push(waiting(1, 1)));
+        assert_eq!(queue.take().len(), 1);
+        for lblk in 2..40 {
+            assert!(!queue.push(waiting(lblk, 1)), "two groups are under way");
+        }
+        assert_eq!(queue.take().len(), 38);
+        assert!(queue.take().is_empty());
+        assert!(queue.push(waiting(40, 1)), "one of two is over");
+        assert_eq!(queue.take().len(), 1);
+        assert!(queue.take().is_empty() && queue.take().is_empty());
+        assert_eq!(queue.groups, 0);
+    }
+
+    #[test]
+    fn a_group_is_no_larger_than_an_io_end_may_be() {
+        let mut queue = DirectQueue::default();
+        for lblk in 0..300 {
+            queue.push(waiting(lblk * 2, 1));
+        }
+        assert_eq!((queue.take().len(), queue.take().len()), (IO_END_RANGES_MAX, 44));
+        for lblk in 0..40 {
+            queue.push(waiting(lblk * 100, 16));
+        }
+        let blocks = GROUP_BLOCKS_MAX as usize / 16;
+        assert_eq!((queue.take().len(), queue.take().len()), (blocks, blocks));
+        assert_eq!(queue.take().len(), 40 - 2 * blocks);
+    }
+}

@@ -1,0 +1,136 @@
+//! Dirty blocks that the stores hold already: see `dirty/stored.rs` of the state machine.
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use endio_state_machine::writeback::Lsn;
+use endio_state_machine::writeback::dirty::Waiting;
+use endio_types::LblkRange;
+
+use super::read::UnderWay;
+use super::{Outcome, Volume, Wb};
+use crate::block::{Block, ZEROES, crc};
+
+/// Most blocks that are compared at once.
+const BLOCKS_MAX: u64 = 256;
+
+impl Wb {
+    /// Takes as clean what the stores hold already, and frees its credit. Asked for when a promise
+    /// for all that is dirty was refused: then no write-out is under way, and none begins.
+    pub(super) async fn take_stored(&self, volume: &Rc<Volume>) {
+        let (ticket, runs) = {
+            let state = volume.state.borrow();
+            if state.dirty.write_outs() > 0 {
+                return;
+            }
+            (state.map.ticket(), runs(state.dirty.waiting()))
+        };
+        let ends = runs.iter().flatten().map(|waiting| (waiting.lblk.0, waiting.end_bytes));
+        let ends: BTreeMap<u64, u64> = ends.collect();
+        let mut stored = BTreeMap::new();
+        for run in runs {
+            let found = match volume.in_place {
+                true => self.in_the_map(volume, &run).await,
+                false => self.compare(volume, &run).await,
+            };
+            // What cannot be read now stays dirty.
+            stored.extend(found.unwrap_or_default());
+        }
+        // Under a later session the answers say nothing.
+        if !self.engine.link_up.get() {
+            return;
+        }
+        let mut state = volume.state.borrow_mut();
+        stored.retain(|lblk, _| state.map.is_current(ticket, LblkRange::new(*lblk, 1)));
+        if volume.in_place {
+            // Nobody can tell what of them is durable: they stay dirty, and want no space.
+            state.credit.excuse(stored.len() as u64);
+            return;
+        }
+        // What makes the volume longer is not converted, whatever the blocks hold.
+        let size = state.view.durable_size_bytes();
+        stored.retain(|lblk, _| ends.get(lblk).is_some_and(|end| *end <= size));
+        let clean = state.dirty.take_stored(&stored);
+        let blocks: u64 = clean.iter().map(|run| run.range.len).sum();
+        if blocks == 0 {
+            return;
+        }
+        self.exec().note("stored already", self.node(), &[volume.id.0, blocks]);
+        state.credit.put_back(blocks);
+        match self.engine.log.append_clean(volume.id, &clean) {
+            Ok(lsn) => state.last_clean = state.last_clean.max(lsn),
+            Err(error) => _ = self.log_failed(&error),
+        }
+        if state.dirty.waiting_blocks() == 0 {
+            state.dirty_since = None;
+        }
+        drop(state);
+        self.undirtied(volume.id, blocks);
+        volume.changed.notify();
+    }
+
+    /// The blocks of a run that have places.
+    async fn in_the_map(
+        &self,
+        volume: &Rc<Volume>,
+        run: &[Waiting<Block>],
+    ) -> Outcome<Vec<(u64, Lsn)>> {
+        let Some(first) = run.first() else { return Ok(Vec::new()) };
+        let range = LblkRange::new(first.lblk.0, run.len() as u64);
+        let found = self.look_up(volume, range, self.deadline()).await?;
+        let has_place = |waiting: &&Waiting<Block>| {
+            let block = LblkRange::new(waiting.lblk.0, 1);
+            found.extents.iter().any(|extent| extent.range.overlaps(block))
+        };
+        Ok(run.iter().filter(has_place).map(|waiting| (waiting.lblk.0, waiting.lsn)).collect())
+    }
+
+    /// The blocks of a run that the map shows with the same bytes.
+    async fn compare(
+        &self,
+        volume: &Rc<Volume>,
+        run: &[Waiting<Block>],
+    ) -> Outcome<Vec<(u64, Lsn)>> {
+        let Some(first) = run.first() else { return Ok(Vec::new()) };
+        let _registered = UnderWay::begin(volume);
+        let deadline = self.deadline();
+        let range = LblkRange::new(first.lblk.0, run.len() as u64);
+        let (grant, map) = self.learn(volume, range, deadline).await?;
+        let mut same = Vec::new();
+        for waiting in run {
+            let block = LblkRange::new(waiting.lblk.0, 1);
+            let Some((_, extent)) = map.iter().find(|(part, _)| part.overlaps(block)) else {
+                continue;
+            };
+            let is_same = match extent {
+                None => waiting.data == ZEROES,
+                Some(extent) => {
+                    let at = (block.start.0 - extent.range.start.0) as usize;
+                    extent.crcs.get(at) == Some(&crc(&waiting.data))
+                        && self.read_extent(&grant, block, extent).await? == [waiting.data]
+                }
+            };
+            if is_same {
+                same.push((block.start.0, waiting.lsn));
+            }
+        }
+        Ok(same)
+    }
+}
+
+/// Cuts what waits into runs of neighbours.
+fn runs(waiting: impl Iterator<Item = Waiting<Block>>) -> Vec<Vec<Waiting<Block>>> {
+    let mut runs: Vec<Vec<Waiting<Block>>> = Vec::new();
+    for block in waiting {
+        match runs.last_mut() {
+            Some(run)
+                if run.len() < BLOCKS_MAX as usize
+                    && run.last().is_some_and(|last| last.lblk.0 + 1 == block.lblk.0) =>
+            {
+                run.push(block);
+            }
+            _ => runs.push(vec![block]),
+        }
+    }
+    runs
+}
