@@ -88,6 +88,12 @@ impl Dedupe {
         }
     }
 
+    /// A request has arrived; nothing else is known of it yet. The session that begins with it.
+    pub(crate) fn meet(&self, retry: Option<Retry>) -> Option<SessionId> {
+        let Retry { key, is_retry } = retry?;
+        self.table().meet(key, is_retry, self.now()).then_some(key.session)
+    }
+
     /// Decides about a request.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError, Weak};
 use endio_failpoints::{Bug, is_planted};
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::dirty::CleanRun;
-use endio_state_machine::writeback::sessions::RequestKey;
+use endio_state_machine::writeback::sessions::{RequestKey, SessionId};
 use endio_store::cache_log::{CacheLog, CacheLogError, WriteRecord};
 use endio_types::{Generation, LblkRange, VolumeId};
 use tokio::sync::watch;
@@ -74,6 +74,14 @@ impl Log {
     /// As [`CacheLog::append_done`].
     pub(crate) fn append_done(&self, key: RequestKey, result: u64) -> Result<Lsn, Failure> {
         Ok(self.inner.append_done(key, result)?)
+    }
+
+    /// Notes that a session begins here.
+    ///
+    /// # Errors
+    /// As [`CacheLog::append_session`].
+    pub(crate) fn append_session(&self, session: SessionId) -> Result<Lsn, Failure> {
+        Ok(self.inner.append_session(session)?)
     }
 
     /// Notes that a volume is open here.

@@ -15,6 +15,9 @@
 //!
 //! A first try of a session that is not known creates it. Retries below the number that created
 //! it, and not seen since, are [`Decision::TooOld`]: they belong to an earlier life of the session.
+//! A session therefore begins as soon as a request of it arrives, even one that is then refused
+//! ([`SessionTable::meet`]), and the log is told of one that begins with number 1: its later requests
+//! may be applied before the first, and be all that is known of it after a restart.
 //! A session is forgotten only after it was idle for `idle_min_ms`, so a client that retries for
 //! less time than that never meets a forgotten session. First tries may overtake each other, but
 //! not by more than that time: a number is above all that were first sent so long before it.
@@ -117,21 +120,39 @@ impl SessionTable {
         if key.sequence == 0 {
             return Decision::Malformed;
         }
-        if !self.sessions.contains_key(&key.session) {
-            if is_retry && (key.sequence > 1 || self.memory_lost) {
-                return Decision::UnknownSession;
-            }
-            if !self.make_room(now) {
-                return Decision::Full;
-            }
-            let session = Session { first: key.sequence, ..Session::default() };
-            self.sessions.insert(key.session, session);
+        self.meet(key, is_retry, now);
+        if let Some(session) = self.sessions.get_mut(&key.session) {
+            session.last_used = now;
+            return session.decide(key.sequence, is_retry);
         }
-        let Some(session) = self.sessions.get_mut(&key.session) else {
-            return Decision::UnknownSession;
-        };
-        session.last_used = now;
-        session.decide(key.sequence, is_retry)
+        if self.is_refused(key, is_retry) { Decision::UnknownSession } else { Decision::Full }
+    }
+
+    /// A request has arrived, whatever becomes of it: its session begins here if it may. True: it has
+    /// begun now, with number 1, which [`SessionTable::began`] repeats after a restart.
+    pub fn meet(&mut self, key: RequestKey, is_retry: bool, now: Millis) -> bool {
+        if key.sequence == 0
+            || self.sessions.contains_key(&key.session)
+            || self.is_refused(key, is_retry)
+            || !self.make_room(now)
+        {
+            return false;
+        }
+        let session = Session { first: key.sequence, last_used: now, ..Session::default() };
+        self.sessions.insert(key.session, session);
+        key.sequence == 1
+    }
+
+    /// A session is known from its first request on. For replay of the log: whatever the bound.
+    pub fn began(&mut self, session: SessionId, now: Millis) {
+        let session = self.sessions.entry(session).or_default();
+        session.first = session.first.min(1);
+        session.last_used = session.last_used.max(now);
+    }
+
+    /// A retry of a session that is not known: state of it is missing here.
+    fn is_refused(&self, key: RequestKey, is_retry: bool) -> bool {
+        is_retry && (key.sequence > 1 || self.memory_lost)
     }
 
     /// A request that was new has been applied. `result` is what a duplicate is answered with.

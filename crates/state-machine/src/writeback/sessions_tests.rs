@@ -62,6 +62,26 @@ fn a_retry_from_an_earlier_life_of_a_forgotten_session_is_too_old() {
 }
 
 #[test]
+fn a_request_that_was_overtaken_is_new_when_only_the_later_one_was_applied_before_a_restart() {
+    let mut table = small();
+    // Number 1 is met and refused, 3 is applied, and the service dies.
+    assert!(table.meet(key(1, 1), false, NOW), "a session begins with its first request");
+    assert!(!table.meet(key(1, 2), false, NOW), "it has begun");
+    assert_eq!(table.begin(key(1, 3), false, NOW), Decision::New);
+    let mut replayed = small();
+    replayed.began(key(1, 1).session, NOW);
+    replayed.applied(key(1, 3), 1, NOW);
+    let mut table = small();
+    table.restore(replayed.snapshot(), NOW);
+    assert_eq!(table.begin(key(1, 2), true, NOW), Decision::New);
+    assert_eq!(table.begin(key(1, 1), true, NOW), Decision::New);
+    assert_eq!(table.begin(key(1, 3), true, NOW), Decision::Duplicate(Some(1)));
+    // One that came from elsewhere in the middle of its life is not taken for one that begins.
+    assert!(!table.meet(key(2, 4), false, NOW));
+    assert_eq!(table.begin(key(2, 3), true, NOW), Decision::TooOld);
+}
+
+#[test]
 fn a_session_with_a_request_in_progress_is_never_forgotten() {
     let mut table = small();
     assert_eq!(table.begin(key(1, 1), false, NOW), Decision::New);

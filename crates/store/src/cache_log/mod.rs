@@ -34,7 +34,9 @@ use std::time::SystemTime;
 use endio_failpoints::{Bug, Point, is_planted, reach};
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::dirty::CleanRun;
-use endio_state_machine::writeback::sessions::{RequestKey, SessionLimits, SessionTable};
+use endio_state_machine::writeback::sessions::{
+    RequestKey, SessionId, SessionLimits, SessionTable,
+};
 use endio_types::{Generation, LblkRange, VolumeId};
 use tracing_mutex::stdsync::{Condvar, Mutex, MutexGuard};
 
@@ -200,6 +202,16 @@ impl CacheLog {
             return Err(CacheLogError::Invalid("request number 0".into()));
         }
         let header = Header { request: Some(request), result, ..Header::plain(Kind::Done) };
+        self.append_small(&mut self.writer(), header, &[])
+    }
+
+    /// Says that a session begins here with its first request, which is not applied yet.
+    ///
+    /// # Errors
+    /// As [`append_clean`](Self::append_clean).
+    pub fn append_session(&self, session: SessionId) -> Result<Lsn, CacheLogError> {
+        let request = Some(RequestKey { session, sequence: 0 });
+        let header = Header { request, ..Header::plain(Kind::Done) };
         self.append_small(&mut self.writer(), header, &[])
     }
 

@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::dirty::CleanRun;
-use endio_state_machine::writeback::sessions::{RequestKey, SessionId, SessionSnapshot};
-use endio_types::{BLOCK_BYTES, Generation, LblkRange, VolumeId};
+use endio_state_machine::writeback::sessions::{
+    RequestKey, SessionId, SessionSnapshot, SessionTable,
+};
+use endio_types::{BLOCK_BYTES, Generation, LblkRange, Millis, VolumeId};
 use serde::{Deserialize, Serialize};
 
 use super::api::WriteRecord;
@@ -25,7 +27,7 @@ pub(super) enum Kind {
     Write = 1,
     /// Blocks that are converted.
     Clean = 2,
-    /// A request without data in the log was applied.
+    /// A request without data in the log was applied; or, with number 0, its session began here.
     Done = 3,
     /// First of a segment: what older segments said about sessions and volumes.
     Snapshot = 4,
@@ -53,6 +55,8 @@ pub(super) struct Header {
     pub(super) generation: Generation,
     pub(super) offset_bytes: u64,
     pub(super) end_bytes: u64,
+    /// Number 0, of [`Kind::Done`] only: the session began. Versions before this one read nothing
+    /// there, and take retries of the session for those of one that began later.
     pub(super) request: Option<RequestKey>,
     pub(super) result: u64,
     pub(super) payload_len: u32,
@@ -101,6 +105,15 @@ impl Header {
             end_bytes: self.end_bytes,
             request: self.request,
             result: self.result,
+        }
+    }
+
+    /// Tells a table what the record says of a session.
+    pub(super) fn note_request(&self, sessions: &mut SessionTable, now: Millis) {
+        match self.request {
+            Some(RequestKey { session, sequence: 0 }) => sessions.began(session, now),
+            Some(key) => sessions.applied(key, self.result, now),
+            None => {}
         }
     }
 
@@ -159,6 +172,7 @@ impl Header {
         if payload_len as usize > PAYLOAD_MAX {
             return Err("a payload beyond the limit");
         }
+        let has_begun = kind == Kind::Done && session != SessionId::default();
         Ok(Self {
             kind,
             lsn: Lsn(lsn),
@@ -167,7 +181,7 @@ impl Header {
             generation: Generation(generation),
             offset_bytes,
             end_bytes,
-            request: (sequence > 0).then_some(RequestKey { session, sequence }),
+            request: (sequence > 0 || has_begun).then_some(RequestKey { session, sequence }),
             result,
             payload_len,
             payload_crc,

@@ -299,9 +299,7 @@ impl Scan {
             }
             Kind::Done => {}
         }
-        if let Some(key) = header.request {
-            self.sessions.applied(key, header.result, now);
-        }
+        header.note_request(&mut self.sessions, now);
         Ok(())
     }
 

@@ -82,6 +82,9 @@ fn everything_appended_survives_a_kill() {
     clean(&log, 0, 1, first);
     let key = RequestKey { session: SessionId([1; 16]), sequence: 3 };
     log.append_done(key, 77).unwrap();
+    let begun = RequestKey { session: SessionId([2; 16]), sequence: 1 };
+    log.append_session(begun.session).unwrap();
+    log.append_done(RequestKey { sequence: 3, ..begun }, 78).unwrap();
     let last = log.last_lsn();
     drop(log);
     let (log, mut replay) = CacheLog::open(dir.path(), options()).unwrap();
@@ -92,6 +95,10 @@ fn everything_appended_survives_a_kill() {
     let mut table = SessionTable::new(SessionLimits::default());
     table.restore(replay.sessions().clone(), Millis(0));
     assert_eq!(table.begin(key, true, Millis(0)), Decision::Duplicate(Some(77)));
+    let overtaken = RequestKey { sequence: 2, ..key };
+    assert_eq!(table.begin(overtaken, true, Millis(0)), Decision::TooOld);
+    let overtaken = RequestKey { sequence: 2, ..begun };
+    assert_eq!(table.begin(overtaken, true, Millis(0)), Decision::New);
     assert_eq!(replay.remaining_blocks(), 6);
     let found = blocks(&mut replay);
     assert_eq!((found.get(&0), found[&1], found[&2], found[&3]), (None, first, second, first));

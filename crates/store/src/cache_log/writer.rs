@@ -144,8 +144,8 @@ impl Writer {
         self.active.len += header.record_len();
         self.bytes += header.record_len();
         self.last = lsn;
-        if let Some(key) = header.request {
-            self.sessions.applied(key, header.result, Millis(lsn.0));
+        if header.request.is_some() {
+            header.note_request(&mut self.sessions, Millis(lsn.0));
             self.sessions.forget_idlest(sessions_max);
         }
         Ok(lsn)

@@ -6,11 +6,13 @@ use endio_api::conversion::{
     CloseVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest, ListVolumesRequest,
     OpenVolumeRequest, Reserve, ResizeVolumeRequest, Volume as Described, VolumeRequest,
 };
+use endio_api::writeback::RetryKey;
 use endio_types::{BLOCK_BYTES, ByteRange, LblkRange, MapVersion, Reason};
 use tokio::time::{Duration, Instant};
 
 use super::Engine;
 use crate::conversion::Client;
+use crate::dedupe::Retry;
 use crate::failure::Failure;
 use crate::volume::{MapChanging, Opened, Volume};
 
@@ -24,6 +26,25 @@ impl Engine {
             Some(volume) => Ok(volume),
             None => self.open(name, false).await,
         }
+    }
+
+    /// The volume that a request with a retry key asks for, which may be refused here, before its
+    /// key is looked at: that it came is noted first, so that those that were sent after it, and
+    /// may be tried again before it, are not taken for a session of which state is missing.
+    ///
+    /// # Errors
+    /// As [`Engine::volume`]; `MALFORMED`: the key.
+    pub async fn volume_for(
+        self: &Arc<Self>,
+        name: &str,
+        key: Option<&RetryKey>,
+    ) -> Result<Arc<Volume>, Failure> {
+        if let Some(begun) = self.dedupe.meet(Retry::from_wire(key)?)
+            && let Err(error) = self.log.append_session(begun)
+        {
+            tracing::warn!(%error, "the beginning of a session could not be kept");
+        }
+        self.volume(name).await
     }
 
     /// Opens a volume here; `force` takes it from another writeback. Idempotent.

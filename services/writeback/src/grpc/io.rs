@@ -84,7 +84,8 @@ impl IoService {
         let (caller, parent) = (Caller::of(&request), parent(request.metadata()));
         let request = request.into_inner();
         caller.may(&self.engine.config, &request.volume, Access::ReadWrite)?;
-        let volume = self.engine.volume(&request.volume).await?;
+        let key = request.retry.as_ref();
+        let volume = self.engine.volume_for(&request.volume, key).await?;
         let op = range_op(kind, request, &parent)?;
         let done = self.engine.start_range(&volume, op).await;
         let done = done.map_err(|_| Failure::task_lost())??;
@@ -104,7 +105,8 @@ impl Io for IoService {
         let (caller, parent) = (Caller::of(&request), parent(request.metadata()));
         let request = request.into_inner();
         caller.may(&self.engine.config, &request.volume, Access::ReadWrite)?;
-        let volume = self.engine.volume(&request.volume).await?;
+        let key = request.retry.as_ref();
+        let volume = self.engine.volume_for(&request.volume, key).await?;
         let op = write_op(request, &parent)?;
         let acked = self.engine.start_write(&volume, op).await;
         let acked = acked.map_err(|_| Failure::task_lost())??;

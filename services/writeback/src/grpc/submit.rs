@@ -130,18 +130,18 @@ impl Submit {
         started: Instant,
         room: Room,
     ) -> Result<(), Box<(Room, Failure)>> {
-        let (name, needed) = match &op {
-            Op::Write(write) => (&write.volume, Access::ReadWrite),
-            Op::Read(read) => (&read.volume, Access::ReadOnly),
-            Op::Fsync(fsync) => (&fsync.volume, Access::ReadOnly),
+        let (name, needed, key) = match &op {
+            Op::Write(write) => (&write.volume, Access::ReadWrite, write.retry.as_ref()),
+            Op::Read(read) => (&read.volume, Access::ReadOnly, None),
+            Op::Fsync(fsync) => (&fsync.volume, Access::ReadOnly, None),
             Op::Trim(range) | Op::WriteZeroes(range) | Op::Allocate(range) => {
-                (&range.volume, Access::ReadWrite)
+                (&range.volume, Access::ReadWrite, range.retry.as_ref())
             }
         };
         if let Err(failure) = self.from.caller.may(&self.engine.config, name, needed) {
             return Err(Box::new((room, failure)));
         }
-        let volume = match self.engine.volume(name).await {
+        let volume = match self.engine.volume_for(name, key).await {
             Ok(volume) => volume,
             Err(failure) => return Err(Box::new((room, failure))),
         };

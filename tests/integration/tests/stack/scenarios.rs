@@ -5,6 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use endio_api::common::ExtentState;
 use endio_api::conversion::CreateVolumeRequest;
+use endio_api::status;
 use endio_api::writeback::*;
 use endio_integration_tests::stack::{Stack, Writeback};
 use endio_testkit::client::{Client, Pipe, Put};
@@ -124,6 +125,34 @@ async fn a_late_retry_never_overwrites_newer_data() {
         let answer = client.io().write(late).await.unwrap().into_inner();
         assert!(answer.duplicate, "{answer:?}");
         assert_eq!(client.read("vol1", 0, 4096).await.unwrap(), vec![2; 4096]);
+    }
+}
+
+/// A request may be refused before its key is looked at, for instance while its volume cannot be
+/// opened yet. Those after it are no strangers for that: once a pipelined client was told
+/// `UNKNOWN_SESSION` when the writeback died early in its session.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn retries_that_overtake_a_refused_first_request_are_applied_also_after_a_restart() {
+    let (mut stack, client) = stack().await;
+    let session = Bytes::from(vec![7; 16]);
+    let request = |volume: &str, sequence, is_retry| WriteRequest {
+        volume: volume.into(),
+        retry: Some(RetryKey { session: session.clone(), sequence, is_retry }),
+        ..write_of(sequence << 12, &[7; 4096], WriteMode::Direct)
+    };
+    for sequence in [1, 2] {
+        let refused = client.io().write(request("not-yet", sequence, true)).await.unwrap_err();
+        let expected = [Reason::UnknownVolume, Reason::UnknownSession];
+        assert!(expected.contains(&status::reason(&refused)), "{refused}");
+    }
+    for sequence in [5, 4] {
+        let answer = client.io().write(request("vol1", sequence, true)).await.unwrap();
+        assert!(!answer.into_inner().duplicate);
+    }
+    stack.writeback.restart().await;
+    for (sequence, duplicate) in [(4, true), (3, false), (1, false), (5, true), (1, true)] {
+        let answer = client.io().write(request("vol1", sequence, true)).await.unwrap();
+        assert_eq!(answer.into_inner().duplicate, duplicate, "number {sequence}");
     }
 }
 
