@@ -80,6 +80,9 @@ pub struct Config {
     /// Runs of blocks of a volume's map that are remembered for reads, some 150 bytes each, and 4
     /// for each block. Too small: reads ask conversion. Too large: memory. 0: none; at most 2^24.
     pub map_entries_per_volume: usize,
+    /// Bytes of clean blocks that are kept for reads, all volumes, and some 100 more for each block of
+    /// 4 KiB. Too small: reads ask the block-stores. Too large: memory. 0: none; at most 2^40.
+    pub read_cache_bytes: u64,
     /// Sessions of retrying clients remembered.
     pub sessions_max: usize,
     /// A session is not forgotten before it was idle so long, in ms.
@@ -152,6 +155,7 @@ impl Default for Config {
             log_bytes_max: 2 << 30,
             log_segment_bytes: 64 << 20,
             map_entries_per_volume: 1 << 18,
+            read_cache_bytes: 256 << 20,
             sessions_max: 2_048,
             session_idle_min_ms: 600_000,
             volumes_max: 4_096,
@@ -204,6 +208,7 @@ impl Validate for Config {
         within("credit_high_blocks", self.credit_high_blocks, self.credit_low_blocks, 1 << 30);
         within("log_segment_bytes", self.log_segment_bytes, MIB, 1 << 34);
         within("log_bytes_max", self.log_bytes_max, 4 * self.log_segment_bytes, 1 << 44);
+        within("read_cache_bytes", self.read_cache_bytes, 0, 1 << 40);
         within("map_entries_per_volume", self.map_entries_per_volume as u64, 0, 1 << 24);
         within("sessions_max", self.sessions_max as u64, 1, 1 << 20);
         within("volumes_max", self.volumes_max as u64, 1, 65_536);

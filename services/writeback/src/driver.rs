@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing_mutex::stdsync::Mutex;
 
+use crate::clean::CleanBlocks;
 use crate::config::Config;
 use crate::conversion::Conversion;
 use crate::dedupe::Dedupe;
@@ -134,6 +135,7 @@ pub(crate) fn build(
             hard_bytes: config.dirty_bytes_max,
             delay_max_ms: config.dirty_delay_max_ms,
         })),
+        clean: CleanBlocks::new(config.read_cache_bytes),
         reads: Semaphore::new(blocks(config.read_bytes_in_flight)),
         identity,
         session,

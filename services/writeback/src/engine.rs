@@ -38,6 +38,7 @@ pub use status::Meter;
 pub use sync::Observer;
 pub use write::{Acked, WriteOp};
 
+use crate::clean::CleanBlocks;
 use crate::config::Config;
 use crate::conversion::Conversion;
 use crate::dedupe::Dedupe;
@@ -109,6 +110,7 @@ pub struct Engine {
     /// Dirty bytes became fewer, or the log got room.
     pub(crate) room: Notify,
     pub(crate) reads: Semaphore,
+    pub(crate) clean: Arc<CleanBlocks>,
     /// Gates of volumes that are being opened, so that one request opens for all.
     pub(crate) opening: Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<()>>>>,
     pub(crate) tasks: TaskTracker,
@@ -128,7 +130,8 @@ impl Engine {
             high_blocks: self.config.credit_high_blocks,
             step_blocks: self.config.credit_step_blocks,
         };
-        VolumeLimits { credit, map_entries_max: self.config.map_entries_per_volume }
+        let clean = Arc::clone(&self.clean);
+        VolumeLimits { credit, map_entries_max: self.config.map_entries_per_volume, clean }
     }
 
     /// Asks or changes the throttle. It is the innermost lock, taken under a volume's state: `with`

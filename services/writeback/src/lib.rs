@@ -7,6 +7,7 @@
 //! A service is a library that is given its listener, its dialer and its recorder: see [`start`].
 
 pub mod access;
+mod clean;
 mod config;
 mod conversion;
 mod dedupe;

@@ -71,6 +71,8 @@ pub struct Metrics {
     pub duplicates: Counter,
     /// Questions to conversion about the map of a volume.
     pub look_ups: Counter,
+    /// Reads that needed nobody: all blocks were in memory here.
+    pub reads_at_hand: Counter,
     /// Reads that went to another replica.
     pub reads_repaired: Counter,
     /// Buffered writes that were delayed.
@@ -118,6 +120,10 @@ impl Default for Metrics {
             look_ups: counter(
                 "endio_writeback_look_ups_total",
                 "Questions to conversion about the map of a volume",
+            ),
+            reads_at_hand: counter(
+                "endio_writeback_reads_at_hand_total",
+                "Reads that needed nobody: all blocks were in memory here",
             ),
             reads_repaired: counter(
                 "endio_writeback_reads_repaired_total",

@@ -71,6 +71,7 @@ impl Events for Table {
             state.grant = None;
             // Whatever an older session had asked for has ended by now, one way or the other.
             state.map.reset();
+            state.clean.clear();
             let ask = state.credit.reset();
             state.credit_reset = Some(ask.request);
             resets.push(Reserve {

@@ -20,6 +20,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use tracing_mutex::stdsync::{Mutex, MutexGuard};
 
+use crate::clean::{CleanBlocks, VolumeBlocks};
 use crate::engine::Meter;
 use crate::engine::direct::DirectQueue;
 use crate::failure::Failure;
@@ -85,6 +86,8 @@ pub struct State {
     pub flush_up_to: Lsn,
     /// What is known of the map.
     pub map: MapCache<Arc<Extent>>,
+    /// Blocks that were read, as the map shows them now. Never of a volume that is written in place.
+    pub clean: VolumeBlocks,
     /// Write-outs under way.
     pub write_outs: usize,
     /// The newest record that says that blocks of this volume are converted.
@@ -104,12 +107,14 @@ pub struct State {
 }
 
 /// Bounds of one volume.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct VolumeLimits {
     /// How much credit is asked for.
     pub credit: CreditPolicy,
     /// Runs of blocks of the map that are remembered.
     pub map_entries_max: usize,
+    /// Where clean blocks are kept.
+    pub clean: Arc<CleanBlocks>,
 }
 
 /// A loss of acknowledged writes, and who was told of it.
@@ -175,6 +180,7 @@ impl Volume {
                 loss: None,
                 told,
                 flush_up_to: Lsn(0),
+                clean: limits.clean.volume(),
                 map: MapCache::new(if volume.in_place { 0 } else { limits.map_entries_max }),
                 write_outs: 0,
                 last_clean: Lsn(0),
@@ -252,7 +258,13 @@ impl Volume {
 
     /// A change of the map of these blocks is about to be asked for.
     pub fn map_changes(self: &Arc<Self>, ranges: Vec<LblkRange>) -> MapChanging {
-        let id = self.state().map.begin(ranges);
+        let id = {
+            let mut state = self.state();
+            for range in &ranges {
+                state.clean.forget(*range);
+            }
+            state.map.begin(ranges)
+        };
         MapChanging { volume: Arc::clone(self), id: Some(id) }
     }
 

@@ -1,6 +1,7 @@
 //! Reads: the dirty cache over the map, the map over the stores.
 //!
-//! The dirty cache is looked at first and the map after it: what is clean at the first look is in
+//! What is in memory here, dirty or clean, is answered at once. Else
+//! the dirty cache is looked at first and the map after it: what is clean at the first look is in
 //! the map by then. What is known of the map needs no look-up (see `map_cache`); if a read fails, it
 //! is looked up all the same. The blocks that a map names stay untouched while the read is registered, so a
 //! read sees old or new and never what somebody else put there since.
@@ -14,8 +15,8 @@ use endio_api::conversion::{LookupRequest, LookupResponse};
 use endio_chassis::trace::Span;
 use endio_failpoints::{Bug, is_planted};
 use endio_state_machine::writeback::cover::{gaps, parts};
-use endio_state_machine::writeback::map_cache::Part;
-use endio_types::{BLOCK_BYTES, BLOCK_SIZE, ByteRange, LblkRange, MapVersion, Reason};
+use endio_state_machine::writeback::map_cache::{Part, Ticket};
+use endio_types::{BLOCK_BYTES, BLOCK_SIZE, ByteRange, Lblk, LblkRange, MapVersion, Reason};
 use futures_util::future::try_join_all;
 use tokio::time::Instant;
 
@@ -93,8 +94,13 @@ impl Engine {
             .with("offset", op.bytes.offset)
             .with("length", op.bytes.len);
         let blocks = volume.check(op.bytes, false)?;
-        let read = self.read_blocks(volume, blocks, self.deadline());
-        let outcome = span.clone().scope(read).await;
+        let outcome = match self.at_hand(volume, blocks) {
+            Some(runs) => Ok(runs),
+            None => {
+                let read = self.read_blocks(volume, blocks, self.deadline());
+                span.clone().scope(read).await
+            }
+        };
         self.metrics.answered(Kind::Read, started.elapsed(), &span, outcome.is_ok());
         match outcome {
             Ok(runs) => {
@@ -106,6 +112,22 @@ impl Engine {
                 Err(failure)
             }
         }
+    }
+
+    /// Whole blocks that need not be fetched, if all of them are in memory here.
+    fn at_hand(&self, volume: &Volume, range: LblkRange) -> Option<Vec<Run>> {
+        if range.is_empty() || range.len > READ_BLOCKS_MAX {
+            return None;
+        }
+        let blocks = {
+            let state = volume.state();
+            let newer = |lblk| state.dirty.read(Lblk(lblk)).map(|block| block.data.clone());
+            state.clean.read(range, newer)?
+        };
+        self.is_ours(volume).ok()?;
+        self.metrics.reads_at_hand.inc();
+        let run = |(lblk, data)| Run { range: LblkRange::new(lblk, 1), piece: Piece::Data(data) };
+        Some((range.start.0..range.end()).zip(blocks).map(run).collect())
     }
 
     /// Whole blocks, as pieces in order.
@@ -158,7 +180,9 @@ impl Engine {
             volume.usable()?;
             if std::mem::take(&mut trusts_cache) {
                 // Whatever is wrong with the blocks, first of all they must be the right ones.
-                volume.state().map.forget(range);
+                let mut state = volume.state();
+                state.map.forget(range);
+                state.clean.forget(range);
                 continue;
             }
             // What a fence, a restart or a moved block refuses, a new look-up mends.
@@ -204,7 +228,7 @@ impl Engine {
             return Ok(runs);
         };
         let hull = LblkRange::new(first.start.0, last.end() - first.start.0);
-        let (grant, map) = match known(volume, &gaps).filter(|_| *trusts_cache) {
+        let (ticket, grant, map) = match known(volume, &gaps).filter(|_| *trusts_cache) {
             Some(known) => {
                 self.is_ours(volume)?;
                 known
@@ -226,7 +250,11 @@ impl Engine {
                 }
             }
         }
-        runs.extend(try_join_all(wanted).await?);
+        let read = try_join_all(wanted).await?;
+        if !volume.in_place {
+            keep(volume, ticket, &read);
+        }
+        runs.extend(read);
         runs.sort_by_key(|run| run.range.start);
         Ok(runs)
     }
@@ -249,7 +277,7 @@ impl Engine {
         volume: &Arc<Volume>,
         hull: LblkRange,
         deadline: Instant,
-    ) -> Result<(ReadGrant, Map), Failure> {
+    ) -> Result<(Ticket, ReadGrant, Map), Failure> {
         let (ticket, asked) = {
             let state = volume.state();
             let end = state.view.mapped_end();
@@ -264,7 +292,7 @@ impl Engine {
         let mut state = volume.state();
         state.grant = Some(grant.clone());
         state.map.learn(ticket, map.iter().cloned());
-        Ok((grant, map))
+        Ok((ticket, grant, map))
     }
 
     /// The map of a range now.
@@ -373,11 +401,23 @@ pub(super) type Map = Vec<Part<Arc<Extent>>>;
 
 /// The map of some ranges without asking conversion. What it names stays untouched while the read
 /// is registered, which it is already.
-fn known(volume: &Volume, ranges: &[LblkRange]) -> Option<(ReadGrant, Map)> {
+fn known(volume: &Volume, ranges: &[LblkRange]) -> Option<(Ticket, ReadGrant, Map)> {
     let state = volume.state();
     let grant = state.grant.clone()?;
     let found: Option<Vec<Map>> = ranges.iter().map(|range| state.map.find(*range)).collect();
-    Some((grant, found?.concat()))
+    Some((state.map.ticket(), grant, found?.concat()))
+}
+
+/// Keeps blocks in memory that were read by a map as it was at `ticket`, and is still.
+fn keep(volume: &Volume, ticket: Ticket, read: &[Run]) {
+    let state = volume.state();
+    for Run { range, piece } in read {
+        if let Piece::Data(data) = piece
+            && state.map.is_current(ticket, *range)
+        {
+            state.clean.insert(*range, data);
+        }
+    }
 }
 
 /// Runs of the range that the dirty cache has.
@@ -420,7 +460,8 @@ fn cut(runs: Vec<Run>, blocks: LblkRange, bytes: ByteRange) -> Vec<Piece> {
                 // One run that is the whole answer is handed on without a copy.
                 None if wanted == 0 && pieces.is_empty() => pieces.push(Piece::Data(data)),
                 None => {
-                    let mut buffer = BytesMut::with_capacity(data.len() + BLOCK_SIZE);
+                    let more = usize::try_from(wanted).unwrap_or(BLOCK_SIZE);
+                    let mut buffer = BytesMut::with_capacity(data.len() + more);
                     buffer.extend_from_slice(&data);
                     joined = Some(buffer);
                 }

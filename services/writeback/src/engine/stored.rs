@@ -108,7 +108,7 @@ impl Engine {
         let Some(first) = run.first() else { return Ok(Vec::new()) };
         let _registered = volume.read_begins();
         let range = LblkRange::new(first.lblk.0, run.len() as u64);
-        let (grant, map) = self.learn(volume, range, self.deadline()).await?;
+        let (_, grant, map) = self.learn(volume, range, self.deadline()).await?;
         let mut same = Vec::new();
         for waiting in run {
             let block = LblkRange::new(waiting.lblk.0, 1);

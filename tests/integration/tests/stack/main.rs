@@ -7,5 +7,6 @@ mod hostile_block_store;
 mod hostile_conversion;
 mod hostile_writeback;
 mod protocol;
+mod read_cache;
 mod scenarios;
 mod surface;
