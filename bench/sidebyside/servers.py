@@ -198,7 +198,8 @@ class Endio(Server):
     """endio as three processes."""
 
     durability = ("WRITE: journal commit before the reply until the connection's first FLUSH, then "
-                  "a cache log in the page cache; FLUSH: data and map durable")
+                  "a cache log in the page cache; FLUSH: data and map durable. The writeback may keep "
+                  "the whole disk in memory, as the page cache does for the others")
     bin_dir = release_dir()
     trace_ratio = 0.01
 
@@ -233,8 +234,13 @@ class Endio(Server):
             "writeback", self.bin_dir / "endio-writeback", "--cache-dir",
             self.directory / "cache", "--listen", "127.0.0.1:0", "--nbd-listen", "127.0.0.1:0",
             "--conversion", conversion, "--insecure", reports=True,
-            env=self.telemetry("ENDIO_WRITEBACK"))
+            env={**self.telemetry("ENDIO_WRITEBACK"), **self.read_cache()})
         self.attach(ready)
+
+    def read_cache(self):
+        """What reads are kept in, unless the caller's environment says otherwise."""
+        key = "ENDIO_WRITEBACK_READ_CACHE_BYTES"
+        return {key: os.environ.get(key, str(self.size * len(self.volumes) * 5 // 4))}
 
     def attach(self, ready):
         self.grpc = ready["grpc"]
@@ -261,6 +267,8 @@ class Endio(Server):
 
 class EndioUp(Endio):
     """endio as one process."""
+
+    durability = Endio.durability.rsplit(". ", 1)[0]
 
     def start(self):
         ratio = {"OTEL_TRACES_SAMPLER": "parentbased_traceidratio",

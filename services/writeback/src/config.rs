@@ -155,7 +155,7 @@ impl Default for Config {
             log_bytes_max: 2 << 30,
             log_segment_bytes: 64 << 20,
             map_entries_per_volume: 1 << 18,
-            read_cache_bytes: 256 << 20,
+            read_cache_bytes: 128 << 20,
             sessions_max: 2_048,
             session_idle_min_ms: 600_000,
             volumes_max: 4_096,

@@ -82,8 +82,10 @@ fn everything_appended_survives_a_kill() {
     clean(&log, 0, 1, first);
     let key = RequestKey { session: SessionId([1; 16]), sequence: 3 };
     log.append_done(key, 77).unwrap();
-    let begun = RequestKey { session: SessionId([2; 16]), sequence: 1 };
+    let begun = RequestKey { session: SessionId([21; 16]), sequence: 1 };
     log.append_session(begun.session).unwrap();
+    let strange = RequestKey { session: SessionId([22; 16]), sequence: 3 };
+    log.append_done(strange, 79).unwrap();
     log.append_done(RequestKey { sequence: 3, ..begun }, 78).unwrap();
     let last = log.last_lsn();
     drop(log);
@@ -95,7 +97,7 @@ fn everything_appended_survives_a_kill() {
     let mut table = SessionTable::new(SessionLimits::default());
     table.restore(replay.sessions().clone(), Millis(0));
     assert_eq!(table.begin(key, true, Millis(0)), Decision::Duplicate(Some(77)));
-    let overtaken = RequestKey { sequence: 2, ..key };
+    let overtaken = RequestKey { sequence: 2, ..strange };
     assert_eq!(table.begin(overtaken, true, Millis(0)), Decision::TooOld);
     let overtaken = RequestKey { sequence: 2, ..begun };
     assert_eq!(table.begin(overtaken, true, Millis(0)), Decision::New);
