@@ -10,7 +10,7 @@
 //! * Never more than `blocks_max` blocks. Who goes first is chosen as by a clock: what was read since
 //!   the hand came by stays for another round.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use endio_types::LblkRange;
 
@@ -18,7 +18,7 @@ use endio_types::LblkRange;
 const LOOKS_MAX: usize = 64;
 
 /// A volume, for as long as it is open: a number that is never used again.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Tenant(pub u64);
 
 /// What may be done to take a block in.
@@ -42,7 +42,7 @@ struct Slot<D> {
 #[derive(Clone, Debug)]
 pub struct BlockCache<D> {
     slots: Vec<Slot<D>>,
-    index: HashMap<(Tenant, u64), usize>,
+    index: BTreeMap<(Tenant, u64), usize>,
     hand: usize,
     blocks_max: usize,
 }
@@ -50,7 +50,7 @@ pub struct BlockCache<D> {
 impl<D> BlockCache<D> {
     /// Empty, and never more than `blocks_max` blocks; 0: it takes nothing in.
     pub fn new(blocks_max: usize) -> Self {
-        Self { slots: Vec::new(), index: HashMap::new(), hand: 0, blocks_max }
+        Self { slots: Vec::new(), index: BTreeMap::new(), hand: 0, blocks_max }
     }
 
     /// Blocks in it.
@@ -99,22 +99,11 @@ impl<D> BlockCache<D> {
 
     /// Nothing is known of these blocks any more.
     pub fn forget(&mut self, tenant: Tenant, range: LblkRange) {
-        if range.len <= self.slots.len() as u64 {
-            for lblk in range.start.0..range.end() {
-                if let Some(at) = self.index.remove(&(tenant, lblk)) {
-                    self.remove(at);
-                }
-            }
-            return;
-        }
-        let mut at = 0;
-        while let Some(slot) = self.slots.get(at) {
-            let (owner, lblk) = slot.key;
-            if owner == tenant && range.start.0 <= lblk && lblk < range.end() {
-                self.index.remove(&slot.key);
+        let found = self.index.range((tenant, range.start.0)..(tenant, range.end()));
+        let gone: Vec<_> = found.map(|(key, _)| *key).collect();
+        for key in gone {
+            if let Some(at) = self.index.remove(&key) {
                 self.remove(at);
-            } else {
-                at += 1;
             }
         }
     }
@@ -147,8 +136,6 @@ impl<D> BlockCache<D> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use proptest::prelude::*;
 
     use super::*;
