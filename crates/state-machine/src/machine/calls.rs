@@ -188,6 +188,7 @@ impl<T: ChunkTable> Machine<T> {
         let generation = Generation(volume.generation.0 + 1);
         self.supersede(&volume, generation, out)?;
         let wait_ms = self.owner_before_reads_until(&volume, &writeback).since(self.now);
+        self.is_heard_of(&writeback);
         let owner = writeback;
         self.commit(Record::OpenVolume { volume: volume.id, generation, owner }, out)?;
         self.reads.entry(volume.id).or_default().opened(volume.map_version);

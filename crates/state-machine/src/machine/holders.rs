@@ -111,6 +111,15 @@ impl<T: ChunkTable> Machine<T> {
         Ok(())
     }
 
+    /// A writeback opens a volume, perhaps before its session stands: after a restart of conversion
+    /// the session before may not have noticed yet. It has one lease's time to say Hello before
+    /// somebody else may take the volume without force, and whoever takes it by force waits as long
+    /// for what it may still answer under the lease of its session before.
+    pub(super) fn is_heard_of(&mut self, name: &str) {
+        let rt = self.writebacks.entry(name.to_owned()).or_default();
+        rt.lease = Some(Lease::grant(self.now, self.limits.lease_ms));
+    }
+
     /// The stream to a writeback ended. Its tokens live until its lease ends.
     pub(super) fn writeback_lost(&mut self, session: WritebackSession) {
         let Some(name) = self.writeback_sessions.remove(&session) else { return };

@@ -84,6 +84,11 @@ impl Credit {
 
     /// Takes `blocks` for data that becomes dirty.
     pub fn take(&mut self, blocks: u64) -> Take {
+        // What is freed meanwhile was never promised: a reset may be refused, and then full stores
+        // never take what was acknowledged on it.
+        if self.is_reset_pending() {
+            return Take::Short;
+        }
         if blocks <= self.available() {
             self.held += blocks;
             return Take::Taken;

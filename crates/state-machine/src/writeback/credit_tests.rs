@@ -42,6 +42,26 @@ fn what_is_excused_wants_no_promise_and_never_frees_one() {
 }
 
 #[test]
+fn what_a_reset_that_is_not_granted_frees_is_not_taken() {
+    let mut credit = credit();
+    credit.adopt(6);
+    let ask = credit.reset();
+    credit.put_back(2);
+    assert_eq!(credit.take(1), Take::Short, "the answer may be a refusal");
+    assert!(credit.refused(ask.request));
+    credit.put_back(4);
+    assert_eq!(credit.take(1), Take::Short, "nothing backs it");
+    let ask = credit.next_ask(false).unwrap();
+    assert_eq!((ask.reset, ask.add_blocks), (true, 0));
+    assert!(credit.granted(ask.request));
+    assert_eq!(credit.take(1), Take::Short);
+    let ask = credit.next_ask(false).unwrap();
+    assert_eq!((ask.reset, ask.add_blocks), (false, 21));
+    assert!(credit.granted(ask.request));
+    assert_eq!(credit.take(1), Take::Taken);
+}
+
+#[test]
 fn a_refused_step_is_followed_by_a_try_for_just_what_is_short() {
     let mut credit = credit();
     assert_eq!(credit.take(5), Take::Short);

@@ -93,6 +93,34 @@ fn a_dead_submitters_io_end_ends_at_expiry_or_when_its_generation_is_superseded(
     rig.assert_sound();
 }
 
+/// After a restart of conversion an owner may open before the end of its old session is noticed.
+#[test]
+fn whoever_opens_a_volume_has_a_lease_to_say_hello_before_it_can_be_taken_without_force() {
+    let open = |rig: &mut Rig, writeback: &str, force: bool| {
+        let call = Call::OpenVolume {
+            name: "v".to_owned(),
+            writeback: writeback.to_owned(),
+            force,
+            if_generation: None,
+        };
+        rig.call(call).map_err(|refusal| refusal.reason)
+    };
+    let mut rig = Rig::new(1, 100);
+    rig.volume("v", 100, 1);
+    rig.advance(5_000);
+    rig.crash();
+    rig.advance(500);
+    assert!(open(&mut rig, "unheard/1", true).is_ok());
+    rig.advance(999);
+    assert_eq!(open(&mut rig, "other/1", false), Err(Reason::VolumeBusy));
+    // What it remembers it may answer under its session of before.
+    let Ok(ReplyBody::Opened(_, _, wait_ms)) = open(&mut rig, "forced/1", true) else { panic!() };
+    assert_eq!(wait_ms, 1);
+    rig.advance(1_000);
+    assert!(open(&mut rig, "other/1", false).is_ok(), "it did not say Hello");
+    rig.assert_sound();
+}
+
 /// Scenarios 32, 55 and 56.
 #[test]
 fn after_a_restart_old_tokens_are_refused_and_the_write_begins_again() {
