@@ -38,6 +38,8 @@ pub enum Bug {
     NeverTold,
     /// Credit that is not needed is not given back.
     CreditLeaked,
+    /// A change of a map is carried out although its caller has given it up.
+    LateChangeCounts,
     /// What is known of a map stays known while the map changes.
     ChangeUnnoticed,
     /// A look-up is believed although the map changed while it was under way.
@@ -63,6 +65,7 @@ impl Bug {
         Self::ToldTwice,
         Self::NeverTold,
         Self::CreditLeaked,
+        Self::LateChangeCounts,
         Self::ChangeUnnoticed,
         Self::LateLookUpBelieved,
     ];

@@ -320,12 +320,13 @@ impl Driver {
         let now = self.now();
         // An answer that nobody waits for any more is dropped.
         match question {
-            Question::Lookup(volume, generation, range, reply) => {
-                match self
-                    .machine
-                    .lookup(volume, generation, range)
-                    .map_err(DriverError::Machine)?
-                {
+            Question::Lookup { volume, generation, range, attempts_over, reply } => {
+                let over = self.machine.attempts_over(volume, generation, attempts_over);
+                let view = match over {
+                    Ok(()) => self.machine.lookup(volume, generation, range),
+                    Err(refusal) => Ok(Err(refusal)),
+                };
+                match view.map_err(DriverError::Machine)? {
                     Ok(view) => self.outbox.view(view, reply),
                     Err(refusal) => drop(reply.send(Err(refusal))),
                 }

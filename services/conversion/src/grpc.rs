@@ -9,7 +9,7 @@ use endio_api::conversion::conversion_server::Conversion;
 use endio_api::convert::{self, Malformed};
 use endio_api::{protocol, status};
 use endio_state_machine::machine::{
-    Call, FromStore, FromWriteback, Input, Refusal, ReplyBody, VolumeInfo,
+    Attempt, Call, FromStore, FromWriteback, Input, Refusal, ReplyBody, VolumeInfo,
 };
 use endio_types::{Generation, LblkRange, Reason, VolumeId};
 use tokio::sync::{Semaphore, mpsc};
@@ -126,6 +126,7 @@ impl Conversion for Grpc {
             name: request.name,
             size_bytes: request.size_bytes,
             generation: Generation(request.generation),
+            attempt: attempt(request.attempt),
         })
         .await
     }
@@ -193,7 +194,13 @@ impl Conversion for Grpc {
         let generation = Generation(request.generation);
         let view = self
             .handle
-            .ask(|reply| Question::Lookup(volume, generation, range, reply))
+            .ask(|reply| Question::Lookup {
+                volume,
+                generation,
+                range,
+                attempts_over: request.attempts_over,
+                reply,
+            })
             .await
             .and_then(|view| view)
             .map_err(refused)?;
@@ -213,6 +220,7 @@ impl Conversion for Grpc {
             generation: Generation(request.generation),
             change: convert::map_change(request.change)?,
             range: range("lblk", request.lblk, request.blocks)?,
+            attempt: attempt(request.attempt),
         };
         match self.handle.call(call).await.map_err(refused)? {
             ReplyBody::Changed { map_version, blocks_changed } => {
@@ -511,4 +519,9 @@ where
         }
     });
     Box::pin(ReceiverStream::new(receiver))
+}
+
+fn attempt(attempt: Option<proto::Attempt>) -> Attempt {
+    let proto::Attempt { number, over } = attempt.unwrap_or_default();
+    Attempt { number, over }
 }

@@ -48,7 +48,13 @@ pub(crate) enum Event {
 }
 
 pub(crate) enum Question {
-    Lookup(VolumeId, Generation, LblkRange, oneshot::Sender<Result<MapView, Refusal>>),
+    Lookup {
+        volume: VolumeId,
+        generation: Generation,
+        range: LblkRange,
+        attempts_over: u64,
+        reply: oneshot::Sender<Result<MapView, Refusal>>,
+    },
     Extents(String, LblkRange, oneshot::Sender<Option<Vec<MapExtent>>>),
     Volumes(oneshot::Sender<Vec<VolumeInfo>>),
     Stores(oneshot::Sender<Vec<StoreInfo>>),

@@ -3,6 +3,7 @@
 //! Every request that changes something runs in a task of its own, so that a client that goes away
 //! leaves nothing half done and nothing locked.
 
+mod attempts;
 pub(crate) mod direct;
 mod flusher;
 mod inspect;

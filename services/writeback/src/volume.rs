@@ -10,6 +10,7 @@ use bytes::Bytes;
 use endio_api::common::{Extent, ReadGrant};
 use endio_chassis::trace::Context;
 use endio_state_machine::writeback::Lsn;
+use endio_state_machine::writeback::attempts::Attempts;
 use endio_state_machine::writeback::credit::{Credit, CreditPolicy};
 use endio_state_machine::writeback::dirty::DirtyMap;
 use endio_state_machine::writeback::errseq::{Cursor, ErrSeq};
@@ -88,6 +89,8 @@ pub struct State {
     pub map: MapCache<Arc<Extent>>,
     /// Blocks that were read, as the map shows them now. Never of a volume that is written in place.
     pub clean: VolumeBlocks,
+    /// Tries of changes of the map.
+    pub attempts: Attempts,
     /// Write-outs under way.
     pub write_outs: usize,
     /// The newest record that says that blocks of this volume are converted.
@@ -182,6 +185,7 @@ impl Volume {
                 flush_up_to: Lsn(0),
                 clean: limits.clean.volume(),
                 map: MapCache::new(if volume.in_place { 0 } else { limits.map_entries_max }),
+                attempts: Attempts::default(),
                 write_outs: 0,
                 last_clean: Lsn(0),
                 rest_until: None,

@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 
+use crate::block::CELLS;
 use crate::exec::{MS, Node, WORLD};
 use crate::world::{CONVERSION, World};
 use crate::{conversion, store, writeback};
@@ -183,6 +184,27 @@ fn one(world: &Rc<World>) {
             }
         }
         _ => {}
+    }
+}
+
+/// Flips bits of stored blocks that have a checksum until the time of faults is over.
+pub async fn rot(world: Rc<World>) {
+    let end = world.plan.chaos_ms * MS;
+    loop {
+        let pause = world.rare.borrow_mut().between(1, 2 * world.plan.rot_ms) * MS;
+        if world.exec.now() + pause >= end {
+            return;
+        }
+        world.exec.sleep(pause).await;
+        let homes: Vec<_> = world.mirror.borrow().homes_apart().collect();
+        let mut rare = world.rare.borrow_mut();
+        let (at, cell, bit) = (rare.below(homes.len() as u64), rare.below(CELLS), rare.below(64));
+        if let Some((store, pblk)) = homes.get(at as usize).copied()
+            && let Some(disk) = world.disk_of(store)
+        {
+            world.exec.note("a bit flips", WORLD, &[store.0.into(), pblk, cell, bit]);
+            disk.flip(pblk, cell as usize, bit);
+        }
     }
 }
 

@@ -563,6 +563,14 @@ impl Clients {
             if let Some(Ok(found)) = &read {
                 self.check(slot, &mut known, (began, quiet), first, found);
             }
+            let plan = &self.world.plan;
+            let is_alarm = |failure: &Failure| failure.reason == Reason::ChecksumMismatch;
+            if matches!(&read, Some(Err(failure)) if is_alarm(failure))
+                && !plan.device.lies()
+                && plan.rot_ms == 0
+            {
+                self.exec().fail(format!("no_false_alarm: {} at {first}", slot.name));
+            }
             known.oracle.end_read(began);
         } else if let Some(Ok(found)) = &read {
             // Of an older tenure: old data is fine, and so is what a client of the fenced owner put

@@ -188,6 +188,7 @@ fn recover(world: &World) -> Result<Process, String> {
             machine.apply(*seq, record).map_err(|error| error.to_string())?;
         }
     }
+    *world.settled.borrow_mut() = mirror.clone();
     *world.mirror.borrow_mut() = mirror;
     let mut key = [0; 32];
     for byte in &mut key {
@@ -270,7 +271,15 @@ async fn commit(world: Rc<World>) {
             })
             .await;
         world.exec.sleep(world.plan.journal_us.draw(&world.exec)).await;
-        conversion.disk.borrow_mut().durable = target;
+        let mut disk = conversion.disk.borrow_mut();
+        let from = std::mem::replace(&mut disk.durable, target);
+        let mut settled = world.settled.borrow_mut();
+        for (seq, record) in &disk.journal[from..target] {
+            if let Err(why) = settled.apply(*seq, record) {
+                world.exec.fail(why);
+            }
+        }
+        drop((disk, settled));
         conversion.changed.notify();
     }
 }
@@ -388,7 +397,14 @@ impl Process {
                 let reply = ReplyTo(self.next_id);
                 self.calls.insert(reply, end);
                 world.exec.tell(world.conversion.node, || format!("call {call:?}"));
-                self.feed(world, Input::Call { reply, call })
+                let named = match &call {
+                    Call::ResizeVolume { name, .. } => self.machine.volume(name).map(|v| v.id),
+                    _ => None,
+                };
+                let may = world.takes(&call, named);
+                self.feed(world, Input::Call { reply, call })?;
+                let is_refused = |effect: &Effect| matches!(&effect.kind, EffectKind::Reply(to, Err(_)) if *to == reply);
+                if self.out.effects.iter().any(is_refused) { Ok(()) } else { may }
             }
             Event::OpenWriteback(session, end) => {
                 self.writebacks.insert(session, end);
@@ -398,7 +414,11 @@ impl Process {
                 self.stores.insert(session, end);
                 Ok(())
             }
-            Event::Ask(Message::Lookup(volume, generation, range), end) => {
+            Event::Ask(Message::Lookup(volume, generation, range, over), end) => {
+                if let Err(refusal) = self.machine.attempts_over(volume, generation, over) {
+                    end.send(Message::View(Err(refusal)));
+                    return Ok(());
+                }
                 let view = self.machine.lookup(volume, generation, range);
                 match view.map_err(|error| error.to_string())? {
                     Ok(view) => self.wait(view.seq, Waiting::View(Ok(view), end)),

@@ -101,6 +101,20 @@ impl SimDevice {
         state.current = state.durable.clone();
     }
 
+    /// A bit of a stored block is another one from now on.
+    pub fn flip(&self, pblk: u64, cell: usize, bit: u64) {
+        let mut guard = self.state();
+        let state = &mut *guard;
+        for blocks in [&mut state.current, &mut state.durable] {
+            blocks.entry(pblk).or_insert(ZEROES)[cell] ^= 1 << bit;
+        }
+    }
+
+    /// Whether a block has this checksum now.
+    pub fn holds(&self, pblk: u64, sum: u32) -> bool {
+        crc(&self.state().current.get(&pblk).copied().unwrap_or(ZEROES)) == sum
+    }
+
     /// Whether a block that survives a power cut has this checksum.
     pub fn holds_durably(&self, pblk: u64, sum: u32) -> bool {
         let state = self.state();

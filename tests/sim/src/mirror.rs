@@ -102,6 +102,12 @@ impl Mirror {
         self.in_place.contains(&volume) || !self.homes.contains_key(&home)
     }
 
+    /// Blocks of volumes that redirect.
+    pub fn homes_apart(&self) -> impl Iterator<Item = Home> + '_ {
+        let apart = self.homes.iter().filter(|(_, (volume, _))| !self.in_place.contains(volume));
+        apart.map(|(home, _)| *home)
+    }
+
     /// Whether the volume is written in place.
     pub fn is_in_place(&self, volume: VolumeId) -> bool {
         self.in_place.contains(&volume)

@@ -64,8 +64,8 @@ pub enum Message {
     Call(Call),
     /// Its answer.
     Reply(Result<ReplyBody, Refusal>),
-    /// A unary call.
-    Lookup(VolumeId, Generation, LblkRange),
+    /// A unary call; tries of changes up to the number are over.
+    Lookup(VolumeId, Generation, LblkRange, u64),
     /// Its answer.
     View(Result<MapView, Refusal>),
     /// Who owns a volume, and under which generation.

@@ -12,6 +12,9 @@ use endio_types::BLOCK_BYTES;
 use crate::device::DeviceFaults;
 use crate::exec::Exec;
 
+/// Mixed into the seed for what came into the plans later: what was drawn before stays as it was.
+pub const RARE: u64 = 0x7261_7265;
+
 /// Numbers from one to another.
 #[derive(Clone, Copy, Debug)]
 pub struct Span(pub u64, pub u64);
@@ -167,8 +170,10 @@ pub struct Plan {
     pub write_out_blocks: u64,
     /// A graceful stop of conversion.
     pub drain_ms: u64,
-    /// Bios of which the network keeps a copy and delivers it later, in thousandths.
+    /// Bios and reads of which the network keeps a copy and delivers it later, in thousandths.
     pub late_bios: u64,
+    /// Mean pause between two bits that flip where data is stored, milliseconds; 0: none does.
+    pub rot_ms: u64,
     /// Runs of blocks of a volume's map that its writeback remembers; 0: none.
     pub map_entries: usize,
     /// Blocks of the map that a look-up asks for at once.
@@ -179,6 +184,11 @@ impl Plan {
     /// What a seed decides.
     pub fn draw(seed: u64) -> Self {
         let mut rng = Rng::new(seed);
+        let mut rare = Rng::new(seed ^ RARE);
+        let late_bios = if rare.chance(30) { rare.between(5, 200) } else { 0 };
+        let late_calls = if rare.chance(30) { rare.between(100, 1000) } else { 0 };
+        let rot_ms = if rare.chance(12) { rare.between(5, 200) } else { 0 };
+        let slow_journal = rare.chance(8).then(|| Span(1_000, rare.between(2_000, 40_000)));
         let stores = rng.between(1, 4) as usize;
         let lies = rng.chance(15);
         let volumes: Vec<VolumePlan> = (0..rng.between(1, 3))
@@ -291,14 +301,17 @@ impl Plan {
                 max_bytes: rng.between(512, 1024) << 12,
                 sessions_max: 256,
             },
-            journal_us: Span(rng.between(1, 50), rng.between(50, 2000)),
+            journal_us: {
+                let usual = Span(rng.between(1, 50), rng.between(50, 2000));
+                slow_journal.unwrap_or(usual)
+            },
             write_us: Span(1, rng.between(10, 1000)),
             read_us: Span(1, rng.between(10, 1000)),
             flush_us: Span(1, rng.between(10, 3000)),
             delay_us: Span(1, rng.between(10, 3000)),
             slow: if rng.chance(50) { rng.below(100) } else { 0 },
             slow_read: if rng.chance(50) { rng.below(300) } else { 0 },
-            late_calls: 0,
+            late_calls,
             check_permille: rng.between(5, 50),
             inputs_per_turn: rng.between(1, 32) as usize,
             io_timeout_ms: u64::from(lease_ms) * rng.between(2, 12),
@@ -310,7 +323,8 @@ impl Plan {
             write_outs: rng.between(1, 4) as usize,
             write_out_blocks: rng.between(1, 32),
             drain_ms: rng.between(20, 500),
-            late_bios: 0,
+            late_bios,
+            rot_ms,
             map_entries: if rng.chance(20) { rng.below(6) as usize } else { 64 },
             learn_blocks: rng.between(1, 48),
         }

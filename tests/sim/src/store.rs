@@ -234,10 +234,10 @@ fn bio(world: &Rc<World>, at: usize, token: Token, data: Vec<Block>, crcs: Vec<u
         let store = &world.stores[at];
         world.exec.sleep(world.plan.write_us.draw(&world.exec)).await;
         for block in token.pblk.0..token.pblk.0 + u64::from(token.blocks) {
-            if !world.mirror.borrow().may_land(token.volume, (token.store, block)) {
+            if let Err(why) = world.may_land(token.volume, (token.store, block)) {
                 let (io_end, id) = (token.io_end, token.store);
-                let why = format!("reuse-after-safe: io_end {io_end} lands on {id}:{block}");
-                world.exec.fail(why);
+                let where_to = format!("io_end {io_end} lands on {id}:{block}");
+                world.exec.fail(format!("reuse-after-safe: {where_to} {why}"));
             }
         }
         let bytes = block::to_bytes(&data);
@@ -327,7 +327,15 @@ async fn read(
 ) -> Result<Vec<Block>, Reason> {
     let store = &world.stores[at];
     let now = world.exec.clock(store.node);
-    let admitted = store.with(|process| process.gate.admit_read(now, &grant, range));
+    let admitted = store.with(|process| {
+        let admitted = process.gate.admit_read(now, &grant, range);
+        if admitted.is_ok()
+            && let Err(why) = process.fenced.admits_read(&grant)
+        {
+            world.exec.fail(format!("fenced_is_refused: {why}: {grant:?}"));
+        }
+        admitted
+    });
     let flight = admitted.unwrap_or(Err(Reason::NotReady))?;
     world.exec.sleep(world.plan.read_us.draw(&world.exec)).await;
     let mut bytes = vec![0; range.len as usize * BLOCK_SIZE];
@@ -362,8 +370,8 @@ fn punch(world: &Rc<World>, at: usize, turns: Vec<PunchTurn>) {
                     let volume = VolumeId(0);
                     let id = store.with(|process| process.gate.store()).flatten();
                     let home = (id.unwrap_or(StoreId(0)), pblk);
-                    if !world.mirror.borrow().may_land(volume, home) {
-                        world.exec.fail(format!("reuse-after-safe: a punch hits {home:?}"));
+                    if let Err(why) = world.may_land(volume, home) {
+                        world.exec.fail(format!("reuse-after-safe: a punch hits {home:?} {why}"));
                     }
                 }
                 store.with(|process| process.device.punch(*range).is_ok());
@@ -558,6 +566,16 @@ impl Fenced {
             let lowest = self.volumes.entry(*volume).or_default();
             *lowest = (*lowest).max(*generation);
         }
+    }
+
+    fn admits_read(&self, grant: &ReadGrant) -> Result<(), &'static str> {
+        if grant.epoch < self.epoch {
+            return Err("a read of an older epoch");
+        }
+        if self.volumes.get(&grant.volume).is_some_and(|lowest| grant.generation < *lowest) {
+            return Err("a read of a fenced generation");
+        }
+        Ok(())
     }
 
     fn admits(&mut self, token: &Token, incarnation: Incarnation) -> Result<(), &'static str> {

@@ -1,21 +1,22 @@
 //! Everything that is simulated, and what only an omniscient observer can check.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
-use std::rc::Weak;
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::{Rc, Weak};
 
-use endio_state_machine::machine::{ToStore, ToWriteback};
+use endio_state_machine::machine::{Call, ToStore, ToWriteback};
 use endio_state_machine::record::Record;
+use endio_state_machine::token::ReadGrant;
 use endio_testkit::seed::Rng;
-use endio_types::StoreId;
+use endio_types::{ClusterEpoch, Generation, StoreId, VolumeId};
 
 use crate::client::Clients;
 use crate::conversion::Conversion;
 use crate::device::SimDevice;
 use crate::exec::{Exec, Node};
-use crate::mirror::Mirror;
+use crate::mirror::{Home, Mirror};
 use crate::net::Net;
-use crate::plan::Plan;
+use crate::plan::{Plan, RARE};
 use crate::store::Store;
 use crate::writeback::Writeback;
 
@@ -69,6 +70,51 @@ impl Planted {
     ];
 }
 
+#[derive(Clone, PartialEq, Eq)]
+struct Reader {
+    name: String,
+    volume: VolumeId,
+    generation: Generation,
+    epoch: ClusterEpoch,
+}
+
+/// Blocks that a read waits for, until it is dropped.
+pub struct Reading {
+    world: Rc<World>,
+    homes: Vec<Home>,
+    reader: Reader,
+}
+
+impl Reading {
+    /// A volume's read of these blocks is under way.
+    pub fn begin(world: &Rc<World>, name: &str, grant: &ReadGrant, homes: Vec<Home>) -> Self {
+        let (volume, generation, epoch) = (grant.volume, grant.generation, grant.epoch);
+        let reader = Reader { name: name.to_owned(), volume, generation, epoch };
+        let mut reading = world.reading.borrow_mut();
+        for home in &homes {
+            reading.entry(*home).or_default().push(reader.clone());
+        }
+        drop(reading);
+        Self { world: Rc::clone(world), homes, reader }
+    }
+}
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        let mut reading = self.world.reading.borrow_mut();
+        for home in &self.homes {
+            if let Some(readers) = reading.get_mut(home) {
+                if let Some(at) = readers.iter().position(|reader| *reader == self.reader) {
+                    readers.swap_remove(at);
+                }
+                if readers.is_empty() {
+                    reading.remove(home);
+                }
+            }
+        }
+    }
+}
+
 /// The world.
 pub struct World {
     /// Time and chance.
@@ -85,6 +131,14 @@ pub struct World {
     pub writebacks: Vec<Writeback>,
     /// The map, made of records.
     pub mirror: RefCell<Mirror>,
+    /// The same of the durable records only: what a restart of conversion would find.
+    pub settled: RefCell<Mirror>,
+    /// Blocks that reads wait for, with the volume's name and the permission.
+    reading: RefCell<BTreeMap<Home, Vec<Reader>>>,
+    /// Tries of changes whose blocks others may use.
+    ended: RefCell<BTreeSet<(VolumeId, Generation, u64)>>,
+    /// Chance of what came into the plans later.
+    pub rare: RefCell<Rng>,
     numbers: RefCell<BTreeMap<StoreId, usize>>,
     /// A bug of the modelled parts.
     pub planted: Option<Planted>,
@@ -118,6 +172,10 @@ impl World {
             stores,
             writebacks,
             mirror: RefCell::default(),
+            settled: RefCell::default(),
+            reading: RefCell::default(),
+            ended: RefCell::default(),
+            rare: RefCell::new(Rng::new(seed ^ RARE).fork()),
             numbers: RefCell::default(),
             planted,
             takeover_wanted: Cell::new(0),
@@ -131,6 +189,69 @@ impl World {
     /// Whether this bug is planted.
     pub fn planted(&self, bug: Planted) -> bool {
         self.planted == Some(bug)
+    }
+
+    /// From now on others use the blocks of these tries of a change.
+    pub fn tries_ended(&self, volume: VolumeId, generation: Generation, tries: &[u64]) {
+        let tries = tries.iter().map(|number| (volume, generation, *number));
+        self.ended.borrow_mut().extend(tries);
+    }
+
+    /// Conversion takes a call; of the volume that it names, if it does so by its name.
+    ///
+    /// # Errors
+    /// Why it must not, in words that begin with the checker's name.
+    pub fn takes(&self, call: &Call, named: Option<VolumeId>) -> Result<(), String> {
+        let (volume, generation, attempt) = match call {
+            Call::ChangeMap { volume, generation, attempt, .. } => (*volume, *generation, attempt),
+            Call::ResizeVolume { generation, attempt, .. } => {
+                (named.unwrap_or_default(), *generation, attempt)
+            }
+            _ => return Ok(()),
+        };
+        match self.ended.borrow().contains(&(volume, generation, attempt.number)) {
+            true => Err(format!("given_up_is_over: {call:?}")),
+            false => Ok(()),
+        }
+    }
+
+    /// The disk of a store.
+    pub fn disk_of(&self, store: StoreId) -> Option<&SimDevice> {
+        let at = *self.numbers.borrow().get(&store)?;
+        self.stores.get(at).map(|store| &store.disk)
+    }
+
+    /// A bio of a volume, or a punch, changes a block.
+    ///
+    /// # Errors
+    /// Why it must not.
+    pub fn may_land(&self, volume: VolumeId, home: Home) -> Result<(), &'static str> {
+        if !self.mirror.borrow().may_land(volume, home) {
+            return Err("that a map names");
+        }
+        if !self.settled.borrow().may_land(volume, home) {
+            return Err("that a map would name after a restart of conversion");
+        }
+        if self.mirror.borrow().is_in_place(volume) {
+            return Ok(());
+        }
+        let reading = self.reading.borrow();
+        let (Some(readers), process) = (reading.get(&home), self.conversion.process.borrow())
+        else {
+            return Ok(());
+        };
+        let Some(process) = &*process else { return Ok(()) };
+        // Of an older epoch, a closed volume or a fenced generation only the answer is still on its way.
+        let is_current = |reader: &Reader| {
+            let known = process.machine.volume(&reader.name);
+            let is_same = |id, generation| id == reader.volume && generation == reader.generation;
+            process.machine.epoch() == reader.epoch
+                && known.is_some_and(|v| v.owner.is_some() && is_same(v.id, v.generation))
+        };
+        match readers.iter().any(is_current) {
+            true => Err("that a read waits for"),
+            false => Ok(()),
+        }
     }
 
     /// A record is about to be written: what it says must be so.

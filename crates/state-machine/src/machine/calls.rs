@@ -1,11 +1,12 @@
 //! Unary calls on volumes.
 
+use endio_types::planted::{self, Bug};
 use endio_types::{
     BLOCK_BYTES, Generation, LblkRange, MapVersion, Millis, REPLICAS_MAX, Reason, VOLUME_BYTES_MAX,
     VolumeId,
 };
 
-use super::io::{Call, MapChange, Output, Refusal, ReplyBody, ReplyTo, ToWriteback};
+use super::io::{Attempt, Call, MapChange, Output, Refusal, ReplyBody, ReplyTo, ToWriteback};
 use super::state::{PendingChange, VolumeRt, Work};
 use super::{Durability, Machine, Step};
 use crate::extent_map::ChunkTable;
@@ -45,16 +46,16 @@ impl<T: ChunkTable> Machine<T> {
                 };
                 self.create(reply, volume, out)
             }
-            Call::ResizeVolume { name, size_bytes, generation } => {
-                self.resize(reply, &name, size_bytes, generation, out)
+            Call::ResizeVolume { name, size_bytes, generation, attempt } => {
+                self.resize(reply, &name, (size_bytes, generation, attempt), out)
             }
             Call::DeleteVolume { name, generation } => self.delete(reply, &name, generation, out),
             Call::OpenVolume { name, writeback, force, if_generation } => {
                 self.open(reply, &name, writeback, (force, if_generation), out)
             }
             Call::CloseVolume { name, generation } => self.close(reply, &name, generation, out),
-            Call::ChangeMap { volume, generation, change, range } => {
-                self.change_map(reply, (volume, generation), change, range, out)
+            Call::ChangeMap { volume, generation, change, range, attempt } => {
+                self.change_map(reply, (volume, generation, attempt), change, range, out)
             }
         }
     }
@@ -114,8 +115,7 @@ impl<T: ChunkTable> Machine<T> {
         &mut self,
         reply: ReplyTo,
         name: &str,
-        size_bytes: u64,
-        generation: Generation,
+        (size_bytes, generation, attempt): (u64, Generation, Attempt),
         out: &mut Output,
     ) -> Step<T> {
         let volume = match self.administered(name, generation) {
@@ -130,11 +130,15 @@ impl<T: ChunkTable> Machine<T> {
             self.reply(reply, Err(refusal), out);
             return Ok(());
         }
+        if !self.is_waited_for(volume.id, attempt) {
+            return self.given_up(reply, out);
+        }
         // The block that the new end cuts stays, but writes to it may extend the volume: wait for
         // them too.
         let first = size_bytes / BLOCK_BYTES;
         let range = LblkRange::new(first, u64::MAX - first);
-        self.wait_to_change(reply, volume.id, Work::Shrink(size_bytes), range, out)
+        let work = Work::Shrink(size_bytes);
+        self.wait_to_change(reply, (volume.id, attempt.number), work, range, out)
     }
 
     fn delete(
@@ -147,7 +151,7 @@ impl<T: ChunkTable> Machine<T> {
         match self.administered(name, generation) {
             Ok(volume) => {
                 let whole = super::apply::WHOLE;
-                self.wait_to_change(reply, volume.id, Work::Delete, whole, out)
+                self.wait_to_change(reply, (volume.id, 0), Work::Delete, whole, out)
             }
             Err(refusal) => {
                 self.reply(reply, Err(refusal), out);
@@ -189,6 +193,7 @@ impl<T: ChunkTable> Machine<T> {
         self.supersede(&volume, generation, out)?;
         let wait_ms = self.owner_before_reads_until(&volume, &writeback).since(self.now);
         self.is_heard_of(&writeback);
+        self.volumes.entry(volume.id).or_default().attempts_over = 0;
         let owner = writeback;
         self.commit(Record::OpenVolume { volume: volume.id, generation, owner }, out)?;
         self.reads.entry(volume.id).or_default().opened(volume.map_version);
@@ -265,7 +270,7 @@ impl<T: ChunkTable> Machine<T> {
     fn change_map(
         &mut self,
         reply: ReplyTo,
-        (volume, generation): (VolumeId, Generation),
+        (volume, generation, attempt): (VolumeId, Generation, Attempt),
         change: MapChange,
         range: LblkRange,
         out: &mut Output,
@@ -289,19 +294,59 @@ impl<T: ChunkTable> Machine<T> {
             self.reply(reply, Err(refusal), out);
             return Ok(());
         }
+        if !self.is_waited_for(volume, attempt) {
+            return self.given_up(reply, out);
+        }
         if self.metadata_full {
             let refusal = self.refusal(Reason::MetadataFull, "the metadata disk is full");
             self.reply(reply, Err(refusal), out);
             return Ok(());
         }
-        self.wait_to_change(reply, volume, Work::Map(change), range, out)
+        self.wait_to_change(reply, (volume, attempt.number), Work::Map(change), range, out)
+    }
+
+    /// Whether the caller waits for this try, as far as is known; remembers what it says of others.
+    fn is_waited_for(&mut self, volume: VolumeId, attempt: Attempt) -> bool {
+        let rt = self.volumes.entry(volume).or_default();
+        let is_late = attempt.number != 0 && attempt.number <= rt.attempts_over;
+        rt.attempts_over = rt.attempts_over.max(attempt.over);
+        !is_late || planted::is(Bug::LateChangeCounts)
+    }
+
+    fn given_up(&self, reply: ReplyTo, out: &mut Output) -> Step<T> {
+        let refusal = self.refusal(Reason::WrongState, "the caller gave this change up");
+        self.reply(reply, Err(refusal), out);
+        Ok(())
+    }
+
+    /// Nobody waits for a try of a change up to this number any more: none of them is carried out
+    /// from now on. Says nothing of volumes that are not open under that generation.
+    ///
+    /// # Errors
+    /// [`Reason::Limit`] while one of them is under way.
+    pub fn attempts_over(
+        &mut self,
+        volume: VolumeId,
+        generation: Generation,
+        over: u64,
+    ) -> Result<(), Refusal> {
+        let state = self.durable.volumes.get(&volume).filter(|volume| volume.owner.is_some());
+        if over == 0 || state.is_none_or(|state| state.generation != generation) {
+            return Ok(());
+        }
+        let rt = self.volumes.entry(volume).or_default();
+        rt.attempts_over = rt.attempts_over.max(over);
+        match rt.changes.iter().any(|change| (1..=over).contains(&change.attempt)) {
+            true => Err(self.refusal(Reason::Limit, "a change that was given up is under way")),
+            false => Ok(()),
+        }
     }
 
     /// Puts a change in line; it runs in `drain` once nothing in flight overlaps its range.
     fn wait_to_change(
         &mut self,
         reply: ReplyTo,
-        volume: VolumeId,
+        (volume, attempt): (VolumeId, u64),
         work: Work,
         range: LblkRange,
         out: &mut Output,
@@ -317,7 +362,8 @@ impl<T: ChunkTable> Machine<T> {
             Work::Shrink(size) => size.div_ceil(BLOCK_BYTES),
             Work::Map(_) | Work::Delete => range.start.0,
         };
-        rt.changes.push_back(PendingChange { work, range, reply, cursor, blocks_changed: 0 });
+        let change = PendingChange { work, range, reply, cursor, blocks_changed: 0, attempt };
+        rt.changes.push_back(change);
         self.changing.insert(volume);
         Ok(())
     }

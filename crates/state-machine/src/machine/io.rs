@@ -70,6 +70,8 @@ pub enum Call {
         size_bytes: u64,
         /// 0: the volume must not be open.
         generation: Generation,
+        /// Of the caller.
+        attempt: Attempt,
     },
     /// Deletes a volume.
     DeleteVolume {
@@ -106,7 +108,19 @@ pub enum Call {
         change: MapChange,
         /// Where; at least one block.
         range: LblkRange,
+        /// Of the caller.
+        attempt: Attempt,
     },
+}
+
+/// Which try of a change a call is: one that arrives after its caller gave it up is told from a new
+/// one. The default is never refused.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Attempt {
+    /// Counts the tries under the volume's generation, from 1; 0: not counted.
+    pub number: u64,
+    /// Nobody waits for a try up to this number any more.
+    pub over: u64,
 }
 
 /// Begins a write.

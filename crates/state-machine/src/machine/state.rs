@@ -32,6 +32,8 @@ pub(super) struct PendingChange {
     /// First block not handled yet.
     pub(super) cursor: u64,
     pub(super) blocks_changed: u64,
+    /// Number of the caller's try; 0: not counted.
+    pub(super) attempt: u64,
 }
 
 /// The ranges of io_ends, to be asked who overlaps whom without looking at all of them.
@@ -92,6 +94,9 @@ pub(super) struct VolumeRt {
     /// Until then an owner that the volume was taken from may answer reads by itself. Forgotten
     /// with the epoch: whoever was told to wait does so all the same.
     pub(super) read_elsewhere_until: Millis,
+    /// Tries of changes under this generation up to this number are refused. Forgotten with the
+    /// epoch, as is every connection on which one could arrive.
+    pub(super) attempts_over: u64,
 }
 
 /// Who may still read blocks that the map no longer names. Outlives its volume.

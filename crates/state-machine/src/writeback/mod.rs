@@ -3,6 +3,7 @@
 //! Nothing here does I/O, reads a clock or spawns: the engine of the writeback service owns one of
 //! each per volume (or per process), calls it under a lock, and acts on what it returns.
 
+pub mod attempts;
 pub mod block_cache;
 pub mod cover;
 pub mod credit;

@@ -238,6 +238,7 @@ fn shrinking_frees_what_lies_beyond_and_zeroing_keeps_it() {
         name: "v".into(),
         size_bytes: 6 * BLOCK_BYTES,
         generation: volume.generation,
+        attempt: Attempt::default(),
     };
     rig.call(resize).unwrap();
     assert_eq!(rig.written(&volume), [0, 1, 2, 3]);
@@ -262,4 +263,46 @@ pub fn reserve(rig: &mut Rig, volume: &VolumeInfo, add_blocks: u64) -> Result<u6
         _ => None,
     });
     answer.expect("Reserve was answered")
+}
+
+/// A trim that was given up arrives after newer data was written there.
+#[test]
+fn a_change_that_its_caller_gave_up_is_not_carried_out_when_it_arrives_late() {
+    let mut rig = Rig::new(1, 100);
+    let volume = rig.volume("v", 100, 1);
+    let numbered = |number, over| match change_call(&volume, MapChange::Trim, 0, 4) {
+        Call::ChangeMap { volume, generation, change, range, .. } => {
+            let attempt = Attempt { number, over };
+            Call::ChangeMap { volume, generation, change, range, attempt }
+        }
+        other => other,
+    };
+    let over = |rig: &mut Rig, over| {
+        let told = rig.machine.attempts_over(volume.id, volume.generation, over);
+        told.map_err(|refusal| refusal.reason)
+    };
+    rig.write(&volume, 0, 4);
+    // The first try is lost for now, the second is carried out and says so.
+    assert!(rig.call(numbered(2, 1)).is_ok());
+    rig.write(&volume, 0, 4);
+    assert_eq!(rig.call(numbered(1, 0)).unwrap_err().reason, Reason::WrongState);
+    // A try waits for a write in flight while it is given up: conversion says so until it has ended.
+    let begun = rig.begin(&volume, 1, 1);
+    rig.call_later(numbered(3, 2));
+    assert_eq!(over(&mut rig, 3), Err(Reason::Limit));
+    rig.finish(&begun);
+    rig.drain();
+    assert_eq!(rig.written(&volume), [0u64; 0]);
+    assert_eq!(over(&mut rig, 3), Ok(()));
+    // One is given up without any other: a look-up says so.
+    rig.write(&volume, 0, 4);
+    assert_eq!(over(&mut rig, 4), Ok(()));
+    assert_eq!(rig.call(numbered(4, 3)).unwrap_err().reason, Reason::WrongState);
+    assert_eq!(rig.written(&volume), [0, 1, 2, 3]);
+    // The next generation counts anew.
+    let next = rig.open("v", "wb");
+    let call = change_call(&next, MapChange::Trim, 0, 1);
+    assert!(rig.call(call).is_ok());
+    assert_eq!(over(&mut rig, 9), Ok(()), "nothing is said of an older generation");
+    rig.assert_sound();
 }

@@ -425,7 +425,8 @@ impl Rig {
 
 pub fn change_call(volume: &VolumeInfo, change: MapChange, lblk: u64, blocks: u64) -> Call {
     let range = LblkRange::new(lblk, blocks);
-    Call::ChangeMap { volume: volume.id, generation: volume.generation, change, range }
+    let (volume, generation) = (volume.id, volume.generation);
+    Call::ChangeMap { volume, generation, change, range, attempt: Attempt::default() }
 }
 
 pub fn begin_io(volume: &VolumeInfo, lblk: u64, blocks: u32) -> BeginIo {

@@ -418,8 +418,13 @@ impl ScriptedWriteback {
         lblk: u64,
         blocks: u32,
     ) -> proto::LookupResponse {
-        let request =
-            proto::LookupRequest { volume: self.volume, generation: self.generation, lblk, blocks };
+        let request = proto::LookupRequest {
+            volume: self.volume,
+            generation: self.generation,
+            lblk,
+            blocks,
+            attempts_over: 0,
+        };
         service.client().lookup(request).await.unwrap().into_inner()
     }
 

@@ -153,18 +153,18 @@ impl Change {
             return Err(Failure::new(Reason::TimedOut, detail));
         }
         volume.usable()?;
-        let blocks_changed = self.apply().await?;
+        let blocks_changed = self.apply(held).await?;
         self.note_done(admission, blocks_changed);
         Ok(Ranged { trace_id, blocks_changed, duplicate: false })
     }
 
-    async fn apply(&self) -> Result<u64, Failure> {
+    async fn apply(&self, held: Held) -> Result<u64, Failure> {
         if self.blocks.is_empty() {
             return Ok(0);
         }
         if self.op.kind == RangeKind::Allocate {
             // Allocated or not is a property of whole blocks; data in the cache stays.
-            return self.change_map(self.blocks).await;
+            return self.change_map(self.blocks, held).await;
         }
         self.engine.forget(&self.volume, self.blocks, self.deadline).await?;
         let size = self.volume.state().view.size_bytes();
@@ -172,7 +172,7 @@ impl Change {
         for edge in edges {
             self.zero_edge(edge).await?;
         }
-        if inner.is_empty() { Ok(0) } else { self.change_map(inner).await }
+        if inner.is_empty() { Ok(0) } else { self.change_map(inner, held).await }
     }
 
     /// Zeroes bytes inside one block.
@@ -190,7 +190,7 @@ impl Change {
         Ok(())
     }
 
-    async fn change_map(&self, range: LblkRange) -> Result<u64, Failure> {
+    async fn change_map(&self, range: LblkRange, held: Held) -> Result<u64, Failure> {
         let Self { engine, volume, .. } = self;
         let request = ChangeMapRequest {
             volume: volume.id,
@@ -199,19 +199,31 @@ impl Change {
             lblk: range.start.0,
             blocks: range.len,
             traceparent: self.span.traceparent(),
+            attempt: None,
         };
-        let call = |mut client: crate::conversion::Client| {
-            let request = request.clone();
+        let call = |mut client: crate::conversion::Client, attempt| {
+            let request = ChangeMapRequest { attempt: Some(attempt), ..request.clone() };
             async move { client.change_map(request).await }
         };
         let changing = volume.map_changes(vec![range]);
-        // Without an answer it may have been carried out, or may yet be.
-        let changed = engine.conversion.call(self.deadline, call).await;
+        let (changed, left) = engine.change(volume, self.deadline, call).await;
         if let Err(failure) = &changed {
             engine.heed(volume, failure);
         }
+        match left {
+            None => changing.ended(Vec::new()),
+            // A try without an answer may yet be carried out: nobody else has the blocks until then.
+            Some(number) => {
+                let (engine, volume) = (Arc::clone(engine), Arc::clone(volume));
+                self.engine.tasks.spawn(async move {
+                    if engine.settle(&volume, number).await.is_some() {
+                        changing.ended(Vec::new());
+                    }
+                    drop(held);
+                });
+            }
+        }
         let changed = changed?;
-        changing.ended(Vec::new());
         volume.state().view.saw_map(MapVersion(changed.map_version));
         Ok(changed.blocks_changed)
     }

@@ -302,12 +302,24 @@ impl Engine {
         range: LblkRange,
         deadline: Instant,
     ) -> Result<LookupResponse, Failure> {
+        self.look_up_after(volume, range, 0, deadline).await
+    }
+
+    /// As [`Self::look_up`], after no try of a change up to that number can be carried out any more.
+    pub(super) async fn look_up_after(
+        &self,
+        volume: &Arc<Volume>,
+        range: LblkRange,
+        attempts_over: u64,
+        deadline: Instant,
+    ) -> Result<LookupResponse, Failure> {
         self.metrics.look_ups.inc();
         let request = LookupRequest {
             volume: volume.id,
             generation: volume.generation,
             lblk: range.start.0,
             blocks: u32::try_from(range.len).unwrap_or(u32::MAX),
+            attempts_over,
         };
         let call =
             |mut client: crate::conversion::Client| async move { client.lookup(request).await };

@@ -315,52 +315,49 @@ impl Engine {
             name: volume.name.to_string(),
             size_bytes,
             generation: volume.generation,
+            attempt: None,
         };
-        let call = |mut client: Client| {
-            let request = request.clone();
+        let call = |mut client: Client, attempt| {
+            let request = ResizeVolumeRequest { attempt: Some(attempt), ..request.clone() };
             async move { client.resize_volume(request).await }
         };
         let changing = volume.map_changes(vec![LblkRange::new(0, u64::MAX)]);
-        let failure = match self.conversion.call(deadline, call).await {
+        let (outcome, left) = self.change(volume, deadline, call).await;
+        match &outcome {
             Ok(described) => {
-                changing.ended(Vec::new());
                 let version = MapVersion(described.map_version);
                 volume.state().view.resized(version, described.size_bytes);
-                return Ok(described);
             }
-            Err(failure) => failure,
-        };
-        self.heed(volume, &failure);
-        let (engine, volume) = (Arc::clone(self), Arc::clone(volume));
-        self.tasks.spawn(async move {
-            engine.learn_size(&volume, size_bytes, changing).await;
-            drop(held);
-        });
-        Err(failure)
+            Err(failure) => self.heed(volume, failure),
+        }
+        match left {
+            None => changing.ended(Vec::new()),
+            Some(number) => {
+                let (engine, volume) = (Arc::clone(self), Arc::clone(volume));
+                self.tasks.spawn(async move {
+                    engine.learn_size(&volume, size_bytes, number, changing).await;
+                    drop(held);
+                });
+            }
+        }
+        outcome
     }
 
-    /// A resize was given up that may have been carried out all the same: what is acknowledged
-    /// beyond the end could never be written out. So the size is asked for until it is known, and
-    /// the caller keeps the lock of what lies beyond.
-    async fn learn_size(&self, volume: &Arc<Volume>, asked_bytes: u64, changing: MapChanging) {
-        while volume.usable().is_ok() {
-            let found = tokio::select! {
-                biased;
-                () = self.stop.cancelled() => return,
-                found = self.look_up(volume, LblkRange::new(0, 1), self.deadline()) => found,
-            };
-            match found {
-                Ok(found) => {
-                    changing.ended(Vec::new());
-                    if found.size_bytes == asked_bytes {
-                        let version = MapVersion(found.map_version);
-                        volume.state().view.resized(version, asked_bytes);
-                    }
-                    return;
-                }
-                Err(failure) => self.heed(volume, &failure),
-            }
-            tokio::time::sleep(Duration::from_millis(self.config.retry_max_ms)).await;
+    /// A try of a resize was given up that may have been carried out all the same: what is
+    /// acknowledged beyond the end could never be written out. So the size is asked for until it is
+    /// known, and that no try is carried out any more; the caller keeps the lock of what lies beyond.
+    async fn learn_size(
+        &self,
+        volume: &Arc<Volume>,
+        asked_bytes: u64,
+        tried: u64,
+        changing: MapChanging,
+    ) {
+        let Some(found) = self.settle(volume, tried).await else { return };
+        changing.ended(Vec::new());
+        if found.size_bytes == asked_bytes {
+            let version = MapVersion(found.map_version);
+            volume.state().view.resized(version, asked_bytes);
         }
     }
 

@@ -278,6 +278,7 @@ async fn reads_without_a_grant_or_beyond_the_store_are_refused() {
         generation: rig.volume.generation,
         lblk: 0,
         blocks: 4,
+        attempts_over: 0,
     };
     let found = conversion(&rig.conversion.url).lookup(lookup).await.unwrap().into_inner();
     assert!(found.extents.iter().all(|extent| extent.crc32c.is_empty()), "nothing is converted");

@@ -145,13 +145,17 @@ async fn malformed_volume_calls_are_refused_with_a_reason() {
     }
     for size_bytes in [1, 4097, (1 << 60) + 4096, u64::MAX] {
         let name = "vol1".to_owned();
-        let resize = ResizeVolumeRequest { name, size_bytes, generation };
+        let resize = ResizeVolumeRequest { name, size_bytes, generation, attempt: None };
         refused("resize", client.resize_volume(resize).await);
     }
     for stale in [0, generation - 1, generation + 1, u64::MAX] {
         let name = "vol1".to_owned();
-        let resize =
-            ResizeVolumeRequest { name: name.clone(), size_bytes: 4096, generation: stale };
+        let resize = ResizeVolumeRequest {
+            name: name.clone(),
+            size_bytes: 4096,
+            generation: stale,
+            attempt: None,
+        };
         refused("resize of another generation", client.resize_volume(resize).await);
         let delete = DeleteVolumeRequest { name: name.clone(), generation: stale };
         refused("delete of another generation", client.delete_volume(delete).await);
@@ -179,8 +183,14 @@ async fn malformed_map_calls_are_refused_with_a_reason() {
     let before = picture(&mut rig.client).await;
     let (volume, generation) = (rig.volume.id, rig.volume.generation);
     let client = &mut rig.client;
-    let lookup =
-        |volume, generation, lblk, blocks| LookupRequest { volume, generation, lblk, blocks };
+    let attempts_over = u64::MAX;
+    let lookup = |volume, generation, lblk, blocks| LookupRequest {
+        volume,
+        generation,
+        lblk,
+        blocks,
+        attempts_over,
+    };
     let lookups = [
         lookup(0, generation, 0, 1),
         lookup(volume + 1, generation, 0, 1),
@@ -201,6 +211,7 @@ async fn malformed_map_calls_are_refused_with_a_reason() {
         lblk,
         blocks,
         traceparent: "garbage \u{1f4a5}".to_owned(),
+        attempt: None,
     };
     let mut changes = Vec::new();
     for kind in [1, 2, 3] {

@@ -137,7 +137,7 @@ impl Rig {
 
     async fn states(&mut self, lblk: u64, blocks: u32) -> Vec<(u64, u32, ExtentState)> {
         let (volume, generation) = (self.volume.id, self.volume.generation);
-        let request = LookupRequest { volume, generation, lblk, blocks };
+        let request = LookupRequest { volume, generation, lblk, blocks, attempts_over: 0 };
         let found = self.client.lookup(request).await.unwrap().into_inner();
         found
             .extents
@@ -175,6 +175,7 @@ impl Rig {
             lblk,
             blocks,
             traceparent: String::new(),
+            attempt: None,
         }
     }
 }
@@ -469,7 +470,7 @@ async fn a_takeover_fences_the_first_writeback() {
     let refused = rig.writeback.try_begin(begin).await.unwrap_err();
     assert_eq!(refused.reason(), Reason::OldGeneration);
     let (volume, generation) = (rig.volume.id, rig.volume.generation);
-    let stale = LookupRequest { volume, generation, lblk: 0, blocks: 8 };
+    let stale = LookupRequest { volume, generation, lblk: 0, blocks: 8, attempts_over: 0 };
     let status = rig.client.lookup(stale).await;
     if let Ok(found) = status {
         assert!(found.into_inner().read_grant.is_none(), "a fenced generation may read");
@@ -596,7 +597,7 @@ async fn overwritten_blocks_wait_for_the_readers_of_the_older_map() {
         extents.iter().flat_map(|extent| extent.places.iter().map(|place| place.pblk)).collect()
     };
     let (volume, generation) = (rig.volume.id, rig.volume.generation);
-    let request = LookupRequest { volume, generation, lblk: 0, blocks: 8 };
+    let request = LookupRequest { volume, generation, lblk: 0, blocks: 8, attempts_over: 0 };
     let before = rig.client.lookup(request).await.unwrap().into_inner();
     let completion = rig.write(0, 8).await;
     let after = rig.client.lookup(request).await.unwrap().into_inner();

@@ -19,6 +19,7 @@ use endio_state_machine::extent_map::MapExtent;
 use endio_state_machine::machine::{Completion, ReplyBody, VolumeInfo};
 use endio_state_machine::token::ReadGrant;
 use endio_state_machine::writeback::Lsn;
+use endio_state_machine::writeback::attempts::Attempts;
 use endio_state_machine::writeback::credit::Credit;
 use endio_state_machine::writeback::dirty::DirtyMap;
 use endio_state_machine::writeback::errseq::{Cursor, ErrSeq};
@@ -193,6 +194,8 @@ pub struct State {
     map: MapCache<Rc<MapExtent>>,
     /// Permission to read, as conversion gave it last.
     grant: Option<ReadGrant>,
+    /// Tries of changes of the map.
+    attempts: Attempts,
     /// Write-outs under way.
     write_outs: usize,
     /// Acknowledged and not yet converted.
@@ -228,6 +231,7 @@ impl Volume {
                 view: VolumeView::new(info.map_version, info.size_bytes),
                 map: MapCache::new(entries),
                 grant: Some(grant),
+                attempts: Attempts::default(),
                 write_outs: 0,
                 dirty: DirtyMap::new(),
                 dirty_since: None,

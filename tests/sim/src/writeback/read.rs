@@ -13,7 +13,7 @@ use super::{Failure, Outcome, Volume, Wb};
 use crate::block::{Block, CELLS, ZEROES, crc};
 use crate::exec::MS;
 use crate::net::Message;
-use crate::world::Planted;
+use crate::world::{Planted, Reading};
 
 /// Parts of a range with the written extent that holds them; none: they read as zeroes.
 type Map = Vec<Part<Rc<MapExtent>>>;
@@ -128,7 +128,7 @@ impl Wb {
         for (part, extent) in &map {
             let Some(extent) = extent else { continue };
             for part in gaps.iter().filter_map(|gap| gap.intersection(*part)) {
-                let found = self.read_extent(&grant, part, extent).await?;
+                let found = self.read_extent(volume, &grant, part, extent).await?;
                 let at = (part.start.0 - range.start.0) as usize;
                 blocks[at..at + found.len()].copy_from_slice(&found);
             }
@@ -165,6 +165,7 @@ impl Wb {
     /// Reads a part of a written extent, from one replica after the other.
     pub(super) async fn read_extent(
         &self,
+        volume: &Volume,
         grant: &ReadGrant,
         part: LblkRange,
         extent: &MapExtent,
@@ -186,6 +187,9 @@ impl Wb {
                 crcs: crcs.clone(),
             };
             let patience = self.exec().now() + self.world.plan.call_timeout_ms * MS;
+            let blocks = place.pblk.0 + skip..place.pblk.0 + skip + part.len;
+            let homes = blocks.map(|block| (place.store, block)).collect();
+            let _reading = Reading::begin(&self.world, &volume.name, grant, homes);
             let outcome = match self.hand_over(place.store, message) {
                 Err(failure) => Err(failure.reason),
                 Ok(done) => match self.exec().until(patience, done).await {

@@ -1,12 +1,15 @@
 //! The session with conversion, and unary calls beside it.
 
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
 
 use endio_state_machine::machine::{
-    BeginIo, Call, Completion, FromWriteback, GrantedSegment, MapView, ReplyBody, ToWriteback,
+    Attempt, BeginIo, Call, Completion, FromWriteback, GrantedSegment, MapView, ReplyBody,
+    ToWriteback,
 };
 use endio_state_machine::token::Token;
+use endio_state_machine::writeback::attempts::Tries;
 use endio_types::{Generation, LblkRange, Reason, SegmentIndex, VolumeId};
 
 use super::{Failure, Outcome, Owed, Volume, Wb};
@@ -270,24 +273,62 @@ impl Wb {
 
     /// A unary call, tried again while conversion is away, starting or out of room.
     pub(super) async fn call(&self, call: Call, deadline: u64) -> Outcome<ReplyBody> {
-        self.call_until(Message::Call(call), deadline, |answer| match answer {
-            Message::Reply(Ok(body)) => Ok(body),
-            Message::Reply(Err(refusal)) => Err(Failure::new(refusal.reason)),
-            _ => Err(Failure::away()),
-        })
-        .await
+        self.call_until(|| (Message::Call(call.clone()), ()), deadline, replied).await
     }
 
-    async fn call_until<T>(
+    /// A change of a volume, tried again as [`Self::call`] does. Says which try conversion has to
+    /// hear of as over before somebody else uses the blocks: see `attempts` of the state machine.
+    pub(super) async fn change(
         &self,
-        message: Message,
+        volume: &Rc<Volume>,
+        make: impl Fn(Attempt) -> Call,
+        deadline: u64,
+    ) -> (Outcome<ReplyBody>, Option<u64>, Vec<u64>) {
+        let tries = Cell::new(Tries::default());
+        let numbers = RefCell::new(Vec::new());
+        let next = || {
+            let trying = Trying::begin(volume);
+            let mut all = tries.get();
+            all.began(trying.attempt);
+            tries.set(all);
+            numbers.borrow_mut().push(trying.attempt.number);
+            (Message::Call(make(trying.attempt)), trying)
+        };
+        let outcome = self.call_until(next, deadline, replied).await;
+        let left = tries.get().left(outcome.is_ok());
+        (outcome, left, numbers.into_inner())
+    }
+
+    /// Waits until conversion has heard that a try is over, and those before it; `None`: the
+    /// volume is not usable here any more.
+    pub(super) async fn settle(&self, volume: &Rc<Volume>, number: u64) -> Option<MapView> {
+        while volume.usable().is_ok() {
+            let over = volume.state.borrow().attempts.over();
+            if over >= number {
+                let first = LblkRange::new(0, 1);
+                match self.look_up_after(volume, first, over, self.deadline()).await {
+                    Ok(found) => return Some(found),
+                    Err(failure) => self.heed(volume, &failure),
+                }
+            }
+            self.exec().sleep(self.world.plan.retry_max_ms * MS).await;
+        }
+        None
+    }
+
+    async fn call_until<T, G>(
+        &self,
+        next: impl Fn() -> (Message, G),
         deadline: u64,
         take: impl Fn(Message) -> Outcome<T>,
     ) -> Outcome<T> {
         let exec = self.exec();
         let mut is_doubtful = false;
         loop {
-            let failure = match self.ask(message.clone(), deadline).await {
+            let (message, trying) = next();
+            let answer = self.ask(message, deadline).await;
+            drop(trying);
+            let failure = match answer {
                 Some(answer) => match take(answer) {
                     Ok(answer) => return Ok(answer),
                     Err(failure) => failure,
@@ -318,8 +359,18 @@ impl Wb {
         range: LblkRange,
         deadline: u64,
     ) -> Outcome<MapView> {
-        let message = Message::Lookup(volume.id, volume.generation, range);
-        let view = self.call_until(message, deadline, |answer| match answer {
+        self.look_up_after(volume, range, 0, deadline).await
+    }
+
+    async fn look_up_after(
+        &self,
+        volume: &Volume,
+        range: LblkRange,
+        over: u64,
+        deadline: u64,
+    ) -> Outcome<MapView> {
+        let next = || (Message::Lookup(volume.id, volume.generation, range, over), ());
+        let view = self.call_until(next, deadline, |answer| match answer {
             Message::View(Ok(view)) => Ok(view),
             Message::View(Err(refusal)) => Err(Failure::new(refusal.reason)),
             _ => Err(Failure::away()),
@@ -336,12 +387,39 @@ impl Wb {
         name: &str,
         deadline: u64,
     ) -> Outcome<(VolumeId, Option<String>, Generation)> {
-        let message = Message::Owner(name.to_owned());
-        self.call_until(message, deadline, |answer| match answer {
+        let next = || (Message::Owner(name.to_owned()), ());
+        self.call_until(next, deadline, |answer| match answer {
             Message::Owned(Some(owner)) => Ok(owner),
             Message::Owned(None) => Err(Failure::new(Reason::UnknownVolume)),
             _ => Err(Failure::away()),
         })
         .await
+    }
+}
+
+fn replied(answer: Message) -> Outcome<ReplyBody> {
+    match answer {
+        Message::Reply(Ok(body)) => Ok(body),
+        Message::Reply(Err(refusal)) => Err(Failure::new(refusal.reason)),
+        _ => Err(Failure::away()),
+    }
+}
+
+/// A try of a change; dropping it ends it.
+struct Trying {
+    volume: Rc<Volume>,
+    attempt: Attempt,
+}
+
+impl Trying {
+    fn begin(volume: &Rc<Volume>) -> Self {
+        let attempt = volume.state.borrow_mut().attempts.begin();
+        Self { volume: Rc::clone(volume), attempt }
+    }
+}
+
+impl Drop for Trying {
+    fn drop(&mut self) {
+        self.volume.state.borrow_mut().attempts.end(self.attempt.number);
     }
 }

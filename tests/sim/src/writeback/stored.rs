@@ -107,7 +107,7 @@ impl Wb {
                 Some(extent) => {
                     let at = (block.start.0 - extent.range.start.0) as usize;
                     extent.crcs.get(at) == Some(&crc(&waiting.data))
-                        && self.read_extent(&grant, block, extent).await? == [waiting.data]
+                        && self.read_extent(volume, &grant, block, extent).await? == [waiting.data]
                 }
             };
             if is_same {

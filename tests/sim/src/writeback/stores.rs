@@ -86,19 +86,24 @@ impl Wb {
         Ok(done)
     }
 
-    /// The network may keep a copy of a bio and deliver it later, to whoever is there by then.
-    fn may_repeat(&self, node: usize, message: &Message) {
-        let is_bio = matches!(message, Message::Bio { .. });
-        if !is_bio || !self.exec().chance(self.world.plan.late_bios) {
+    /// The network may keep a copy of a bio or a read and deliver it later, to whoever is there by
+    /// then.
+    fn may_repeat(&self, node: usize, kind: Kind, message: &Message) {
+        let late = self.world.plan.late_bios;
+        if late == 0 || self.world.rare.borrow_mut().below(1000) >= late {
             return;
         }
         let lease_us = u64::from(self.world.plan.limits.lease_ms) * MS;
-        let pause = self.exec().below(self.exec().between(1, 4) * lease_us);
+        let pause = {
+            let mut rare = self.world.rare.borrow_mut();
+            let most = rare.between(1, 4) * lease_us;
+            rare.below(most)
+        };
         let (world, message, from) = (Rc::clone(&self.world), message.clone(), self.node());
         self.exec().spawn(WORLD, async move {
             world.exec.sleep(pause).await;
             let patience = world.plan.call_timeout_ms * MS;
-            let end = world.net.connect(from, node, Kind::Bios, patience).await;
+            let end = world.net.connect(from, node, kind, patience).await;
             let Some(end) = end else { return };
             end.send(message);
             let until = world.exec.now() + patience;
@@ -119,7 +124,7 @@ impl Wb {
             // Whoever asked hears that the store is away, by the drop.
             let Some(end) = end else { continue };
             let mut owed: BTreeMap<Key, Answer<Done>> = BTreeMap::new();
-            self.may_repeat(node, &first.message);
+            self.may_repeat(node, kind, &first.message);
             end.send(first.message);
             owed.insert(first.key, first.reply);
             loop {
@@ -142,7 +147,7 @@ impl Wb {
                     }
                     Either::One(Some(_)) => {}
                     Either::Other(Some(job)) => {
-                        self.may_repeat(node, &job.message);
+                        self.may_repeat(node, kind, &job.message);
                         end.send(job.message);
                         owed.insert(job.key, job.reply);
                     }

@@ -327,49 +327,46 @@ impl Wb {
             let block = LblkRange::new(size_bytes / BLOCK_BYTES, 1);
             self.write_through(volume, block, whole, 0, deadline).await?;
         }
-        let call = Call::ResizeVolume {
+        let make = |attempt| Call::ResizeVolume {
             name: volume.name.clone(),
             size_bytes,
             generation: volume.generation,
+            attempt,
         };
         let changing = MapChanging::begin(volume, vec![LblkRange::new(0, u64::MAX)]);
-        match self.call(call, deadline).await {
-            Ok(ReplyBody::Volume(info)) => {
+        let (outcome, left, tries) = self.change(volume, make, deadline).await;
+        if let Ok(ReplyBody::Volume(info)) = &outcome {
+            volume.state.borrow_mut().view.resized(info.map_version, info.size_bytes);
+        }
+        if let Err(failure) = &outcome {
+            self.heed(volume, failure);
+        }
+        match left {
+            None => {
+                self.world.tries_ended(volume.id, volume.generation, &tries);
                 changing.ended(Vec::new());
-                volume.state.borrow_mut().view.resized(info.map_version, info.size_bytes);
-                Ok(())
             }
-            Ok(_) => Err(Failure::new(Reason::Malformed)),
-            Err(failure) => {
-                self.heed(volume, &failure);
+            Some(number) => {
                 let (wb, volume) = (self.clone(), Rc::clone(volume));
                 self.spawn(async move {
                     if !wb.world.planted(Planted::SizeGuessed) {
-                        wb.learn_size(&volume, size_bytes, changing).await;
+                        wb.learn_size(&volume, size_bytes, number, changing).await;
+                        wb.world.tries_ended(volume.id, volume.generation, &tries);
                     }
                     drop(held);
                 });
-                Err(failure)
             }
         }
+        outcome.map(drop)
     }
 
-    /// A resize was given up that may have been carried out all the same: the size is asked for
-    /// until it is known.
-    async fn learn_size(&self, volume: &Rc<Volume>, asked_bytes: u64, changing: MapChanging) {
-        while volume.usable().is_ok() {
-            match self.look_up(volume, LblkRange::new(0, 1), self.deadline()).await {
-                Ok(found) => {
-                    changing.ended(Vec::new());
-                    if found.size_bytes == asked_bytes {
-                        let mut state = volume.state.borrow_mut();
-                        state.view.resized(found.map_version, asked_bytes);
-                    }
-                    return;
-                }
-                Err(failure) => self.heed(volume, &failure),
-            }
-            self.exec().sleep(self.world.plan.retry_max_ms * MS).await;
+    /// A try of a resize was given up that may have been carried out all the same: the size is asked
+    /// for until it is known, and that no try is carried out any more.
+    async fn learn_size(&self, volume: &Rc<Volume>, asked: u64, tried: u64, changing: MapChanging) {
+        let Some(found) = self.settle(volume, tried).await else { return };
+        changing.ended(Vec::new());
+        if found.size_bytes == asked {
+            volume.state.borrow_mut().view.resized(found.map_version, asked);
         }
     }
 

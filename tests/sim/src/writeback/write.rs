@@ -223,6 +223,11 @@ impl Wb {
                 Err(failure) if failure.reason == Reason::PeerAway => return,
                 Err(failure) => {
                     wb.heed(&volume, &failure);
+                    wb.exec().tell(wb.node(), || {
+                        let waits: Vec<u64> =
+                            volume.state.borrow().dirty.waiting().map(|w| w.lblk.0).collect();
+                        format!("volume {}: {ask:?} is refused, {waits:?} wait", volume.id)
+                    });
                     let is_full = failure.reason == Reason::NoSpace && failure.retry_ms == 0;
                     if ask.reset && failure.reason == Reason::NoSpace {
                         wb.take_stored(&volume).await;
@@ -396,9 +401,9 @@ impl Wb {
         let deadline = self.deadline();
         let blocks = self.check(volume, bytes, false)?;
         let turn = self.turn(volume, blocks, retry, deadline).await?;
-        let Some((admission, _held)) = turn else { return Ok(()) };
+        let Some((admission, held)) = turn else { return Ok(()) };
         if kind == RangeKind::Allocate {
-            self.change_map(volume, MapChange::Allocate, blocks, deadline).await?;
+            self.change_map(volume, MapChange::Allocate, blocks, held, deadline).await?;
             self.note_done(admission, 0);
             return Ok(());
         }
@@ -414,7 +419,7 @@ impl Wb {
             _ => MapChange::Zero,
         };
         if inner.len > 0 {
-            self.change_map(volume, change, inner, deadline).await?;
+            self.change_map(volume, change, inner, held, deadline).await?;
         }
         self.note_done(admission, 0);
         Ok(())
@@ -444,24 +449,37 @@ impl Wb {
         volume: &Rc<Volume>,
         change: MapChange,
         range: LblkRange,
+        held: Held,
         deadline: u64,
     ) -> Outcome<()> {
         let (id, generation) = (volume.id, volume.generation);
-        let call = Call::ChangeMap { volume: id, generation, change, range };
+        let make = |attempt| Call::ChangeMap { volume: id, generation, change, range, attempt };
         let changing = MapChanging::begin(volume, vec![range]);
-        // Without an answer it may have been carried out, or may yet be.
-        match self.call(call, deadline).await {
-            Ok(ReplyBody::Changed { map_version, .. }) => {
+        let (outcome, left, tries) = self.change(volume, make, deadline).await;
+        if let Ok(ReplyBody::Changed { map_version, .. }) = &outcome {
+            volume.state.borrow_mut().view.saw_map(*map_version);
+        }
+        if let Err(failure) = &outcome {
+            self.heed(volume, failure);
+        }
+        match left {
+            None => {
+                self.world.tries_ended(volume.id, generation, &tries);
                 changing.ended(Vec::new());
-                volume.state.borrow_mut().view.saw_map(map_version);
-                Ok(())
             }
-            Ok(_) => Err(Failure::new(Reason::Malformed)),
-            Err(failure) => {
-                self.heed(volume, &failure);
-                Err(failure)
+            // A try without an answer may yet be carried out: nobody else has the blocks until then.
+            Some(number) => {
+                let (wb, volume) = (self.clone(), Rc::clone(volume));
+                self.spawn(async move {
+                    if wb.settle(&volume, number).await.is_some() {
+                        wb.world.tries_ended(volume.id, generation, &tries);
+                        changing.ended(Vec::new());
+                    }
+                    drop(held);
+                });
             }
         }
+        outcome.map(drop)
     }
 
     /// Waits until everything acknowledged before is converted.
