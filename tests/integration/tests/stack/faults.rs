@@ -167,7 +167,7 @@ async fn a_full_store_is_a_clear_error_and_service_resumes_after_a_trim() {
     let config = endio_writeback::Config {
         conversion: conversion.url.clone(),
         cache_dir: directory.path().join("cache"),
-        io_timeout_ms: 1_500,
+        io_timeout_ms: 5_000,
         ..Default::default()
     };
     let writeback = Writeback::start_with(config).await;
@@ -216,7 +216,7 @@ async fn direct_writes_at_once_use_a_store_to_its_last_block() {
     let config = endio_writeback::Config {
         conversion: conversion.url.clone(),
         cache_dir: directory.path().join("cache"),
-        io_timeout_ms: 1_500,
+        io_timeout_ms: 5_000,
         ..Default::default()
     };
     let writeback = Writeback::start_with(config).await;
@@ -270,7 +270,7 @@ async fn an_error_is_told_and_does_not_stick() {
     let config = endio_writeback::Config {
         conversion: conversion.url.clone(),
         cache_dir: directory.path().join("cache"),
-        io_timeout_ms: 1_000,
+        io_timeout_ms: 4_000,
         ..Default::default()
     };
     let writeback = Writeback::start_with(config).await;

@@ -380,14 +380,20 @@ async fn nothing_is_acknowledged_after_a_close_that_was_not_answered() {
     let impatient = Writeback::start_with(endio_writeback::Config {
         conversion: stack.conversion.url.clone(),
         cache_dir: stack.directory.path().join("impatient"),
-        io_timeout_ms: 1000,
+        io_timeout_ms: 3_000,
         ..endio_writeback::Config::default()
     })
     .await;
     let client = impatient.client();
     client.create("vol1", SIZE, 1).await.unwrap();
-    write(&client, 0, &[1; 8192], WriteMode::Buffered).await;
+    // On a slow machine a second passes before the volume is open: asked again until it is.
+    let mut pipe = Pipe::new(client.clone(), 92);
+    let data = Bytes::from_static(&[1; 8192]);
+    let volume = "vol1".to_owned();
+    pipe.write(Put { volume, offset: 0, data, direct: false, dsync: false }).await;
+    assert_eq!(pipe.next().await.unwrap().reason, 0);
     client.fsync("vol1").await.unwrap();
+    drop(pipe);
     stack.conversion.stop().await;
     let close = VolumeRequest { name: "vol1".into() };
     client.volumes().close(close.clone()).await.unwrap_err();
