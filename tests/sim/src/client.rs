@@ -1,6 +1,7 @@
 //! Clients of volumes, and what they insist on.
 
 mod ends;
+mod known;
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -8,7 +9,7 @@ use std::rc::Rc;
 use endio_state_machine::machine::Call;
 use endio_state_machine::writeback::errseq::Cursor;
 use endio_state_machine::writeback::sessions::{RequestKey, SessionId};
-use endio_testkit::oracle::{At, Oracle};
+use endio_testkit::oracle::At;
 use endio_testkit::pattern::Cell as Found;
 use endio_types::{BLOCK_BYTES, Reason};
 
@@ -17,41 +18,12 @@ use crate::exec::{Exec, MS, WORLD, answer};
 use crate::plan::VolumePlan;
 use crate::world::World;
 use crate::writeback::{Failure, Outcome, RangeKind, Retry, Volume, Wb};
+use known::{Doubt, Known};
 
 /// Cells that any volume may grow to.
 const CELLS_MAX: u64 = 40 * CELLS;
 /// Marks what a client of a fenced writeback writes: it must never be seen.
 const FENCED_TAG: u64 = 255;
-
-/// A request whose outcome is not known, and that may still take effect.
-struct Doubt {
-    sequence: u64,
-    first: u64,
-    cells: u64,
-    since: At,
-    /// Of the tenure; a session after this one ends the doubt.
-    session: u64,
-    tenure: u64,
-    engine: String,
-}
-
-/// What is known about the content of a volume.
-struct Known {
-    tag: u64,
-    oracle: Oracle,
-    doubts: Vec<Doubt>,
-    /// A read up to here is answered.
-    size_cells: u64,
-    /// The size may be this instead: a resize from it failed, or may yet have happened.
-    reach_cells: u64,
-    is_resizing: bool,
-    /// Changes that were sent.
-    changes: u64,
-    /// Resizes that were sent.
-    resizes: u64,
-    /// A power cut of the owner may have taken writes, and no fsync has said so yet.
-    unsaid_loss: bool,
-}
 
 /// A volume of the workload.
 pub struct Slot {
@@ -88,40 +60,6 @@ struct Observer {
     open: (u64, u64),
     cursor: Cursor,
     seen: u64,
-}
-
-impl Known {
-    fn new(tag: u64, plan: &VolumePlan) -> Self {
-        Self {
-            tag,
-            oracle: Oracle::new(tag, CELL_BYTES as usize),
-            doubts: Vec::new(),
-            size_cells: plan.blocks * CELLS,
-            reach_cells: 0,
-            is_resizing: false,
-            changes: 0,
-            resizes: 0,
-            unsaid_loss: false,
-        }
-    }
-
-    /// Begins a read; with how many changes were sent so far, if none of them is under way.
-    fn begin_read(&mut self) -> (At, Option<u64>) {
-        let is_quiet = self.oracle.pending().is_empty();
-        (self.oracle.invoke_read(), is_quiet.then_some(self.changes))
-    }
-
-    fn ack(&mut self, sequence: u64, invoked: At, first: u64, cells: u64, durable: bool) {
-        self.oracle.ack_write(sequence, durable);
-        // What was given up before this was sent must not undo it.
-        for doubt in self.doubts.iter().filter(|doubt| doubt.since < invoked) {
-            let from = first.max(doubt.first);
-            let to = (first + cells).min(doubt.first + doubt.cells);
-            if from < to {
-                self.oracle.rule_out(doubt.sequence, from, to - from);
-            }
-        }
-    }
 }
 
 impl Clients {
@@ -627,7 +565,10 @@ impl Clients {
         observer: &mut Option<Observer>,
     ) -> bool {
         let tenure = slot.tenure.get();
-        let flush = slot.known.borrow_mut().oracle.invoke_flush();
+        let (before, flush) = {
+            let oracle = &mut slot.known.borrow_mut().oracle;
+            (oracle.now(), oracle.invoke_flush())
+        };
         let open = (volume.id.0, volume.generation.0);
         let is_same =
             observer.as_ref().is_some_and(|o| o.engine == wb.engine.name && o.open == open);
@@ -672,6 +613,7 @@ impl Clients {
                     self.exec().fail(format!("errors_told_once: {}: {why}", slot.name));
                 }
                 known.oracle.ack_flush(flush);
+                known.flushed(before);
                 true
             }
             Err(failure) => {

@@ -1,6 +1,6 @@
 //! Planted bugs are caught, each by the checkers that are there for it.
 //!
-//! Seven of them run in the short form. All: `ENDIO_PLANTED_ALL=1 cargo test -p endio-sim-tests --features planted-bugs
+//! Twelve of them run in the short form. All: `ENDIO_PLANTED_ALL=1 cargo test -p endio-sim-tests --features planted-bugs
 //! --test planted -- --nocapture`; one: `ENDIO_PLANTED_ONE=NoFence` beside it.
 #![cfg(feature = "planted-bugs")]
 
@@ -34,17 +34,23 @@ impl Plant {
     /// and not a panic.
     fn checkers(self) -> Option<&'static [&'static str]> {
         match self {
-            Self::Pure(Bug::NoFence) => Some(&["fenced_is_refused"]),
+            Self::Pure(Bug::NoFence | Bug::SeenForgotten | Bug::GenerationUnchecked) => {
+                Some(&["fenced_is_refused"])
+            }
+            Self::Pure(Bug::ReadersIgnored | Bug::FreedBeforeDurable) => {
+                Some(&["reuse-after-safe"])
+            }
+            Self::Modelled(Planted::LogFirstOff) => Some(&["log_first"]),
             Self::Pure(Bug::CreditLeaked) => Some(&["space_adds_up"]),
             Self::Pure(Bug::ToldTwice | Bug::NeverTold) => Some(&["errors_told_once"]),
             Self::Pure(Bug::WholeRequestsOff) => Some(&["no_torn_write"]),
             // Which of the two is broken first is a matter of what is asked first.
             Self::Pure(
-                Bug::ConvertOnFirstRelease
-                | Bug::ConvertDespiteFailure
-                | Bug::LockGrantsAll
-                | Bug::FailedIsClean,
+                Bug::ConvertOnFirstRelease | Bug::ConvertDespiteFailure | Bug::FailedIsClean,
             ) => Some(&["no_foreign_or_stale_byte", "no_lost_flushed_write"]),
+            Self::Pure(Bug::LockGrantsAll) => {
+                Some(&["no_foreign_or_stale_byte", "no_lost_flushed_write", "liveness"])
+            }
             _ => None,
         }
     }
@@ -78,12 +84,16 @@ fn bugs() -> Vec<Plant> {
     }
     let pure = [
         Bug::NoFence,
+        Bug::SeenForgotten,
+        Bug::GenerationUnchecked,
+        Bug::FreedBeforeDurable,
+        Bug::ReadersIgnored,
         Bug::ConvertOnFirstRelease,
         Bug::ConvertDespiteFailure,
         Bug::LockGrantsAll,
         Bug::CreditLeaked,
     ];
-    let modelled = [Planted::ForgetSkipped, Planted::ReadSkipsChecksum];
+    let modelled = [Planted::LogFirstOff, Planted::ForgetSkipped, Planted::ReadSkipsChecksum];
     pure.map(Plant::Pure).into_iter().chain(modelled.map(Plant::Modelled)).collect()
 }
 

@@ -67,7 +67,7 @@ impl Clients {
         slot.tenure.set(slot.tenure.get() + 1);
         {
             let known = &mut *slot.known.borrow_mut();
-            known.oracle.lose_unflushed();
+            known.lose_unflushed();
             known.unsaid_loss = false;
             known.is_resizing = false;
             for doubt in std::mem::take(&mut known.doubts) {
@@ -101,7 +101,7 @@ impl Clients {
     pub fn power_cut(&self, at: usize, open: &[String]) {
         for slot in self.slots.iter().filter(|slot| slot.owner.get() == at) {
             let mut known = slot.known.borrow_mut();
-            known.oracle.lose_unflushed();
+            known.lose_unflushed();
             known.unsaid_loss |= open.contains(&slot.name);
         }
     }

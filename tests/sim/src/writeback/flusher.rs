@@ -157,6 +157,11 @@ impl Wb {
         };
         match self.submit(volume, &job).await {
             Ok(written) => {
+                let durable = self.engine.log.durable_lsn();
+                if durable < gathered.max_lsn() {
+                    let why = format!("{} of {:?} is converted", volume.name, gathered.max_lsn());
+                    self.exec().fail(format!("log_first: {why}, the log ends at {durable:?}"));
+                }
                 // Before the blocks are clean: a read that misses the cache finds them.
                 changing.ended(written.parts);
                 self.written_out(volume, &gathered, &written.done)

@@ -353,6 +353,7 @@ impl Wb {
                         wb.learn_size(&volume, size_bytes, number, changing).await;
                         wb.world.tries_ended(volume.id, volume.generation, &tries);
                     }
+                    wb.check_size(&volume);
                     drop(held);
                 });
             }
@@ -367,6 +368,19 @@ impl Wb {
         changing.ended(Vec::new());
         if found.size_bytes == asked {
             volume.state.borrow_mut().view.resized(found.map_version, asked);
+        }
+    }
+
+    /// Whoever writes next goes by the size that is known here.
+    fn check_size(&self, volume: &Volume) {
+        let process = self.world.conversion.process.borrow();
+        let there = process.as_ref().and_then(|process| process.machine.volume(&volume.name));
+        let is_same = |v: &VolumeInfo| (v.id, v.generation) == (volume.id, volume.generation);
+        let Some(there) = there.filter(is_same) else { return };
+        let here = volume.state.borrow().view.size_bytes();
+        if volume.usable().is_ok() && !volume.growable && here != there.size_bytes {
+            let why = format!("{} has {} bytes, not {here}", volume.name, there.size_bytes);
+            self.exec().fail(format!("size_is_known: {why}"));
         }
     }
 
