@@ -178,6 +178,8 @@ pub struct Plan {
     pub map_entries: usize,
     /// Blocks of the map that a look-up asks for at once.
     pub learn_blocks: u64,
+    /// Clean blocks of a volume that its writeback keeps for reads; 0: none.
+    pub clean_blocks: usize,
 }
 
 impl Plan {
@@ -327,6 +329,7 @@ impl Plan {
             rot_ms,
             map_entries: if rng.chance(20) { rng.below(6) as usize } else { 64 },
             learn_blocks: rng.between(1, 48),
+            clean_blocks: if rare.chance(50) { rare.between(1, 24) as usize } else { 0 },
         }
     }
 }

@@ -48,6 +48,10 @@ pub enum Planted {
     LossUntold,
     /// Effects leave conversion before their records are durable.
     ConversionSendsEarly,
+    /// Clean blocks stay in the memory of a writeback when the map of them changes.
+    CleanKept,
+    /// What was read is kept in memory whatever has changed meanwhile.
+    OldKept,
     /// Neither a store nor a writeback compares a checksum of what is read.
     ReadSkipsChecksum,
 }
@@ -66,6 +70,8 @@ impl Planted {
         Self::TrimTooMuch,
         Self::LossUntold,
         Self::ConversionSendsEarly,
+        Self::CleanKept,
+        Self::OldKept,
         Self::ReadSkipsChecksum,
     ];
 }

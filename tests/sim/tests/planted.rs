@@ -1,6 +1,6 @@
 //! Planted bugs are caught, each by the checkers that are there for it.
 //!
-//! Twelve of them run in the short form. All: `ENDIO_PLANTED_ALL=1 cargo test -p endio-sim-tests --features planted-bugs
+//! Fourteen of them run in the short form. All: `ENDIO_PLANTED_ALL=1 cargo test -p endio-sim-tests --features planted-bugs
 //! --test planted -- --nocapture`; one: `ENDIO_PLANTED_ONE=NoFence` beside it.
 #![cfg(feature = "planted-bugs")]
 
@@ -93,7 +93,13 @@ fn bugs() -> Vec<Plant> {
         Bug::LockGrantsAll,
         Bug::CreditLeaked,
     ];
-    let modelled = [Planted::LogFirstOff, Planted::ForgetSkipped, Planted::ReadSkipsChecksum];
+    let modelled = [
+        Planted::LogFirstOff,
+        Planted::ForgetSkipped,
+        Planted::CleanKept,
+        Planted::OldKept,
+        Planted::ReadSkipsChecksum,
+    ];
     pure.map(Plant::Pure).into_iter().chain(modelled.map(Plant::Modelled)).collect()
 }
 

@@ -139,7 +139,7 @@ impl Wb {
     /// Carries a write-out to its end: clean, or dirty again with the error noted.
     async fn write_out(&self, volume: &Rc<Volume>, gathered: Gathered<Block>) -> Outcome<()> {
         let ranges = gathered.ranges();
-        let changing = MapChanging::begin(volume, ranges.clone());
+        let changing = MapChanging::begin(self, volume, ranges.clone());
         let size_after_bytes = match volume.growable {
             true => volume.state.borrow().view.size_after(gathered.end_bytes()),
             false => 0,

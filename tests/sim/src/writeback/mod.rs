@@ -20,6 +20,7 @@ use endio_state_machine::machine::{Completion, ReplyBody, VolumeInfo};
 use endio_state_machine::token::ReadGrant;
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::attempts::Attempts;
+use endio_state_machine::writeback::block_cache::{BlockCache, Tenant};
 use endio_state_machine::writeback::credit::Credit;
 use endio_state_machine::writeback::dirty::DirtyMap;
 use endio_state_machine::writeback::errseq::{Cursor, ErrSeq};
@@ -186,12 +187,17 @@ pub struct Volume {
     changed: Signal,
 }
 
+/// Each volume has a cache of its own here.
+const ALONE: Tenant = Tenant(0);
+
 /// What changes of a volume.
 pub struct State {
     /// Its size, and the versions of its map that reads use.
     pub view: VolumeView,
     /// What is known of the map.
     map: MapCache<Rc<MapExtent>>,
+    /// Blocks that were read, as the map shows them now.
+    clean: BlockCache<Block>,
     /// Permission to read, as conversion gave it last.
     grant: Option<ReadGrant>,
     /// Tries of changes of the map.
@@ -230,6 +236,7 @@ impl Volume {
             state: RefCell::new(State {
                 view: VolumeView::new(info.map_version, info.size_bytes),
                 map: MapCache::new(entries),
+                clean: BlockCache::new(if info.in_place { 0 } else { world.plan.clean_blocks }),
                 grant: Some(grant),
                 attempts: Attempts::default(),
                 write_outs: 0,
@@ -278,8 +285,12 @@ struct MapChanging {
 }
 
 impl MapChanging {
-    fn begin(volume: &Rc<Volume>, ranges: Vec<LblkRange>) -> Self {
-        let id = volume.state.borrow_mut().map.begin(ranges);
+    fn begin(wb: &Wb, volume: &Rc<Volume>, ranges: Vec<LblkRange>) -> Self {
+        let mut state = volume.state.borrow_mut();
+        for range in ranges.iter().filter(|_| !wb.world.planted(Planted::CleanKept)) {
+            state.clean.forget(ALONE, *range);
+        }
+        let id = state.map.begin(ranges);
         Self { volume: Rc::clone(volume), id: Some(id) }
     }
 

@@ -5,11 +5,12 @@ use std::rc::Rc;
 use endio_state_machine::chunk::ExtentState;
 use endio_state_machine::extent_map::MapExtent;
 use endio_state_machine::token::ReadGrant;
+use endio_state_machine::writeback::block_cache::Admission;
 use endio_state_machine::writeback::cover::{gaps, parts};
-use endio_state_machine::writeback::map_cache::Part;
-use endio_types::{BLOCK_BYTES, LblkRange, MapVersion, Pblk, Reason};
+use endio_state_machine::writeback::map_cache::{Part, Ticket};
+use endio_types::{BLOCK_BYTES, Lblk, LblkRange, MapVersion, Pblk, Reason};
 
-use super::{Failure, Outcome, Volume, Wb};
+use super::{ALONE, Failure, Outcome, State, Volume, Wb};
 use crate::block::{Block, CELLS, ZEROES, crc};
 use crate::exec::MS;
 use crate::net::Message;
@@ -46,7 +47,10 @@ impl Wb {
         }
         let (from, to) = (first / CELLS, (first + cells).div_ceil(CELLS));
         let range = LblkRange::new(from, to - from);
-        let blocks = self.read_blocks(volume, range, self.deadline()).await?;
+        let blocks = match at_hand(volume, range) {
+            Some(blocks) => blocks,
+            None => self.read_blocks(volume, range, self.deadline()).await?,
+        };
         let all: Vec<u64> = blocks.into_iter().flatten().collect();
         let skip = (first - from * CELLS) as usize;
         Ok(all[skip..skip + cells as usize].to_vec())
@@ -68,7 +72,9 @@ impl Wb {
             volume.usable()?;
             if std::mem::take(&mut trusts_cache) {
                 // Whatever is wrong with the blocks, first of all they must be the right ones.
-                volume.state.borrow_mut().map.forget(range);
+                let mut state = volume.state.borrow_mut();
+                state.map.forget(range);
+                state.clean.forget(ALONE, range);
                 continue;
             }
             let passes = matches!(
@@ -115,7 +121,7 @@ impl Wb {
         };
         let (Some(first), Some(last)) = (gaps.first(), gaps.last()) else { return Ok(blocks) };
         let hull = LblkRange::new(first.start.0, last.end() - first.start.0);
-        let (grant, map) = match known(volume, &gaps).filter(|_| *trusts_cache) {
+        let (ticket, grant, map) = match known(volume, &gaps).filter(|_| *trusts_cache) {
             Some(known) => known,
             None => {
                 *trusts_cache = false;
@@ -131,6 +137,14 @@ impl Wb {
                 let found = self.read_extent(volume, &grant, part, extent).await?;
                 let at = (part.start.0 - range.start.0) as usize;
                 blocks[at..at + found.len()].copy_from_slice(&found);
+                let mut state = volume.state.borrow_mut();
+                if state.map.is_current(ticket, part) || self.world.planted(Planted::OldKept) {
+                    for (lblk, block) in (part.start.0..part.end()).zip(found) {
+                        let admission =
+                            if part.len > 4 { Admission::IfRoom } else { Admission::Evict };
+                        state.clean.insert(ALONE, lblk, block, admission);
+                    }
+                }
             }
         }
         Ok(blocks)
@@ -142,7 +156,7 @@ impl Wb {
         volume: &Rc<Volume>,
         hull: LblkRange,
         deadline: u64,
-    ) -> Outcome<(ReadGrant, Map)> {
+    ) -> Outcome<(Ticket, ReadGrant, Map)> {
         let (ticket, asked) = {
             let state = volume.state.borrow();
             let step = self.world.plan.learn_blocks;
@@ -159,7 +173,7 @@ impl Wb {
         let mut state = volume.state.borrow_mut();
         state.grant = Some(grant);
         state.map.learn(ticket, map.iter().cloned());
-        Ok((grant, map))
+        Ok((ticket, grant, map))
     }
 
     /// Reads a part of a written extent, from one replica after the other.
@@ -217,9 +231,16 @@ impl Wb {
 
 /// The map of some ranges without asking conversion. What it names stays untouched while the read
 /// is registered, which it is already.
-fn known(volume: &Volume, ranges: &[LblkRange]) -> Option<(ReadGrant, Map)> {
+fn known(volume: &Volume, ranges: &[LblkRange]) -> Option<(Ticket, ReadGrant, Map)> {
     let state = volume.state.borrow();
     let grant = state.grant?;
     let found: Option<Vec<Map>> = ranges.iter().map(|range| state.map.find(*range)).collect();
-    Some((grant, found?.concat()))
+    Some((state.map.ticket(), grant, found?.concat()))
+}
+
+/// Blocks that need not be fetched, if all of them are in memory.
+fn at_hand(volume: &Volume, range: LblkRange) -> Option<Vec<Block>> {
+    let State { dirty, clean, .. } = &mut *volume.state.borrow_mut();
+    let block = |lblk| dirty.read(Lblk(lblk)).or_else(|| clean.get(ALONE, lblk)).copied();
+    (range.start.0..range.end()).map(block).collect()
 }

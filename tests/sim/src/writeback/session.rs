@@ -12,7 +12,7 @@ use endio_state_machine::token::Token;
 use endio_state_machine::writeback::attempts::Tries;
 use endio_types::{Generation, LblkRange, Reason, SegmentIndex, VolumeId};
 
-use super::{Failure, Outcome, Owed, Volume, Wb};
+use super::{ALONE, Failure, Outcome, Owed, Volume, Wb};
 use crate::exec::{Awaited, Either, MS, answer, either};
 use crate::net::{Kind, Message};
 
@@ -118,6 +118,7 @@ impl Wb {
             state.grant = None;
             // Whatever an older session had asked for has ended by now, one way or the other.
             state.map.reset();
+            state.clean.forget(ALONE, LblkRange::new(0, u64::MAX));
             let ask = state.credit.reset();
             state.credit_reset = Some(ask.request);
             drop(state);

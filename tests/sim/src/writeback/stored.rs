@@ -95,7 +95,7 @@ impl Wb {
         let _registered = UnderWay::begin(volume);
         let deadline = self.deadline();
         let range = LblkRange::new(first.lblk.0, run.len() as u64);
-        let (grant, map) = self.learn(volume, range, deadline).await?;
+        let (_, grant, map) = self.learn(volume, range, deadline).await?;
         let mut same = Vec::new();
         for waiting in run {
             let block = LblkRange::new(waiting.lblk.0, 1);

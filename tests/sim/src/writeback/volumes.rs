@@ -333,7 +333,7 @@ impl Wb {
             generation: volume.generation,
             attempt,
         };
-        let changing = MapChanging::begin(volume, vec![LblkRange::new(0, u64::MAX)]);
+        let changing = MapChanging::begin(self, volume, vec![LblkRange::new(0, u64::MAX)]);
         let (outcome, left, tries) = self.change(volume, make, deadline).await;
         if let Ok(ReplyBody::Volume(info)) = &outcome {
             volume.state.borrow_mut().view.resized(info.map_version, info.size_bytes);

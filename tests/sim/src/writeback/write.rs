@@ -171,7 +171,7 @@ impl Wb {
             false => 0,
         };
         let lane = Lane::Direct;
-        let changing = MapChanging::begin(volume, vec![range]);
+        let changing = MapChanging::begin(self, volume, vec![range]);
         let ranges = vec![range];
         let job = Job { lane, ranges, data, size_after_bytes, deadline, gate: None };
         let (outcome, parts) = match self.submit(volume, &job).await {
@@ -454,7 +454,7 @@ impl Wb {
     ) -> Outcome<()> {
         let (id, generation) = (volume.id, volume.generation);
         let make = |attempt| Call::ChangeMap { volume: id, generation, change, range, attempt };
-        let changing = MapChanging::begin(volume, vec![range]);
+        let changing = MapChanging::begin(self, volume, vec![range]);
         let (outcome, left, tries) = self.change(volume, make, deadline).await;
         if let Ok(ReplyBody::Changed { map_version, .. }) = &outcome {
             volume.state.borrow_mut().view.saw_map(*map_version);
