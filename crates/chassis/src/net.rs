@@ -1,7 +1,7 @@
 //! Listeners and connectors over TCP, Unix sockets and process memory, behind one address syntax.
 //!
 //! A service is given its [`Listener`] and its [`Dialer`]; it cannot tell which of the three it
-//! runs over.
+//! runs over, or whether a test gave it a network of its own ([`Transport`], [`Listener::foreign`]).
 
 mod conn;
 mod dialer;
@@ -13,8 +13,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-pub use conn::{Conn, Peer};
-pub use dialer::{Dialer, DialerConfig};
+pub use conn::{Bytes, Conn, Peer};
+pub use dialer::{Dialer, DialerConfig, Transport};
 pub use gate::ConnCounters;
 pub(crate) use gate::ConnLimits;
 pub use listener::{Incoming, Listener};

@@ -61,7 +61,7 @@ pub(crate) struct Driver {
     pub(crate) read_bytes: Arc<Semaphore>,
     pub(crate) in_flight_per_stream_max: usize,
     releases_max: usize,
-    started: Instant,
+    started: tokio::time::Instant,
 }
 
 #[derive(Debug)]
@@ -103,7 +103,7 @@ impl Driver {
             read_bytes: Arc::new(Semaphore::new(config.read_bytes_max)),
             in_flight_per_stream_max: config.in_flight_per_stream_max,
             releases_max: config.releases_max,
-            started: Instant::now(),
+            started: tokio::time::Instant::now(),
         }
     }
 

@@ -58,13 +58,20 @@ impl Stages {
     }
 }
 
-/// The threads of the stages.
+/// The threads of the stages. Dropping it ends them, too, without waiting.
 #[derive(Debug)]
 pub(crate) struct Writer {
     writers: Vec<JoinHandle<()>>,
-    flusher: JoinHandle<()>,
-    puncher: JoinHandle<()>,
+    others: Vec<JoinHandle<()>>,
     driver: Arc<Driver>,
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.driver.stages.bios.close();
+        self.driver.stages.written.close();
+        self.driver.stages.punches.close();
+    }
 }
 
 impl Writer {
@@ -80,22 +87,26 @@ impl Writer {
         }
         let flusher = spawn("bio-flusher".to_owned(), flush_loop)?;
         let puncher = spawn("block-puncher".to_owned(), punch_loop)?;
-        Ok(Self { writers, flusher, puncher, driver: Arc::clone(driver) })
+        Ok(Self { writers, others: vec![flusher, puncher], driver: Arc::clone(driver) })
     }
 
     /// Finishes what is queued and ends the threads. Blocks on the device.
-    pub(crate) fn stop(self) {
+    pub(crate) fn stop(mut self) {
         self.driver.stages.bios.close();
-        let writers = self.writers.into_iter().map(JoinHandle::join);
-        if writers.fold(false, |panicked, writer| panicked | writer.is_err()) {
+        if !have_ended(&mut self.writers) {
             tracing::error!("a writer thread panicked");
         }
         self.driver.stages.written.close();
         self.driver.stages.punches.close();
-        if self.flusher.join().is_err() | self.puncher.join().is_err() {
+        if !have_ended(&mut self.others) {
             tracing::error!("the flusher or puncher thread panicked");
         }
     }
+}
+
+/// Waits for all of them. `false`: one panicked.
+fn have_ended(threads: &mut Vec<JoinHandle<()>>) -> bool {
+    threads.drain(..).fold(true, |fine, thread| thread.join().is_ok() & fine)
 }
 
 fn write_loop(driver: &Driver) {

@@ -12,7 +12,7 @@ mod checkpoint;
 mod outbox;
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use endio_api::conversion::DescribeResponse;
 use endio_chassis::server::Readiness;
@@ -27,6 +27,7 @@ use endio_state_machine::token::TokenKey;
 use endio_store::meta::{MetaError, MetaStore, MetaTable, Recovered};
 use endio_types::Millis;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
 
 use crate::commit::{Committer, Encoded, Progress};
 use crate::config::Config;
@@ -185,7 +186,7 @@ impl Driver {
                     stop_by = Some(Instant::now() + deadline);
                     self.feed((Input::StopIntake, String::new()))?;
                 }
-                () = tokio::time::sleep_until(wake.into()) => {}
+                () = tokio::time::sleep_until(wake) => {}
             }
             self.turn(&mut queue)?;
             if let Some(stop_by) = stop_by {

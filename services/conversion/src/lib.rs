@@ -53,12 +53,17 @@ pub struct Deps {
     pub shutdown: Shutdown,
     /// Where metadata is kept; `None`: in `Config::data_dir`.
     pub store: Option<Box<dyn MetaStore>>,
+    /// Whether the driver has a thread and a runtime of its own: its short disk reads hold up nobody
+    /// else. Without, it is a task of the caller's runtime and goes by that one's clock: for tests
+    /// that simulate time.
+    pub has_own_thread: bool,
 }
 
 impl Deps {
     /// The usual ones: one listener, metadata in the data directory.
     pub fn new(listener: Listener, dialer: Dialer, recorder: Recorder, shutdown: Shutdown) -> Self {
-        Self { incoming: Incoming::from(listener), dialer, recorder, shutdown, store: None }
+        let incoming = Incoming::from(listener);
+        Self { incoming, dialer, recorder, shutdown, store: None, has_own_thread: true }
     }
 }
 
@@ -118,7 +123,7 @@ impl Running {
 /// # Errors
 /// The metadata cannot be opened.
 pub async fn start(config: Config, deps: Deps) -> Result<Running, StartError> {
-    let Deps { incoming, dialer: _, recorder, shutdown, store } = deps;
+    let Deps { incoming, dialer: _, recorder, shutdown, store, has_own_thread } = deps;
     let url = incoming.urls().first().cloned().unwrap_or_default();
     let readiness = Readiness::new(&["endio.conversion.v1.Conversion"]).await;
     admin::watch("conversion", &readiness);
@@ -144,46 +149,71 @@ pub async fn start(config: Config, deps: Deps) -> Result<Running, StartError> {
         let _shown = registry;
         server.await
     });
-    let driver = start_driver(config, store, queue, readiness, shutdown.clone()).await?;
+    let life = Life { config, store, queue, readiness, shutdown: shutdown.clone() };
+    let driver = if has_own_thread { life.in_a_thread().await? } else { life.in_a_task()? };
     Ok(Running { url, driver, server, shutdown })
 }
 
-/// The driver has a thread and a runtime of its own: its short disk reads hold up nobody else.
-async fn start_driver(
+/// What the driver is made of.
+struct Life {
     config: Config,
     store: Option<Box<dyn MetaStore>>,
     queue: mpsc::Receiver<handle::Event>,
     readiness: Readiness,
     shutdown: Shutdown,
-) -> Result<oneshot::Receiver<Result<(), StartError>>, StartError> {
-    let (opened, is_open) = oneshot::channel();
-    let (ended, driver) = oneshot::channel();
-    let run = move || -> Result<(), StartError> {
+}
+
+impl Life {
+    /// Recovers; the future is the driver's life after that.
+    fn open(
+        self,
+    ) -> Result<impl Future<Output = Result<(), DriverError>> + Send + 'static, DriverError> {
+        let Self { config, store, queue, readiness, shutdown } = self;
         let store =
             store.unwrap_or_else(|| Box::new(DiskMeta::new(&config.data_dir, options(&config))));
         let registry = Registry::default();
         registry.expose();
         let metrics = metrics::Metrics::new(&registry);
-        let driver = match driver::Driver::open(config, store.as_ref(), metrics) {
-            Ok(driver) => driver,
-            Err(error) => {
-                drop(opened.send(Err(error)));
-                return Ok(());
-            }
+        let driver = driver::Driver::open(config, store.as_ref(), metrics)?;
+        Ok(async move {
+            // Shown as long as the driver lives, and its store is not closed before it.
+            let _kept = (registry, store);
+            driver.run(queue, readiness, shutdown).await
+        })
+    }
+
+    fn in_a_task(self) -> Result<oneshot::Receiver<Result<(), StartError>>, StartError> {
+        let (ended, driver) = oneshot::channel();
+        let running = self.open()?;
+        tokio::spawn(async move { drop(ended.send(running.await.map_err(StartError::from))) });
+        Ok(driver)
+    }
+
+    async fn in_a_thread(self) -> Result<oneshot::Receiver<Result<(), StartError>>, StartError> {
+        let (opened, is_open) = oneshot::channel();
+        let (ended, driver) = oneshot::channel();
+        let run = move || -> Result<(), StartError> {
+            let running = match self.open() {
+                Ok(running) => running,
+                Err(error) => {
+                    drop(opened.send(Err(error)));
+                    return Ok(());
+                }
+            };
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .map_err(StartError::Thread)?;
+            drop(opened.send(Ok(())));
+            Ok(runtime.block_on(running)?)
         };
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
+        std::thread::Builder::new()
+            .name("endio-conversion".to_owned())
+            .spawn(move || drop(ended.send(run())))
             .map_err(StartError::Thread)?;
-        drop(opened.send(Ok(())));
-        Ok(runtime.block_on(driver.run(queue, readiness, shutdown))?)
-    };
-    std::thread::Builder::new()
-        .name("endio-conversion".to_owned())
-        .spawn(move || drop(ended.send(run())))
-        .map_err(StartError::Thread)?;
-    is_open.await.map_err(|_| StartError::Ended("driver"))??;
-    Ok(driver)
+        is_open.await.map_err(|_| StartError::Ended("driver"))??;
+        Ok(driver)
+    }
 }
 
 fn options(config: &Config) -> MetaOptions {

@@ -17,7 +17,12 @@ use tonic::transport::server::Connected;
 use super::gate::Place;
 use crate::tls::uri_names;
 
-/// A byte stream over TCP, TLS, a Unix socket or memory.
+/// A byte stream of a transport that this crate does not know.
+pub trait Bytes: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Bytes for T {}
+
+/// A byte stream over TCP, TLS, a Unix socket, memory or a transport of the caller's own.
 pub struct Conn {
     inner: Inner,
     guard: Option<Guard>,
@@ -58,12 +63,12 @@ impl Guard {
     }
 }
 
-#[derive(Debug)]
 enum Inner {
     Tcp(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
     Unix(UnixStream),
     Memory(DuplexStream),
+    Foreign(Box<dyn Bytes>, Option<SocketAddr>),
 }
 
 /// Who is at the other end; tonic puts it into the extensions of each request.
@@ -140,6 +145,11 @@ impl Conn {
     pub(super) fn memory(stream: DuplexStream) -> Self {
         Self::new(Inner::Memory(stream))
     }
+
+    /// A connection of a [`super::Transport`]. To the server it is TCP without TLS, from `peer`.
+    pub fn foreign(stream: impl Bytes + 'static, peer: Option<SocketAddr>) -> Self {
+        Self::new(Inner::Foreign(Box::new(stream), peer))
+    }
 }
 
 impl Connected for Conn {
@@ -153,6 +163,7 @@ impl Connected for Conn {
             }
             Inner::Unix(_) => Peer::Unix,
             Inner::Memory(_) => Peer::Memory,
+            Inner::Foreign(_, peer) => Peer::Tcp(*peer),
         }
     }
 }
@@ -175,6 +186,7 @@ impl AsyncRead for Conn {
             Inner::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
             Inner::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
             Inner::Memory(stream) => Pin::new(stream).poll_read(cx, buf),
+            Inner::Foreign(stream, _) => Pin::new(stream).poll_read(cx, buf),
         };
         if let Some(guard) = &mut this.guard {
             guard.note_read(buf.filled().len() - before);
@@ -194,6 +206,7 @@ impl AsyncWrite for Conn {
             Inner::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
             Inner::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
             Inner::Memory(stream) => Pin::new(stream).poll_write(cx, buf),
+            Inner::Foreign(stream, _) => Pin::new(stream).poll_write(cx, buf),
         }
     }
 
@@ -207,6 +220,7 @@ impl AsyncWrite for Conn {
             Inner::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Inner::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Inner::Memory(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Inner::Foreign(stream, _) => Pin::new(stream).poll_write_vectored(cx, bufs),
         }
     }
 
@@ -216,6 +230,7 @@ impl AsyncWrite for Conn {
             Inner::Tls(stream) => stream.is_write_vectored(),
             Inner::Unix(stream) => stream.is_write_vectored(),
             Inner::Memory(stream) => stream.is_write_vectored(),
+            Inner::Foreign(stream, _) => stream.is_write_vectored(),
         }
     }
 
@@ -225,6 +240,7 @@ impl AsyncWrite for Conn {
             Inner::Tls(stream) => Pin::new(stream).poll_flush(cx),
             Inner::Unix(stream) => Pin::new(stream).poll_flush(cx),
             Inner::Memory(stream) => Pin::new(stream).poll_flush(cx),
+            Inner::Foreign(stream, _) => Pin::new(stream).poll_flush(cx),
         }
     }
 
@@ -234,6 +250,7 @@ impl AsyncWrite for Conn {
             Inner::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
             Inner::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
             Inner::Memory(stream) => Pin::new(stream).poll_shutdown(cx),
+            Inner::Foreign(stream, _) => Pin::new(stream).poll_shutdown(cx),
         }
     }
 }

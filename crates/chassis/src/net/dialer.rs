@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
@@ -50,12 +51,19 @@ impl Default for DialerConfig {
     }
 }
 
+/// Connects in place of TCP. Tests run the services over a simulated network with it.
+pub trait Transport: std::fmt::Debug + Send + Sync {
+    /// Connects to `host:port`.
+    fn connect(&self, host_port: String) -> BoxFuture<'static, io::Result<Conn>>;
+}
+
 /// Makes channels. Cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub struct Dialer {
     config: DialerConfig,
     tls: Option<Tls>,
     expects: Option<&'static str>,
+    transport: Option<Arc<dyn Transport>>,
 }
 
 #[derive(Clone)]
@@ -64,6 +72,7 @@ enum Target {
     Tls(Box<Secured>),
     Unix(PathBuf),
     Memory(String),
+    Foreign(Arc<dyn Transport>, String),
 }
 
 /// A peer that must show who it is.
@@ -79,7 +88,13 @@ impl Dialer {
     /// A dialer with these settings, without TLS.
     #[must_use]
     pub fn new(config: DialerConfig) -> Self {
-        Self { config, tls: None, expects: None }
+        Self { config, tls: None, expects: None, transport: None }
+    }
+
+    /// The same, with `transport` for `http://host:port`.
+    #[must_use]
+    pub fn over(self, transport: Arc<dyn Transport>) -> Self {
+        Self { transport: Some(transport), ..self }
     }
 
     /// The same over mutual TLS: urls are `https://`, or of this process (`memory:`).
@@ -138,6 +153,10 @@ impl Dialer {
             (Some(_), Target::Tcp(_) | Target::Unix(_)) => {
                 Err(NetError::Plain { url: url.to_owned() })
             }
+            (_, Target::Tcp(host_port)) => match &self.transport {
+                Some(transport) => Ok((Target::Foreign(Arc::clone(transport), host_port), uri)),
+                None => Ok((Target::Tcp(host_port), uri)),
+            },
             (_, target) => Ok((target, uri)),
         }
     }
@@ -180,6 +199,7 @@ fn connect(target: Target) -> BoxFuture<'static, io::Result<TokioIo<Conn>>> {
             Target::Tls(secured) => secured.connect().await?,
             Target::Unix(path) => Conn::unix(UnixStream::connect(path).await?),
             Target::Memory(name) => dial_memory(&name)?,
+            Target::Foreign(transport, host_port) => transport.connect(host_port).await?,
         };
         Ok(TokioIo::new(conn))
     })

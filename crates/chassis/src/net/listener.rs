@@ -56,6 +56,16 @@ enum Inner {
     Tcp(TcpListener),
     Unix(UnixListener),
     Memory(MemoryListener),
+    Foreign(Accepted),
+}
+
+/// Connections that somebody else accepts.
+struct Accepted(BoxStream<'static, io::Result<Conn>>);
+
+impl std::fmt::Debug for Accepted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Accepted")
+    }
 }
 
 #[derive(Debug)]
@@ -104,6 +114,13 @@ impl Listener {
         }
     }
 
+    /// A listener of a transport of the caller's own: peers reach it at `url`, and it serves the
+    /// connections of `accepted` until that ends. See [`super::Transport`].
+    #[must_use]
+    pub fn foreign(url: String, accepted: BoxStream<'static, io::Result<Conn>>) -> Self {
+        Self { inner: Inner::Foreign(Accepted(accepted)), url, tls: None }
+    }
+
     /// The same with mutual TLS, if it listens on TCP: what is not TLS is refused, and so is a peer
     /// without a certificate of the authorities. Peers in this process need none.
     #[must_use]
@@ -120,7 +137,7 @@ impl Listener {
     pub fn is_local(&self) -> bool {
         match &self.inner {
             Inner::Tcp(listener) => listener.local_addr().is_ok_and(|addr| addr.ip().is_loopback()),
-            Inner::Unix(_) | Inner::Memory(_) => true,
+            Inner::Unix(_) | Inner::Memory(_) | Inner::Foreign(_) => true,
         }
     }
 
@@ -136,6 +153,7 @@ impl Listener {
             Inner::Tcp(listener) => Some(listener.accept().await.map(|(s, _)| Conn::tcp(s))),
             Inner::Unix(listener) => Some(listener.accept().await.map(|(s, _)| Conn::unix(s))),
             Inner::Memory(listener) => Some(Ok(Conn::memory(listener.queue.recv().await?))),
+            Inner::Foreign(Accepted(conns)) => conns.next().await,
         }
     }
 

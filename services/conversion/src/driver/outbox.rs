@@ -4,7 +4,7 @@
 //! those that wait, order is kept.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use endio_chassis::trace::{Context, Span};
 use endio_state_machine::machine::{
@@ -13,6 +13,7 @@ use endio_state_machine::machine::{
 };
 use endio_types::Millis;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 
 use crate::handle::{Outgoing, Peer};
 use crate::metrics::Metrics;
