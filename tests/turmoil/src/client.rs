@@ -5,12 +5,14 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use endio_api::conversion::{ListIoEndsRequest, ListStoresRequest};
+use endio_testkit::checkers;
 use endio_testkit::client::Client;
 use endio_testkit::oracle::Crash;
 use endio_testkit::seed::Rng;
 use endio_testkit::workload::{Mix, Workload};
 use tokio::sync::Barrier;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::host::{dialing, url};
 use crate::net;
@@ -90,6 +92,33 @@ pub(crate) async fn run(plan: Plan, shared: Rc<Shared>) -> turmoil::Result {
     Ok(())
 }
 
+/// As [`Client::settles`], but a volume that another writeback has open is judged there.
+async fn settles(client: &Client) -> anyhow::Result<()> {
+    let began = Instant::now();
+    loop {
+        let wrong = match settled(client).await {
+            Ok(()) => return Ok(()),
+            Err(wrong) => wrong,
+        };
+        if began.elapsed() > PATIENCE {
+            return Err(wrong);
+        }
+        sleep(Duration::from_millis(200)).await;
+    }
+}
+
+async fn settled(client: &Client) -> anyhow::Result<()> {
+    let io_ends = client.inspect().io_ends(ListIoEndsRequest::default()).await?.into_inner();
+    checkers::every_io_end_ends(&io_ends)?;
+    let stores = client.inspect().stores(ListStoresRequest {}).await?.into_inner().stores;
+    let check = client.check(true).await?;
+    checkers::space_adds_up(&check.metadata.context("nothing is said of the metadata")?, &stores)?;
+    let is_ours = |finding: &&String| !finding.ends_with("the volume is open elsewhere");
+    let findings: Vec<_> = check.findings.iter().filter(is_ours).collect();
+    anyhow::ensure!(findings.is_empty(), "no_foreign_or_stale_byte: {findings:?}");
+    Ok(())
+}
+
 struct User {
     name: String,
     volume: Volume,
@@ -150,9 +179,13 @@ impl User {
         if self.rng.chance(50) {
             own.fsync(&self.name).await.context("fsync")?;
         }
-        let is_judge = self.barrier.wait().await.is_leader();
-        if is_judge {
-            own.settles().await.context("after the faults")?;
+        self.barrier.wait().await;
+        settles(&own).await.context("after the faults")?;
+        self.barrier.wait().await;
+        // What is acknowledged and dirty now is in the cache log and nowhere else.
+        load.run(self.rng.between(1, 60)).await?;
+        load.drain().await?;
+        if self.barrier.wait().await.is_leader() {
             self.shared.note("everything adds up");
             self.shared.phase.set(Phase::Judged);
         }
@@ -162,15 +195,14 @@ impl User {
         load.drain().await?;
         own.fsync(&self.name).await.context("fsync")?;
         load.verify().await?;
-        if self.barrier.wait().await.is_leader() {
-            own.settles().await.context("at the end")?;
-        }
+        self.barrier.wait().await;
+        settles(&own).await.context("at the end")?;
         self.barrier.wait().await;
         Ok(())
     }
 
     async fn take(&self, own: &Client) -> anyhow::Result<()> {
-        let began = tokio::time::Instant::now();
+        let began = Instant::now();
         loop {
             let refused = match timeout(PATIENCE, own.open(&self.name, true)).await? {
                 Ok(_) => break,

@@ -87,6 +87,13 @@ impl Slot {
         }
     }
 
+    /// From now on the device of a store fails to write, or works again, until the process ends.
+    pub(crate) fn break_device(&self, is_broken: bool) {
+        if let Some(device) = &*self.device.borrow() {
+            device.set_broken(is_broken);
+        }
+    }
+
     /// The process is about to die: its threads do no more.
     pub(crate) fn die(&self) {
         self.commands.replace(None);

@@ -4,7 +4,7 @@
 //! their own code, drivers, gRPC and files, over simulated sockets and time, in one thread. A
 //! [`Plan`] drawn from a seed has partitions in one or both directions, held and slow messages,
 //! links that break, processes that die, stop and start again over what lies in their directories,
-//! and clocks that jump. After the faults everything is mended, and then everything must end: each
+//! devices that fail, and clocks that jump. After the faults everything is mended, and then everything must end: each
 //! request has an answer, the volumes read back as the oracle allows, no io_end lives, space adds
 //! up, and all of that once more after every process was killed and started.
 //!
@@ -244,7 +244,9 @@ impl World<'_> {
     fn happen(&mut self, event: Event) {
         self.note(format_args!("{event:?}"));
         let text = |a: Who, b: Who| (a.to_string(), b.to_string());
-        self.faults += 1;
+        let is_end = matches!(event, Event::Release(..) | Event::Repair(..) | Event::Mend(_))
+            || matches!(event, Event::Start(_));
+        self.faults += u64::from(!is_end);
         match event {
             Event::Partition(a, b) => {
                 let (a, b) = text(a, b);
@@ -270,6 +272,8 @@ impl World<'_> {
             Event::Stop(who) => self.order(who, Command::Stop),
             Event::Jump(who, ms) => self.order(who, Command::Jump(millis(ms))),
             Event::Start(who) => self.start(who),
+            Event::Break(who) => self.break_device(who, true),
+            Event::Mend(who) => self.break_device(who, false),
             Event::Release(a, b) => {
                 let (a, b) = text(a, b);
                 self.sim.release(a, b);
@@ -287,9 +291,16 @@ impl World<'_> {
         }
     }
 
+    fn break_device(&self, who: Who, is_broken: bool) {
+        if let Some(slot) = self.slot(who) {
+            slot.break_device(is_broken);
+        }
+    }
+
     fn heal(&mut self) {
         self.note("everything is mended");
         self.sim.set_fail_rate(0.0);
+        self.plan.services().into_iter().for_each(|who| self.break_device(who, false));
         for (a, b) in self.plan.links() {
             let (a, b) = (a.to_string(), b.to_string());
             self.sim.set_link_fail_rate(&*a, &*b, 0.0);

@@ -56,6 +56,10 @@ pub enum Event {
     Start(Who),
     /// The clock of the process jumps ahead by so many milliseconds: all its timers fire.
     Jump(Who, u64),
+    /// The device of this store fails to write and to flush.
+    Break(Who),
+    /// It works again.
+    Mend(Who),
 }
 
 /// A volume and how it is used.
@@ -158,6 +162,8 @@ impl Plan {
         let lease = u64::from(self.lease_ms);
         let most = if rng.chance(30) { lease * 2 } else { lease / 2 };
         let end = at + rng.between(5, most);
+        let stores = self.stores as u64;
+        let are_moving = self.volumes.iter().any(|volume| volume.moves);
         let mut add = |at, event| self.events.push((at, event));
         match rng.below(100) {
             0..14 => {
@@ -207,11 +213,15 @@ impl Plan {
                 add(at, Event::Stop(who));
                 add(end, Event::Start(who));
             }
+            91..95 => {
+                let store = Who::Store(rng.below(stores) as usize);
+                add(at, Event::Break(store));
+                add(end, Event::Mend(store));
+            }
             _ => {
                 // Leases at conversion must not end before their holders know, where somebody else
                 // may take over: see docs/SAFETY.md on clocks.
-                let is_apart = who == Who::Conversion && self.volumes.iter().any(|v| v.moves);
-                if !is_apart {
+                if !(who == Who::Conversion && are_moving) {
                     add(at, Event::Jump(who, rng.between(50, lease * 3)));
                 }
             }
@@ -239,6 +249,6 @@ mod tests {
             .flat_map(|seed| Plan::draw(seed).events)
             .filter_map(|(_, e)| names(&e))
             .collect();
-        assert_eq!(drawn.len(), 11, "{drawn:?}");
+        assert_eq!(drawn.len(), 13, "{drawn:?}");
     }
 }

@@ -17,6 +17,9 @@ struct Args {
     /// End after so many failures.
     #[arg(long, default_value_t = 5)]
     failures: usize,
+    /// Plant this bug of the pure crates first (needs the feature `planted-bugs`).
+    #[arg(long)]
+    plant: Option<String>,
     /// Print each run.
     #[arg(long)]
     verbose: bool,
@@ -30,11 +33,33 @@ fn parse_range(text: &str) -> Result<(u64, u64), String> {
 
 fn main() -> std::process::ExitCode {
     let args = Args::parse();
+    if let Some(name) = &args.plant
+        && !plant(name)
+    {
+        eprintln!("{name}: no such bug in this build");
+        return std::process::ExitCode::FAILURE;
+    }
     let failed = match args.seed {
         Some(seed) => replay(seed),
         None => many(&args),
     };
     if failed { std::process::ExitCode::FAILURE } else { std::process::ExitCode::SUCCESS }
+}
+
+/// `false`: there is no such bug here.
+fn plant(name: &str) -> bool {
+    #[cfg(feature = "planted-bugs")]
+    {
+        use endio_types::planted::{Bug, plant};
+        let bug = Bug::ALL.iter().copied().find(|bug| format!("{bug:?}") == name);
+        plant(bug);
+        bug.is_some()
+    }
+    #[cfg(not(feature = "planted-bugs"))]
+    {
+        let _ = name;
+        false
+    }
 }
 
 fn tell(report: &Report, seconds: f64) {
