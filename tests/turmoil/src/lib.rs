@@ -125,7 +125,7 @@ impl World<'_> {
         let mut sim = Builder::new()
             .rng_seed(plan.seed)
             .simulation_duration(TIME_MAX * 2)
-            .tick_duration(millis(1))
+            .tick_duration(millis(2))
             .min_message_latency(millis(0))
             .max_message_latency(millis(plan.latency_ms))
             .fail_rate(0.0)
