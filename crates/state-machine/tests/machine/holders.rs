@@ -431,7 +431,7 @@ fn a_forced_open_is_told_to_wait_until_the_owner_before_serves_nothing() {
     assert_eq!(open(&mut rig, "wb-b/1"), 900, "the lease of a second runs since its Hello");
     rig.now = rig.now.plus(100);
     assert_eq!(open(&mut rig, "wb-b/2"), 800, "a later start of b waits for a, and not for b");
-    assert_eq!(open(&mut rig, "wb-c/1"), 800, "b/2 had no lease of its own, a has still its");
-    rig.now = rig.now.plus(800);
+    assert_eq!(open(&mut rig, "wb-c/1"), 1000, "b/2 has a lease since it opened the volume");
+    rig.now = rig.now.plus(1000);
     assert_eq!(open(&mut rig, "wb-a/2"), 0);
 }
