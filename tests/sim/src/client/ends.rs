@@ -49,7 +49,7 @@ impl Clients {
         self.exec().note("takeover", to, &[from as u64]);
         let old = self.wb(slot);
         // A try whose answer is lost may have taken it: there is no way back.
-        loop {
+        let taken = loop {
             self.exec().sleep(MS).await;
             let Some(engine) = self.world.writebacks[to].serving() else { continue };
             let wb = Wb { world: Rc::clone(&self.world), at: to, engine };
@@ -57,10 +57,10 @@ impl Clients {
             wb.forget_stale(&slot.name);
             let (inner, name) = (wb.clone(), slot.name.clone());
             let opened = self.inside(&wb, async move { inner.open(&name, true).await }).await;
-            if matches!(opened, Some(Ok(_))) {
-                break;
+            if let Some(Ok(taken)) = opened {
+                break taken;
             }
-        }
+        };
         slot.is_held.set(false);
         self.exec().note("taken over", to, &[]);
         slot.owner.set(to);
@@ -75,13 +75,17 @@ impl Clients {
             }
         }
         if let Some(old) = old {
-            self.haunt(slot, &old).await;
+            self.haunt(slot, &old, &taken).await;
         }
     }
 
     /// A client that has not heard of the takeover goes on at the old owner.
-    async fn haunt(&self, slot: &Slot, old: &Wb) {
+    async fn haunt(&self, slot: &Slot, old: &Wb, taken: &Volume) {
         let Some(volume) = old.open_here(&slot.name) else { return };
+        // An answer that came late: the other one has taken the volume back since.
+        if volume.id != taken.id || volume.generation >= taken.generation {
+            return;
+        }
         let tenure = slot.tenure.get();
         for _ in 0..self.exec().below(4) {
             let Some((first, cells)) = self.somewhere(slot, false) else { return };
