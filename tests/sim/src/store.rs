@@ -556,6 +556,10 @@ impl Process {
 
 impl Fenced {
     fn registered(&mut self, epoch: ClusterEpoch, floor: IoEndId) {
+        // A fence of an open or close that conversion forgot with its power holds no longer.
+        if epoch > self.epoch {
+            self.volumes.clear();
+        }
         self.epoch = self.epoch.max(epoch);
         self.floor = self.floor.max(floor);
     }

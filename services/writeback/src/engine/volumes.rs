@@ -67,12 +67,27 @@ impl Engine {
     ) -> Result<Arc<Volume>, Failure> {
         let gate = self.gate(name);
         let _turn = gate.lock().await;
-        let opened = match self.table.find(name) {
-            Some(volume) => Ok(volume),
-            None => self.open_now(name, force).await,
+        let opened = match self.has_open(name, force).await {
+            Ok(Some(volume)) => Ok(volume),
+            Ok(None) => self.open_now(name, force).await,
+            Err(failure) => Err(failure),
         };
         self.forget_gate(name);
         opened
+    }
+
+    /// The volume, if it is open here. Whoever forces wants it in any case: then what is open here
+    /// counts only if nobody has opened it since, which conversion is asked.
+    async fn has_open(&self, name: &str, force: bool) -> Result<Option<Arc<Volume>>, Failure> {
+        let Some(volume) = self.table.find(name) else { return Ok(None) };
+        if force {
+            let now = self.describe(name).await?;
+            if (now.id, now.generation) != (volume.id, volume.generation) {
+                self.heed(&volume, &Failure::fenced());
+                return Ok(None);
+            }
+        }
+        Ok(Some(volume))
     }
 
     fn gate(&self, name: &str) -> Arc<tokio::sync::Mutex<()>> {

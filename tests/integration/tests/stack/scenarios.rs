@@ -308,6 +308,9 @@ async fn a_takeover_by_force_fences_the_first_writeback() {
     let refused = second.open("vol1", false).await.unwrap_err();
     assert_eq!(refused.reason, Reason::VolumeBusy, "{refused}");
     second.open("vol1", true).await.unwrap();
+    // And back at once: who is forced does not believe that it still has the volume.
+    let (open, by) = (first.open("vol1", true).await.unwrap(), second.open("vol1", true).await);
+    assert_eq!((open.generation, by.unwrap().generation), (3, 4));
     write(&second, 0, &[2; 4096], WriteMode::Direct).await;
     let late = first.io().write(write_of(0, &[3; 4096], WriteMode::Direct)).await;
     let refused = endio_api::status::reason(&late.unwrap_err());

@@ -53,8 +53,6 @@ impl Clients {
             self.exec().sleep(MS).await;
             let Some(engine) = self.world.writebacks[to].serving() else { continue };
             let wb = Wb { world: Rc::clone(&self.world), at: to, engine };
-            // It may not have heard yet that it was fenced long ago.
-            wb.forget_stale(&slot.name);
             let (inner, name) = (wb.clone(), slot.name.clone());
             let opened = self.inside(&wb, async move { inner.open(&name, true).await }).await;
             if let Some(Ok(taken)) = opened {

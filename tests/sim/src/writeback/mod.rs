@@ -367,13 +367,6 @@ impl Wb {
         self.find(name)
     }
 
-    /// Forgets a volume that somebody else has had for long, as a restart would.
-    pub fn forget_stale(&self, name: &str) {
-        if let Some(volume) = self.find(name) {
-            self.heed(&volume, &Failure::new(Reason::OldGeneration));
-        }
-    }
-
     fn find(&self, name: &str) -> Option<Rc<Volume>> {
         let table = self.engine.table.borrow();
         table.get(name).filter(|volume| volume.usable().is_ok()).cloned()

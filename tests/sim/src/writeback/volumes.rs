@@ -260,9 +260,10 @@ impl Wb {
         self.spawn(async move {
             let turn = || wb.engine.opening.borrow_mut().insert(name.clone()).then_some(());
             wb.engine.opened.wait(turn).await;
-            let opened = match wb.find(&name) {
-                Some(volume) => Ok(volume),
-                None => wb.open_now(&name, force).await,
+            let opened = match wb.has_open(&name, force).await {
+                Ok(Some(volume)) => Ok(volume),
+                Ok(None) => wb.open_now(&name, force).await,
+                Err(failure) => Err(failure),
             };
             wb.engine.opening.borrow_mut().remove(&name);
             wb.engine.opened.notify();
@@ -271,6 +272,19 @@ impl Wb {
         let opened = told.await.unwrap_or(Err(Failure::away()));
         engine.opened.notify();
         opened
+    }
+
+    /// The volume, if it is open here; if it is forced, only if nobody has opened it since.
+    async fn has_open(&self, name: &str, force: bool) -> Outcome<Option<Rc<Volume>>> {
+        let Some(volume) = self.find(name) else { return Ok(None) };
+        if force {
+            let (id, _, generation) = self.owner(name, self.deadline()).await?;
+            if (id, generation) != (volume.id, volume.generation) {
+                self.heed(&volume, &Failure::new(Reason::OldGeneration));
+                return Ok(None);
+            }
+        }
+        Ok(Some(volume))
     }
 
     async fn open_now(&self, name: &str, force: bool) -> Outcome<Rc<Volume>> {
