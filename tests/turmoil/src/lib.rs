@@ -13,7 +13,7 @@
 //! is what the network draws as long as the same messages are sent. Not replayed: keys, ids and
 //! jitter that the services draw themselves, and the order in which their threads (writers,
 //! flushers, committers) and the blocking pool end what they do. Simulated time waits for them
-//! ([`pace`]), so a slow disk is no timeout, but two runs of a seed may send other messages. A
+//! (`pace`), so a slow disk is no timeout, but two runs of a seed may send other messages. A
 //! failure may need its seed run several times.
 //!
 //! # What dies with a host
