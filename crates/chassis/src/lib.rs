@@ -12,6 +12,7 @@ mod otlp;
 pub mod quiet;
 pub mod recorder;
 pub mod report;
+pub mod runtime;
 pub mod server;
 pub mod shutdown;
 pub mod telemetry;

@@ -29,6 +29,10 @@ use crate::shutdown::Shutdown;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ServerConfig {
+    /// Threads that run the tasks of the process, those for disks aside; 0: half of the processors.
+    /// Too small: one busy connection holds others up. Too large: they wake each other for nothing.
+    /// At most 1,024.
+    pub worker_threads: usize,
     /// Most calls under way in the whole server, streams included; more are shed with
     /// `RESOURCE_EXHAUSTED`. Too small: clients are refused. Too large: memory.
     pub calls_max: usize,
@@ -68,6 +72,7 @@ pub struct ServerConfig {
 impl Default for ServerConfig {
     fn default() -> Self {
         Self {
+            worker_threads: 0,
             calls_max: 4_096,
             streams_per_connection_max: 1_024,
             unary_timeout_ms: 60_000,
@@ -100,6 +105,7 @@ impl ServerConfig {
             within("handshakes_max", self.handshakes_max, 1),
             within("connections_max", self.connections_max, 1),
             within("connections_per_address_max", self.connections_per_address_max, 1),
+            Fault::unless_within("server.worker_threads", self.worker_threads as u64, 0, 1_024),
         ]
         .into_iter()
         .flatten()

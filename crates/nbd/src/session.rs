@@ -4,8 +4,10 @@
 //!             ┌──────── permits: requests and bytes ◄───────────────┐
 //!             ▼                                                     │ when written
 //!  stream ─► reader ─► one task per request ─► bounded queue ─► writer ─► stream
+//!               └────── answered at once ──────────▲
 //! ```
 //!
+//! Reader and writer are one task; a request becomes a task of its own when it has to wait.
 //! The reader stops reading when the permits are used up, so a client cannot make the server hold
 //! more than [`Limits`] says. A permit returns when the reply was written, so a client that does not
 //! read its replies stops itself, and is dropped after [`Limits::stall_ms`].
@@ -84,6 +86,9 @@ impl Default for Limits {
 const SKIP_MAX: u64 = 256 << 20;
 /// Bytes read ahead, and written in one step.
 const STEP: usize = 64 << 10;
+/// Requests answered in one go before other tasks have their turn. Too small: a system call for
+/// each few replies. Too large: a flush that waits for other tasks waits for these requests, too.
+const STREAK: usize = 8;
 
 /// Why a connection ended.
 #[derive(Debug, thiserror::Error)]
@@ -359,9 +364,7 @@ impl Server {
     async fn transmit(&self, agreed: Agreed, hang_up: Arc<dyn HangUp>, taken: Taken) -> EndReason {
         let (read, write) = tokio::io::split(agreed.stream);
         let (replies, queue) = mpsc::channel(self.limits.requests_max.max(1) as usize);
-        let gone = CancellationToken::new();
         let stall = Duration::from_millis(self.limits.stall_ms);
-        let writer = tokio::spawn(write_replies(write, queue, stall, gone.clone()));
         let seat = taken.seat();
         let jobs = TaskTracker::new();
         let stop = self.stop.child_token();
@@ -377,11 +380,21 @@ impl Server {
             seat: seat.clone(),
             stop: stop.clone(),
         };
+        // In one task with the reader: what is answered at once wakes nobody, and all replies to
+        // what one read brought leave in one step.
+        let writer = write_replies(write, queue, stall);
+        tokio::pin!(writer);
+        let mut written = None;
         let ended = tokio::select! {
-            reason = reader.run() => reason,
-            () = gone.cancelled() => EndReason::Stalled,
+            biased;
             () = seat.was_cut() => EndReason::Replaced,
             () = stop.cancelled() => EndReason::Stopped,
+            reason = reader.run() => reason,
+            // Before the last sender is gone: the client takes nothing more.
+            early = &mut writer => {
+                written = Some(early);
+                EndReason::Stalled
+            }
         };
         // A client that said goodbye gets its replies; nothing new begins for one that is lost.
         if !matches!(ended, EndReason::Disconnected | EndReason::Stopped) {
@@ -389,11 +402,20 @@ impl Server {
         }
         drop(reader);
         jobs.close();
-        jobs.wait().await;
-        // The writer may still wait for a client that does not read: newer connections need not.
-        drop(taken);
-        match writer.await {
-            Ok(Err(reason)) if matches!(ended, EndReason::Stalled | EndReason::Closed) => reason,
+        let settled = async {
+            jobs.wait().await;
+            // The writer may still wait for a client that does not read: newer connections need not.
+            drop(taken);
+        };
+        let rest = async {
+            match written {
+                Some(written) => written,
+                None => writer.await,
+            }
+        };
+        let ((), written) = tokio::join!(settled, rest);
+        match written {
+            Err(reason) if matches!(ended, EndReason::Stalled | EndReason::Closed) => reason,
             _ => ended,
         }
     }
@@ -412,6 +434,14 @@ struct Agreed {
 struct Permits {
     _request: OwnedSemaphorePermit,
     _memory: OwnedSemaphorePermit,
+}
+
+/// What became of a request that was read.
+enum Begun {
+    /// Its reply is in the queue.
+    Answered,
+    /// It waits in a task of its own.
+    Waits,
 }
 
 struct Reader {
@@ -433,14 +463,19 @@ impl Reader {
     /// payload may be half read.
     async fn run(&mut self) -> EndReason {
         loop {
-            match self.next().await {
-                Ok(()) => {}
-                Err(reason) => return reason,
+            for _ in 0..STREAK {
+                match self.next().await {
+                    Ok(Begun::Waits) => break,
+                    Ok(Begun::Answered) => {}
+                    Err(reason) => return reason,
+                }
             }
+            // What was begun has woken others, and its replies wait to be written.
+            tokio::task::yield_now().await;
         }
     }
 
-    async fn next(&mut self) -> Result<(), EndReason> {
+    async fn next(&mut self) -> Result<Begun, EndReason> {
         let mode = self.transmission.mode();
         self.input.fill(mode.request_len()).await?;
         let request = Request::decode(mode, self.input.bytes()).map_err(EndReason::Garbage)?;
@@ -467,7 +502,8 @@ impl Reader {
         match self.transmission.check(&request, payload) {
             Err(fault) => {
                 let reply = (to.failed(&fault), permits);
-                self.replies.send(reply).await.map_err(|_| EndReason::Stalled)
+                self.replies.send(reply).await.map_err(|_| EndReason::Stalled)?;
+                Ok(Begun::Answered)
             }
             Ok(job) => self.start(to, job, permits).await,
         }
@@ -492,7 +528,7 @@ impl Reader {
         to: crate::codec::ReplyTo,
         job: Job,
         permits: Permits,
-    ) -> Result<(), EndReason> {
+    ) -> Result<Begun, EndReason> {
         if job.is_mutation() && (self.seat.has_left() || self.hang_up.is_hung_up()) {
             return Err(EndReason::Closed);
         }
@@ -502,7 +538,8 @@ impl Reader {
             Poll::Ready(None) => Err(EndReason::Stopped),
             Poll::Ready(Some(frames)) => {
                 let sent = self.replies.send((frames, permits)).await;
-                sent.map_err(|_| EndReason::Stalled)
+                sent.map_err(|_| EndReason::Stalled)?;
+                Ok(Begun::Answered)
             }
             Poll::Pending => {
                 let (replies, stop) = (self.replies.clone(), self.stop.clone());
@@ -513,7 +550,7 @@ impl Reader {
                         None => stop.cancel(),
                     }
                 });
-                Ok(())
+                Ok(Begun::Waits)
             }
         }
     }
@@ -529,9 +566,7 @@ async fn write_replies(
     stream: WriteHalf<Box<dyn Stream>>,
     mut queue: mpsc::Receiver<(Frames, Permits)>,
     stall: Duration,
-    gone: CancellationToken,
 ) -> Result<(), EndReason> {
-    let _gone = gone.drop_guard();
     let mut stream = BufWriter::with_capacity(STEP, stream);
     while let Some((frames, permits)) = queue.recv().await {
         for frame in &frames {

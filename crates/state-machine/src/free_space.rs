@@ -114,6 +114,18 @@ pub struct StoreSpace {
     mapped: u64,
     /// Where the next search begins.
     cursor: u64,
+    /// The same for searches among `unpunched`.
+    reuse_cursor: u64,
+}
+
+/// How free runs are looked for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Search {
+    /// Runs that are looked at before the best one seen is taken, at least 1.
+    pub runs: usize,
+    /// From so many free blocks that still take space on the host on, runs of them that suffice are
+    /// handed out before others: the host need not make place for them, nor take it back.
+    pub reuse_blocks: u64,
 }
 
 /// A move between classes that does not fit: the accounting is broken, the process must stop.
@@ -173,26 +185,48 @@ impl StoreSpace {
     }
 
     /// Reserves a run of at most `max` blocks: the first that is long enough after the last one
-    /// taken, or the longest of the `search` runs looked at. `None`: nothing is free.
-    pub fn allocate(&mut self, max: u64, search: usize) -> Option<PblkRange> {
-        let found = self.find(max, search)?;
+    /// taken, or the longest of those looked at. `None`: nothing is free.
+    pub fn allocate(&mut self, max: u64, search: Search) -> Option<PblkRange> {
+        let found = match self.find_reusable(max, search) {
+            Some(found) => {
+                self.reuse_cursor = found.end();
+                found
+            }
+            None => {
+                let found = self.find(max, search)?;
+                self.cursor = found.end();
+                found
+            }
+        };
         self.free.remove(found);
         self.unpunched.remove(found);
         self.reserved.insert(found);
-        self.cursor = found.end();
         Some(found)
     }
 
     /// Length of the run that [`Self::allocate`] would return.
-    pub fn longest(&self, max: u64, search: usize) -> u64 {
-        self.find(max, search).map_or(0, |run| run.len)
+    pub fn longest(&self, max: u64, search: Search) -> u64 {
+        let found = self.find_reusable(max, search).or_else(|| self.find(max, search));
+        found.map_or(0, |run| run.len)
     }
 
-    fn find(&self, max: u64, search: usize) -> Option<PblkRange> {
+    /// A run of the whole length that the host has a place for: fragments are no bargain.
+    fn find_reusable(&self, max: u64, search: Search) -> Option<PblkRange> {
+        if self.unpunched.total() < search.reuse_blocks.max(1) {
+            return None;
+        }
+        let from = self.reuse_cursor;
+        let behind = self.unpunched.runs_from(from).map(|(s, e)| (s.max(from), e));
+        let all = behind.chain(self.unpunched.runs_from(0));
+        let mut long = all.take(search.runs.max(1)).filter(|(start, end)| end - start >= max);
+        long.next().map(|(start, _)| PblkRange::new(start, max))
+    }
+
+    fn find(&self, max: u64, search: Search) -> Option<PblkRange> {
         let mut best: Option<PblkRange> = None;
         let behind = self.free.runs_from(self.cursor).map(|(s, e)| (s.max(self.cursor), e));
         let all = behind.chain(self.free.runs_from(0));
-        for (start, end) in all.take(search.max(1)) {
+        for (start, end) in all.take(search.runs.max(1)) {
             let len = (end - start).min(max);
             if best.is_none_or(|best| best.len < len) {
                 best = Some(PblkRange::new(start, len));
@@ -204,10 +238,12 @@ impl StoreSpace {
         best
     }
 
-    /// Gives back what was allocated and never granted.
+    /// Gives back what was allocated and never granted. Whether the host has a place for it was not
+    /// kept; to be asked to take back what it never gave costs it little.
     pub fn unallocate(&mut self, range: PblkRange) {
         if self.reserved.remove(range) == range.len {
             self.free.insert(range);
+            self.unpunched.insert(range);
         }
     }
 
@@ -257,12 +293,16 @@ impl StoreSpace {
         Ok(())
     }
 
-    /// Takes free blocks that still take space on the host into quarantine, to be punched.
-    pub fn take_unpunched(&mut self, ranges: usize, blocks: u64) -> Vec<PblkRange> {
+    /// Takes runs of at least `least` free blocks that still take space on the host into
+    /// quarantine, to be punched: at most so many, and together at most `blocks`.
+    pub fn take_unpunched(&mut self, least: u64, ranges: usize, blocks: u64) -> Vec<PblkRange> {
         let mut left = blocks;
         let mut taken = Vec::new();
-        while taken.len() < ranges && left > 0 {
-            let Some(run) = self.unpunched.iter().next() else { break };
+        let long = self.unpunched.iter().filter(|run| run.len >= least).take(ranges);
+        for run in long.collect::<Vec<_>>() {
+            if left == 0 {
+                break;
+            }
             let run = PblkRange { len: run.len.min(left), ..run };
             self.unpunched.remove(run);
             self.free.remove(run);
@@ -273,9 +313,9 @@ impl StoreSpace {
         taken
     }
 
-    /// Whether there is something to punch.
-    pub fn has_unpunched(&self) -> bool {
-        self.unpunched.total() > 0
+    /// Free blocks that still take space on the host.
+    pub fn unpunched(&self) -> u64 {
+        self.unpunched.total()
     }
 }
 
@@ -310,7 +350,7 @@ pub fn allocate(
     stores: &mut BTreeMap<StoreId, &mut StoreSpace>,
     replicas: usize,
     blocks: u64,
-    search: usize,
+    search: Search,
 ) -> Option<Vec<Copies>> {
     let mut runs: Vec<Copies> = Vec::new();
     let mut left = blocks;
@@ -333,7 +373,7 @@ fn allocate_run(
     stores: &mut BTreeMap<StoreId, &mut StoreSpace>,
     replicas: usize,
     left: u64,
-    search: usize,
+    search: Search,
 ) -> Option<Copies> {
     let mut by_free: Vec<(u64, StoreId)> =
         stores.iter().map(|(id, space)| (space.free(), *id)).collect();

@@ -37,6 +37,18 @@ pub struct Limits {
     /// Least time between two punches of a store. Too small: overwrites keep the host file system
     /// busy. Too large: freed space comes back late.
     pub punch_interval_ms: u64,
+    /// Shorter runs are punched only while nobody writes to the store: each punch holds up its
+    /// writes and flushes for up to milliseconds, and gives back little. Too large: what a busy
+    /// volume trims comes back late.
+    pub punch_run_blocks: u64,
+    /// Without a write for so long, nobody writes to a store.
+    pub punch_idle_ms: u64,
+    /// Free blocks of a store that take space on its host; beyond it, short runs are punched while
+    /// others write, too.
+    pub unpunched_blocks_max: u64,
+    /// From so many such blocks on, they are handed out first, where a run suffices. Too small:
+    /// neighbours of a volume are scattered. Too large: they wait for their punch.
+    pub reuse_blocks: u64,
     /// io_ends that have ended and are remembered, so that a repeated release gets its answer.
     pub ended_max: usize,
     /// Free runs that one search looks at before it takes the best it has seen.
@@ -62,6 +74,10 @@ impl Default for Limits {
             punch_ranges_max: 256,
             punch_blocks_max: 65_536,
             punch_interval_ms: 1_000,
+            punch_run_blocks: 64,
+            punch_idle_ms: 2_000,
+            unpunched_blocks_max: 65_536,
+            reuse_blocks: 16_384,
             ended_max: 65_536,
             search_runs_max: 64,
             retry_after_ms: 20,

@@ -78,7 +78,7 @@ impl Default for Config {
             conversion: "http://127.0.0.1:7401".to_owned(),
             advertise: None,
             capacity_bytes: None,
-            writer_threads: 2,
+            writer_threads: 1,
             reads_at_once_max: 16,
             in_flight_max: 16_384,
             in_flight_per_stream_max: 1_024,

@@ -315,9 +315,13 @@ impl Driver {
         let mut state = self.state();
         let cleared = state.gate.finish(flight, Ok(()));
         let turns = state.take_in(cleared);
+        let is_owing = state.is_owing();
         drop(state);
         self.start_punches(turns);
-        self.changed.notify_one();
+        // Most reads leave nothing to say.
+        if is_owing {
+            self.changed.notify_one();
+        }
     }
 
     /// Conversion knows this store; the registration was sent at `sent_at`.
@@ -442,7 +446,7 @@ impl Driver {
     /// Whether [`take_messages`](Self::take_messages) would return something.
     pub(crate) fn has_messages(&self) -> bool {
         let state = self.state();
-        state.gate.is_ready() && (state.is_ready_due || state.outbox.has_unsent())
+        state.gate.is_ready() && state.is_owing()
     }
 
     /// What a stop still waits for, by name; empty: nothing.
@@ -527,6 +531,11 @@ impl Driver {
 }
 
 impl State {
+    /// Whether there is something to say to conversion.
+    fn is_owing(&self) -> bool {
+        self.is_ready_due || self.outbox.has_unsent()
+    }
+
     /// Queues what may be said now and returns the punches whose turn has come.
     fn take_in(&mut self, cleared: Vec<Cleared>) -> Vec<PunchTurn> {
         let mut turns = Vec::new();

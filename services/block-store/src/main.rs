@@ -3,17 +3,20 @@
 use clap::Parser as _;
 use endio_block_store::{Config, Deps, Flags, start};
 use endio_chassis::{
-    admin, config, net::DialerConfig, report, shutdown::Shutdown, telemetry, tls::Security,
+    admin, config, net::DialerConfig, report, runtime, shutdown::Shutdown, telemetry, tls::Security,
 };
 
-#[tokio::main]
-async fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<()> {
     let flags = Flags::parse();
     let config: Config = config::load(flags.config.as_deref(), "ENDIO_BLOCK_STORE", &flags)?;
     if flags.check_config {
         print!("{}", config::effective(&config));
         return Ok(());
     }
+    runtime::block_on(config.server.worker_threads, serve(config))?
+}
+
+async fn serve(config: Config) -> anyhow::Result<()> {
     let recorder = telemetry::init(&config.telemetry, "endio-block-store")?;
     config::log_effective(&config);
     let shutdown = Shutdown::new();

@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use endio_api::conversion::DescribeResponse;
+use endio_chassis::runtime;
 use endio_chassis::server::Readiness;
 use endio_chassis::shutdown::Shutdown;
 use endio_failpoints::{Bug, Point, is_planted, reach};
@@ -295,6 +296,7 @@ impl Driver {
             let payload = postcard::to_stdvec(&record).map_err(DriverError::Encode)?;
             group.push(Encoded { seq, epoch, payload });
         }
+        let newest = group.last().map(|record: &Encoded| record.seq);
         self.metrics.records.add(group.len() as u64);
         if !group.is_empty() && !self.committer.submit(group) {
             return Err(self.commit_failure());
@@ -307,7 +309,7 @@ impl Driver {
         reach(Point::ConversionSubmitted);
         let now_ms = self.now();
         for effect in self.out.effects.drain(..) {
-            self.outbox.push(effect, began, now_ms);
+            self.outbox.push(effect, newest, began, now_ms);
         }
         let is_early = is_planted(Bug::ConversionSendsEarly);
         let durable = if is_early { u64::MAX } else { self.durable()? };
@@ -344,7 +346,9 @@ impl Driver {
             Question::Describe(reply) => drop(reply.send(self.describe())),
             Question::Journal(reply) => drop(reply.send(self.committer.journal().clone())),
             Question::Check(reply) => {
-                drop(reply.send(self.machine.check().map_err(DriverError::Machine)?));
+                // It looks at the whole map: seconds, if that is large.
+                let checked = runtime::aside(|| self.machine.check());
+                drop(reply.send(checked.map_err(DriverError::Machine)?));
             }
         }
         Ok(())
@@ -423,6 +427,7 @@ impl Driver {
             return Instant::now();
         }
         let idle = Instant::now() + IDLE_MAX;
+        let idle = self.outbox.due().map_or(idle, |due| idle.min(due));
         match self.machine.next_deadline() {
             Some(at) => idle.min(self.started + Duration::from_millis(at.0)),
             None => idle,

@@ -54,8 +54,8 @@ pub struct Deps {
     /// Where metadata is kept; `None`: in `Config::data_dir`.
     pub store: Option<Box<dyn MetaStore>>,
     /// Whether the driver has a thread and a runtime of its own: its short disk reads hold up nobody
-    /// else. Without, it is a task of the caller's runtime and goes by that one's clock: for tests
-    /// that simulate time.
+    /// else in the caller's. Without, it is a task of the caller's runtime, which spares each message
+    /// two changes of threads, and goes by that one's clock.
     pub has_own_thread: bool,
 }
 

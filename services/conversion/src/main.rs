@@ -2,17 +2,20 @@
 
 use clap::Parser as _;
 use endio_chassis::net::DialerConfig;
-use endio_chassis::{admin, config, report, shutdown::Shutdown, telemetry, tls::Security};
+use endio_chassis::{admin, config, report, runtime, shutdown::Shutdown, telemetry, tls::Security};
 use endio_conversion::{Config, Deps, Flags, start};
 
-#[tokio::main]
-async fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<()> {
     let flags = Flags::parse();
     let config: Config = config::load(flags.config.as_deref(), "ENDIO_CONVERSION", &flags)?;
     if flags.check_config {
         print!("{}", config::effective(&config));
         return Ok(());
     }
+    runtime::block_on(config.server.worker_threads, serve(config))?
+}
+
+async fn serve(config: Config) -> anyhow::Result<()> {
     let recorder = telemetry::init(&config.telemetry, "endio-conversion")?;
     config::log_effective(&config);
     let shutdown = Shutdown::new();
@@ -21,7 +24,8 @@ async fn main() -> anyhow::Result<()> {
     let security = Security::open(&config.tls)?;
     let listener = security.bind(&config.listen).await?;
     let dialer = security.dialer(DialerConfig::default());
-    let deps = Deps::new(listener, dialer, recorder, shutdown);
+    // Its peers' messages then reach the driver without a change of threads.
+    let deps = Deps { has_own_thread: false, ..Deps::new(listener, dialer, recorder, shutdown) };
     let running = start(config, deps).await?;
     report::ready("conversion", running.url(), &[("metrics", metrics.into())])?;
     let outcome = running.wait().await;

@@ -1,7 +1,7 @@
 //! What the service does, apart from how it is asked: volumes, writes, reads, sync.
 //!
-//! Every request that changes something runs in a task of its own, so that a client that goes away
-//! leaves nothing half done and nothing locked.
+//! Every request that changes something ends whoever waits for it: what has to wait runs in a task of
+//! its own ([`Started`]), so that a client that goes away leaves nothing half done and nothing locked.
 
 mod attempts;
 pub(crate) mod direct;
@@ -11,6 +11,7 @@ mod merge;
 mod range;
 mod read;
 mod replay;
+mod started;
 mod status;
 mod stored;
 mod sync;
@@ -35,6 +36,7 @@ use tracing_mutex::stdsync::Mutex;
 
 pub use range::{RangeKind, RangeOp, Ranged};
 pub use read::{Piece, ReadOp};
+pub use started::Started;
 pub use status::Meter;
 pub use sync::Observer;
 pub use write::{Acked, WriteOp};
@@ -141,10 +143,14 @@ impl Engine {
         with(&mut self.throttle.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Versions of blocks of a volume became dirty.
-    pub(crate) fn dirtied(&self, volume: u64, blocks: u64) {
-        self.throttled(|throttle| throttle.add(VolumeId(volume), blocks * BLOCK_BYTES));
+    /// Versions of blocks of a volume became dirty. Whether so much is dirty now that it is to be
+    /// written out before its time.
+    pub(crate) fn dirtied(&self, volume: u64, blocks: u64) -> bool {
         self.metrics.dirty_bytes.add(i64::try_from(blocks * BLOCK_BYTES).unwrap_or(i64::MAX));
+        self.throttled(|throttle| {
+            throttle.add(VolumeId(volume), blocks * BLOCK_BYTES);
+            throttle.wants_write_out()
+        })
     }
 
     /// Versions of blocks of a volume are not dirty any more.

@@ -1,17 +1,20 @@
 //! `endio-writeback`: the writeback service as a process of its own.
 
 use clap::Parser as _;
-use endio_chassis::{admin, config, report, shutdown::Shutdown, telemetry, tls::Security};
+use endio_chassis::{admin, config, report, runtime, shutdown::Shutdown, telemetry, tls::Security};
 use endio_writeback::{Config, Deps, Flags, start};
 
-#[tokio::main]
-async fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<()> {
     let flags = Flags::parse();
     let config: Config = config::load(flags.config.as_deref(), "ENDIO_WRITEBACK", &flags)?;
     if flags.check_config {
         print!("{}", config::effective(&config));
         return Ok(());
     }
+    runtime::block_on(config.server.worker_threads, serve(config))?
+}
+
+async fn serve(config: Config) -> anyhow::Result<()> {
     let recorder = telemetry::init(&config.telemetry, "endio-writeback")?;
     config::log_effective(&config);
     let shutdown = Shutdown::new();

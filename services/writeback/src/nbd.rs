@@ -36,7 +36,7 @@ pub use tls::NbdTls;
 
 use crate::access::Access;
 use crate::config::Config;
-use crate::engine::{Engine, Observer, RangeKind, RangeOp, ReadOp, WriteOp};
+use crate::engine::{Engine, Observer, RangeKind, RangeOp, Ranged, ReadOp, Started, WriteOp};
 use crate::failure::Failure;
 use crate::volume::Volume;
 use name::How;
@@ -307,11 +307,7 @@ impl VolumeExport {
         Ok(volume)
     }
 
-    fn start_range(
-        &self,
-        kind: RangeKind,
-        bytes: ByteRange,
-    ) -> Result<JoinHandle<Result<crate::engine::Ranged, Failure>>, Fault> {
+    fn start_range(&self, kind: RangeKind, bytes: ByteRange) -> Result<Started<Ranged>, Fault> {
         let op = RangeOp { kind, bytes, retry: None, traceparent: String::new() };
         Ok(self.engine.start_range(self.volume()?, op))
     }
@@ -352,7 +348,7 @@ impl Export for VolumeExport {
             offset_bytes += length;
         }
         for write in writes {
-            write.await.map_err(|_| fault(Failure::task_lost()))?.map_err(fault)?;
+            write.await.map_err(fault)?;
         }
         Ok(())
     }
@@ -365,7 +361,7 @@ impl Export for VolumeExport {
 
     async fn trim(&self, offset: u64, length: u64, _fua: bool) -> Result<(), Fault> {
         let trim = self.start_range(RangeKind::Trim, ByteRange { offset, len: length })?;
-        trim.await.map_err(|_| fault(Failure::task_lost()))?.map_err(fault)?;
+        trim.await.map_err(fault)?;
         Ok(())
     }
 
@@ -378,7 +374,7 @@ impl Export for VolumeExport {
         let zero = self.start_range(RangeKind::Zero, bytes)?;
         let allocate = self.start_range(RangeKind::Allocate, bytes)?;
         for change in [zero, allocate] {
-            change.await.map_err(|_| fault(Failure::task_lost()))?.map_err(fault)?;
+            change.await.map_err(fault)?;
         }
         Ok(())
     }

@@ -212,6 +212,11 @@ impl Volume {
         self.flusher.notify_one();
     }
 
+    /// As [`Volume::changed`], where nothing changed that the flusher does not look at by itself.
+    pub fn changed_for_waiters(&self) {
+        self.changed.notify_waiters();
+    }
+
     /// Waits for the next reason to look at what is dirty. One waiter: the flusher.
     pub async fn flusher_woken(&self) {
         self.flusher.notified().await;

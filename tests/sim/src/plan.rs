@@ -191,6 +191,10 @@ impl Plan {
         let late_calls = if rare.chance(30) { rare.between(100, 1000) } else { 0 };
         let rot_ms = if rare.chance(12) { rare.between(5, 200) } else { 0 };
         let slow_journal = rare.chance(8).then(|| Span(1_000, rare.between(2_000, 40_000)));
+        let punch_run_blocks = rare.between(1, 8);
+        let punch_idle_ms = rare.between(1, 400);
+        let unpunched_blocks_max = rare.between(1, 64);
+        let reuse_blocks = rare.between(1, 64);
         let stores = rng.between(1, 4) as usize;
         let lies = rng.chance(15);
         let volumes: Vec<VolumePlan> = (0..rng.between(1, 3))
@@ -270,6 +274,10 @@ impl Plan {
                 punch_ranges_max: rng.between(1, 8) as usize,
                 punch_blocks_max: rng.between(1, 64),
                 punch_interval_ms: rng.between(1, 100),
+                punch_run_blocks,
+                punch_idle_ms,
+                unpunched_blocks_max,
+                reuse_blocks,
                 ended_max: rng.between(1, 64) as usize,
                 search_runs_max: rng.between(1, 8) as usize,
                 retry_after_ms: rng.between(1, 10) as u32,

@@ -137,6 +137,10 @@ impl Slot {
                 lease_ms: plan.lease_ms,
                 io_end_life_max_ms: u64::from(plan.lease_ms) * 4,
                 punch_interval_ms: 100,
+                punch_run_blocks: 4,
+                punch_idle_ms: 200,
+                unpunched_blocks_max: 256,
+                reuse_blocks: 64,
                 ..Limits::default()
             },
             server: serving(10_000),

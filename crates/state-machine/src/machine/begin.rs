@@ -12,8 +12,9 @@ use super::state::StoreRt;
 use super::{Durability, Machine, MachineError, Step};
 use crate::chunk::{ExtentState, Place};
 use crate::extent_map::{self, ChunkTable};
-use crate::free_space::{self, Demand, StoreSpace};
+use crate::free_space::{self, Demand, Search, StoreSpace};
 use crate::ledger::{IoEnd, Piece, PieceKind, Segment, owes_conversion};
+use crate::limits::Limits;
 use crate::record::{Run, VolumeState};
 use crate::token::{MAC_LEN, Token};
 
@@ -256,7 +257,8 @@ impl<T: ChunkTable> Machine<T> {
                 return Err(self.no_room(replicas, &demand));
             }
         }
-        let search = self.limits.search_runs_max;
+        let Limits { search_runs_max: runs, reuse_blocks, .. } = self.limits;
+        let search = Search { runs, reuse_blocks };
         let mut all: BTreeMap<StoreId, &mut StoreSpace> = self
             .stores
             .iter_mut()

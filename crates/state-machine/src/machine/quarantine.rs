@@ -21,6 +21,7 @@ use super::{Durability, Machine, Step};
 use crate::chunk::Change;
 use crate::extent_map::ChunkTable;
 use crate::free_space::WrongClass;
+use crate::limits::Limits;
 use crate::record::{Run, Seq};
 
 const NO_STORE: WrongClass = WrongClass("blocks of a store that does not exist");
@@ -236,10 +237,15 @@ impl<T: ChunkTable> Machine<T> {
         for rt in due {
             let Some(session) = rt.session else { continue };
             let limits = &self.limits;
-            let ranges = rt.space.take_unpunched(limits.punch_ranges_max, limits.punch_blocks_max);
+            rt.next_punch = now.plus(limits.punch_interval_ms);
+            let least = least_punched(rt, now, limits);
+            let (ranges, blocks) = (limits.punch_ranges_max, limits.punch_blocks_max);
+            let ranges = rt.space.take_unpunched(least, ranges, blocks);
+            if ranges.is_empty() {
+                continue;
+            }
             let punch = self.next_command;
             self.next_command += 1;
-            rt.next_punch = now.plus(limits.punch_interval_ms);
             rt.punch = Some((punch, ranges.clone()));
             let kind = EffectKind::Store(session, ToStore::Punch { punch, ranges });
             out.effects.push(super::Effect { after: after(rt, self.committed), kind });
@@ -261,8 +267,17 @@ impl<T: ChunkTable> Machine<T> {
 fn can_punch(rt: &StoreRt) -> bool {
     rt.is_usable()
         && rt.punch.is_none()
-        && rt.space.has_unpunched()
+        && rt.space.unpunched() > 0
         && rt.space.free() > rt.space.capacity() / 8
+}
+
+/// Blocks that a run needs at least to be punched now.
+fn least_punched(rt: &StoreRt, now: Millis, limits: &Limits) -> u64 {
+    let is_written = rt.written_at.is_some_and(|at| now < at.plus(limits.punch_idle_ms));
+    match is_written && rt.space.unpunched() <= limits.unpunched_blocks_max {
+        true => limits.punch_run_blocks,
+        false => 1,
+    }
 }
 
 /// What goes to a store must not overtake its registration.

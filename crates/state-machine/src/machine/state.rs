@@ -142,6 +142,8 @@ pub(super) struct StoreRt {
     pub(super) punch: Option<(u64, Vec<PblkRange>)>,
     /// No punch before: each costs the host file system work.
     pub(super) next_punch: Millis,
+    /// When it released a segment last.
+    pub(super) written_at: Option<Millis>,
 }
 
 impl StoreRt {
@@ -159,6 +161,7 @@ impl StoreRt {
             fence: None,
             punch: None,
             next_punch: Millis(0),
+            written_at: None,
         }
     }
     /// New tokens may name it.

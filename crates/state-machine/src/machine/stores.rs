@@ -42,6 +42,9 @@ impl<T: ChunkTable> Machine<T> {
             FromStore::Release { token, outcome } => {
                 let released = self.release_segment(store, &token, Outcome::Store(outcome), out)?;
                 let (io_end, segment) = (token.io_end, token.segment);
+                if let Some(rt) = self.stores.get_mut(&store) {
+                    rt.written_at = Some(self.now);
+                }
                 let refused = released.err();
                 self.send_store(store, ToStore::Released { io_end, segment, refused }, out);
                 Ok(())

@@ -6,6 +6,7 @@ mod errors;
 mod gather;
 mod holders;
 mod map;
+mod punch;
 mod random;
 mod references;
 mod rig;

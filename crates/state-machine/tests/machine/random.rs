@@ -50,6 +50,10 @@ fn small() -> Limits {
         fence_io_ends_max: 2,
         punch_blocks_max: 8,
         punch_interval_ms: 10,
+        punch_run_blocks: 2,
+        punch_idle_ms: 40,
+        unpunched_blocks_max: 6,
+        reuse_blocks: 3,
         ended_max: 8,
         search_runs_max: 4,
         ..Limits::default()

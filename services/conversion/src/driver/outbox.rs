@@ -1,7 +1,8 @@
 //! What waits to leave: effects until their records are durable, and the streams they go to.
 //!
 //! Effects that rest on nothing that could be forgotten overtake those that wait for the disk; among
-//! those that wait, order is kept.
+//! those that wait, order is kept. Receipts, which nobody waits for, ride with what follows them: a
+//! message of its own for each would wake its peer twice for every write.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -17,6 +18,9 @@ use tokio::time::Instant;
 
 use crate::handle::{Outgoing, Peer};
 use crate::metrics::Metrics;
+
+/// Longest wait of a receipt for a message to ride with.
+const RECEIPT_WAITS: Duration = Duration::from_millis(5);
 
 enum Waiting {
     Effect {
@@ -39,6 +43,9 @@ pub(crate) struct Outbox {
     pub(crate) stores: BTreeMap<StoreSession, Peer<ToStore>>,
     waiting: VecDeque<(u64, Waiting)>,
     now: Vec<Waiting>,
+    receipts: BTreeMap<WritebackSession, Vec<ToWriteback>>,
+    /// When the receipts leave by themselves.
+    receipts_due: Option<Instant>,
 }
 
 type Calls = BTreeMap<ReplyTo, oneshot::Sender<Result<ReplyBody, Refusal>>>;
@@ -46,19 +53,49 @@ type Calls = BTreeMap<ReplyTo, oneshot::Sender<Result<ReplyBody, Refusal>>>;
 impl Outbox {
     /// Whether nothing waits for the disk.
     pub(crate) fn is_empty(&self) -> bool {
-        self.waiting.is_empty() && self.now.is_empty()
+        self.waiting.is_empty() && self.now.is_empty() && self.receipts.is_empty()
+    }
+
+    /// When [`Outbox::release`] has something to do whatever happens.
+    pub(crate) fn due(&self) -> Option<Instant> {
+        self.receipts_due
     }
 
     pub(crate) fn forget_writeback(&mut self, session: WritebackSession) {
         self.writebacks.remove(&session);
+        self.receipts.remove(&session);
     }
 
     pub(crate) fn forget_store(&mut self, session: StoreSession) {
         self.stores.remove(&session);
     }
 
-    /// Takes an effect made in the turn that began at `began`.
-    pub(crate) fn push(&mut self, effect: Effect, began: Instant, now: Millis) {
+    /// Takes an effect made in the turn that began at `began`; `newest`: the last record of that
+    /// turn.
+    pub(crate) fn push(
+        &mut self,
+        effect: Effect,
+        newest: Option<u64>,
+        began: Instant,
+        now: Millis,
+    ) {
+        if let Effect { after: Durability::Now, kind: EffectKind::Writeback(session, message) } =
+            &effect
+            && is_receipt(message)
+        {
+            self.receipts.entry(*session).or_default().push(message.clone());
+            self.receipts_due.get_or_insert(began + RECEIPT_WAITS);
+            return;
+        }
+        let after = match (&effect.kind, effect.after, newest) {
+            // With the blocks that the record frees there may soon be more to say.
+            (
+                EffectKind::Store(_, ToStore::Released { refused: None, .. }),
+                Durability::Now,
+                Some(seq),
+            ) => Durability::Committed(seq),
+            (_, after, _) => after,
+        };
         let (span, waited_ms) = match &effect.kind {
             EffectKind::Writeback(_, ToWriteback::Completion(done)) => {
                 let span = crate::TRACER
@@ -73,7 +110,7 @@ impl Outbox {
             _ => (Span::none(), 0),
         };
         let waiting = Waiting::Effect { kind: effect.kind, began, waited_ms, span };
-        match effect.after {
+        match after {
             Durability::Now => self.now.push(waiting),
             Durability::Committed(seq) => self.wait(seq, waiting),
         }
@@ -110,6 +147,22 @@ impl Outbox {
             let Some((_, waiting)) = self.waiting.pop_front() else { return };
             self.send(waiting, calls, metrics);
         }
+        if self.receipts_due.is_some_and(|due| due <= Instant::now()) {
+            for session in self.receipts.keys().copied().collect::<Vec<_>>() {
+                self.send_receipts(session);
+            }
+        }
+        if self.receipts.is_empty() {
+            self.receipts_due = None;
+        }
+    }
+
+    fn send_receipts(&mut self, session: WritebackSession) {
+        for receipt in self.receipts.remove(&session).unwrap_or_default() {
+            if !post(self.writebacks.get(&session), receipt, 0) {
+                return self.forget_writeback(session);
+            }
+        }
     }
 
     fn send(&mut self, waiting: Waiting, calls: &mut Calls, metrics: &Metrics) {
@@ -132,6 +185,7 @@ impl Outbox {
                     metrics.completed(done.failed, Duration::from_micros(convert_us), &span);
                 }
                 let is_last = matches!(message, ToWriteback::SessionRefused(_));
+                self.send_receipts(session);
                 let sent = post(self.writebacks.get(&session), message, convert_us);
                 if is_last || !sent {
                     self.forget_writeback(session);
@@ -158,6 +212,11 @@ impl Outbox {
             }
         }
     }
+}
+
+/// Whether a message only says that another one has arrived.
+fn is_receipt(message: &ToWriteback) -> bool {
+    matches!(message, ToWriteback::Released { refused: None, .. })
 }
 
 /// `false`: the peer does not read, or is gone: its stream must end.
@@ -200,5 +259,117 @@ pub(crate) fn input_span(input: &Input, traceparent: &str) -> Span {
             .with("segment", token.segment.0)
             .with("store", token.store.0),
         _ => Span::none(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use endio_chassis::metrics::Registry;
+    use endio_types::IoEndId;
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+
+    const SESSION: WritebackSession = WritebackSession(1);
+    const STORE: StoreSession = StoreSession(1);
+
+    struct Rig {
+        outbox: Outbox,
+        metrics: Metrics,
+        writeback: mpsc::Receiver<Outgoing<ToWriteback>>,
+        store: mpsc::Receiver<Outgoing<ToStore>>,
+    }
+
+    fn peer<M>() -> (Peer<M>, mpsc::Receiver<Outgoing<M>>) {
+        let (outgoing, stream) = mpsc::channel(16);
+        (Peer { outgoing, _alive: CancellationToken::new().drop_guard() }, stream)
+    }
+
+    fn receipt() -> ToWriteback {
+        ToWriteback::Released { io_end: IoEndId(1), refused: None }
+    }
+
+    fn renewed() -> ToWriteback {
+        ToWriteback::Renewed { lease_ms: 1, floor: IoEndId(1) }
+    }
+
+    impl Rig {
+        fn new() -> Self {
+            let mut outbox = Outbox::default();
+            let ((to_writeback, writeback), (to_store, store)) = (peer(), peer());
+            outbox.writebacks.insert(SESSION, to_writeback);
+            outbox.stores.insert(STORE, to_store);
+            Self { outbox, metrics: Metrics::new(&Registry::default()), writeback, store }
+        }
+
+        fn push(&mut self, kind: EffectKind, newest: Option<u64>) {
+            let effect = Effect { after: Durability::Now, kind };
+            self.outbox.push(effect, newest, Instant::now(), Millis(0));
+        }
+
+        fn release(&mut self, durable: u64) {
+            self.outbox.release(durable, &mut Calls::new(), &self.metrics);
+        }
+
+        fn heard(&mut self) -> Vec<&'static str> {
+            let names =
+                std::iter::from_fn(|| self.writeback.try_recv().ok()).map(|sent| match sent {
+                    Outgoing::Message(ToWriteback::Released { .. }, _) => "receipt",
+                    Outgoing::Message(ToWriteback::Renewed { .. }, _) => "renewed",
+                    _ => "other",
+                });
+            names.collect()
+        }
+    }
+
+    #[tokio::test]
+    async fn a_receipt_rides_with_the_next_message_ahead_of_it() {
+        let mut rig = Rig::new();
+        rig.push(EffectKind::Writeback(SESSION, receipt()), None);
+        rig.release(0);
+        assert!(rig.heard().is_empty() && !rig.outbox.is_empty());
+        rig.push(EffectKind::Writeback(SESSION, renewed()), None);
+        rig.release(0);
+        assert_eq!(rig.heard(), ["receipt", "renewed"]);
+        assert!(rig.outbox.is_empty() && rig.outbox.due().is_none());
+    }
+
+    #[tokio::test]
+    async fn a_receipt_that_nothing_follows_leaves_by_itself() {
+        let mut rig = Rig::new();
+        rig.push(EffectKind::Writeback(SESSION, receipt()), None);
+        rig.release(0);
+        tokio::time::sleep_until(rig.outbox.due().expect("it leaves")).await;
+        rig.release(0);
+        assert_eq!(rig.heard(), ["receipt"]);
+        assert!(rig.outbox.is_empty() && rig.outbox.due().is_none());
+    }
+
+    #[tokio::test]
+    async fn receipts_of_a_session_end_with_it() {
+        let mut rig = Rig::new();
+        rig.push(EffectKind::Writeback(SESSION, receipt()), None);
+        rig.outbox.forget_writeback(SESSION);
+        assert!(rig.outbox.is_empty());
+    }
+
+    /// A refusal is no receipt.
+    #[tokio::test]
+    async fn a_store_hears_with_the_record_of_its_release_or_at_once() {
+        let mut rig = Rig::new();
+        let released = |refused| ToStore::Released {
+            io_end: IoEndId(1),
+            segment: endio_types::SegmentIndex(1),
+            refused,
+        };
+        rig.push(EffectKind::Store(STORE, released(None)), Some(7));
+        rig.push(EffectKind::Store(STORE, released(Some(endio_types::Reason::Aborted))), Some(7));
+        rig.release(6);
+        assert!(rig.store.try_recv().is_ok() && rig.store.try_recv().is_err());
+        rig.release(7);
+        assert!(rig.store.try_recv().is_ok());
+        rig.push(EffectKind::Store(STORE, released(None)), None);
+        rig.release(7);
+        assert!(rig.store.try_recv().is_ok());
     }
 }

@@ -7,10 +7,9 @@ use endio_api::conversion::{ChangeMapRequest, MapChange};
 use endio_chassis::trace::Span;
 use endio_state_machine::writeback::cover::inner_and_edges;
 use endio_types::{ByteRange, LblkRange, MapVersion, Reason};
-use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use super::{Engine, Piece};
+use super::{Engine, Piece, Started};
 use crate::dedupe::{Admission, Admitted, Retry};
 use crate::failure::Failure;
 use crate::locks::Held;
@@ -82,14 +81,10 @@ impl RangeKind {
 impl Engine {
     /// Starts a change and takes its place in the order of its blocks before this returns. It goes
     /// on when the handle is dropped.
-    pub fn start_range(
-        self: &Arc<Self>,
-        volume: &Arc<Volume>,
-        op: RangeOp,
-    ) -> JoinHandle<Result<Ranged, Failure>> {
+    pub fn start_range(self: &Arc<Self>, volume: &Arc<Volume>, op: RangeOp) -> Started<Ranged> {
         let started = Instant::now();
         let begun = self.place_range(volume, op);
-        self.tasks.spawn(async move {
+        Started::begin(&self.tasks, async move {
             let (change, admitted, held) = begun?;
             let (engine, kind) = (Arc::clone(&change.engine), change.op.kind.counted());
             let span = change.span.clone();

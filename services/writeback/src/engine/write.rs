@@ -10,10 +10,9 @@ use endio_state_machine::writeback::throttle::Verdict;
 use endio_store::cache_log::{CacheLogError, WriteRecord};
 use endio_types::{BLOCK_SIZE, ByteRange, Generation, LblkRange, Reason, VolumeId};
 use futures_util::FutureExt as _;
-use tokio::task::JoinHandle;
 use tokio::time::{Duration, Instant};
 
-use super::Engine;
+use super::{Engine, Started};
 use crate::dedupe::{Admission, Admitted, Retry};
 use crate::failure::Failure;
 use crate::locks::Held;
@@ -48,7 +47,15 @@ pub struct Acked {
     pub convert_us: u64,
 }
 
-/// A write in its own task.
+/// What a write has made dirty.
+struct Used {
+    /// Blocks of credit that it needed.
+    blocks: u64,
+    /// The flusher may not know that there is something to do.
+    wakes_flusher: bool,
+}
+
+/// A write under way.
 struct Write {
     engine: Arc<Engine>,
     volume: Arc<Volume>,
@@ -61,14 +68,10 @@ struct Write {
 impl Engine {
     /// Starts a write and takes its place in the order of its blocks before this returns. The
     /// write goes on when the handle is dropped.
-    pub fn start_write(
-        self: &Arc<Self>,
-        volume: &Arc<Volume>,
-        op: WriteOp,
-    ) -> JoinHandle<Result<Acked, Failure>> {
+    pub fn start_write(self: &Arc<Self>, volume: &Arc<Volume>, op: WriteOp) -> Started<Acked> {
         let started = Instant::now();
         let begun = self.place_write(volume, op);
-        self.tasks.spawn(async move {
+        Started::begin(&self.tasks, async move {
             let (write, admitted, held) = begun?;
             let span = write.span.clone();
             let (engine, kind) = (Arc::clone(&write.engine), write.kind());
@@ -274,12 +277,15 @@ impl Write {
             }
         };
         reach(Point::WritebackCached);
-        engine.dirtied(volume.id, used);
+        let wants_write_out = engine.dirtied(volume.id, used.blocks);
         if let Some(admission) = admission {
             admission.applied(self.op.data.len() as u64);
         }
         engine.ask_credit(volume, false);
-        volume.changed();
+        match used.wakes_flusher || wants_write_out {
+            true => volume.changed(),
+            false => volume.changed_for_waiters(),
+        }
         Ok(())
     }
 
@@ -354,8 +360,8 @@ impl Write {
         }
     }
 
-    /// Log first, then the cache. Returns how many blocks of credit were needed.
-    async fn insert(&self, whole: &Bytes, admission: Option<&Admission>) -> Result<u64, Failure> {
+    /// Log first, then the cache.
+    async fn insert(&self, whole: &Bytes, admission: Option<&Admission>) -> Result<Used, Failure> {
         loop {
             let room = self.engine.room.notified();
             tokio::pin!(room);
@@ -379,7 +385,7 @@ impl Write {
         &self,
         whole: &Bytes,
         admission: Option<&Admission>,
-    ) -> Result<Result<u64, Failure>, CacheLogError> {
+    ) -> Result<Result<Used, Failure>, CacheLogError> {
         let Self { engine, volume, blocks, .. } = self;
         let record = WriteRecord {
             volume: VolumeId(volume.id),
@@ -405,6 +411,10 @@ impl Write {
         reach(Point::WritebackLogged);
         let mut state = volume.state();
         let end = self.end_bytes();
+        // Nothing waited: the flusher sleeps without an end. And a flush that saw the record in the
+        // log may have looked for its data before it was here.
+        let was_idle = state.dirty.waiting_blocks() == 0 || state.dirty_since.is_none();
+        let wakes_flusher = was_idle || lsn <= state.flush_up_to;
         let used = match state.dirty.insert(*blocks, lsn, end, cached) {
             Ok(used) => used,
             // Blocks and data come from the same range, so this cannot differ.
@@ -413,6 +423,6 @@ impl Write {
         state.credit.put_back(blocks.len - used);
         state.view.wrote_up_to(end);
         state.dirty_since.get_or_insert_with(Instant::now);
-        Ok(Ok(used))
+        Ok(Ok(Used { blocks: used, wakes_flusher }))
     }
 }

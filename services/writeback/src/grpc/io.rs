@@ -87,8 +87,7 @@ impl IoService {
         let key = request.retry.as_ref();
         let volume = self.engine.volume_for(&request.volume, key).await?;
         let op = range_op(kind, request, &parent)?;
-        let done = self.engine.start_range(&volume, op).await;
-        let done = done.map_err(|_| Failure::task_lost())??;
+        let done = self.engine.start_range(&volume, op).await?;
         Ok(Response::new(RangeResponse { blocks_changed: done.blocks_changed }))
     }
 }
@@ -108,8 +107,7 @@ impl Io for IoService {
         let key = request.retry.as_ref();
         let volume = self.engine.volume_for(&request.volume, key).await?;
         let op = write_op(request, &parent)?;
-        let acked = self.engine.start_write(&volume, op).await;
-        let acked = acked.map_err(|_| Failure::task_lost())??;
+        let acked = self.engine.start_write(&volume, op).await?;
         Ok(Response::new(WriteResponse {
             trace_id: acked.trace_id,
             written_bytes: acked.written_bytes,

@@ -10,6 +10,7 @@ use endio_api::writeback::io_request::Op;
 use endio_api::writeback::{IoCompletion, IoRequest};
 use endio_chassis::shutdown::Shutdown;
 use endio_types::{ByteRange, Reason};
+use futures_util::FutureExt as _;
 use futures_util::stream::{BoxStream, StreamExt as _};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::Instant;
@@ -155,7 +156,7 @@ impl Submit {
                 };
                 let acked = engine.start_write(&volume, op);
                 self.answer(room, cookie, started, async move {
-                    let acked = acked.await.map_err(|_| Failure::task_lost())??;
+                    let acked = acked.await?;
                     Ok(IoCompletion {
                         bytes: acked.written_bytes,
                         trace_id: acked.trace_id,
@@ -216,7 +217,7 @@ impl Submit {
         };
         let done = self.engine.start_range(volume, op);
         self.answer(room, cookie, started, async move {
-            let done = done.await.map_err(|_| Failure::task_lost())??;
+            let done = done.await?;
             let (trace_id, duplicate) = (done.trace_id, done.duplicate);
             Ok(IoCompletion { bytes, trace_id, duplicate, ..IoCompletion::default() })
         });
@@ -232,7 +233,7 @@ impl Submit {
         outcome: impl Future<Output = Result<IoCompletion, Failure>> + Send + 'static,
     ) {
         let completions = self.completions.clone();
-        tokio::spawn(async move {
+        let mut answering = Box::pin(async move {
             let mut completion = outcome.await.unwrap_or_else(|failure| IoCompletion {
                 reason: failure.reason as i32,
                 message: failure.detail.into_owned(),
@@ -246,6 +247,10 @@ impl Submit {
             let _ = completions.send(Ok(completion)).await;
             drop(room);
         });
+        // What is done already needs no task.
+        if answering.as_mut().now_or_never().is_none() {
+            tokio::spawn(answering);
+        }
     }
 }
 

@@ -196,6 +196,35 @@ async fn status_is_told_while_buffered_data_is_written_out() {
     client.settles().await.unwrap();
 }
 
+/// What is dirty is written out without anybody's asking, also where dirty blocks were cut off with
+/// the end of the volume before: the flusher sleeps until it is told that something is dirty again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_becomes_dirty_after_a_cut_is_written_out_by_itself() {
+    let (_stack, client) = stack().await;
+    for size_bytes in [SIZE / 2, SIZE] {
+        let write = write_of(SIZE - 4096, &[7; 4096], WriteMode::Buffered);
+        client.io().write(write).await.unwrap();
+        let name = "vol1".to_owned();
+        for size_bytes in [SIZE / 2, SIZE] {
+            let request = ResizeRequest { name: name.clone(), size_bytes };
+            client.volumes().resize(request).await.unwrap();
+        }
+        let write = write_of(size_bytes - 8192, &[8; 4096], WriteMode::Buffered);
+        client.io().write(write).await.unwrap();
+        let mut dirty_bytes = u64::MAX;
+        for _ in 0..600 {
+            let status = client.inspect().status(StatusRequest::default()).await.unwrap();
+            dirty_bytes = status.into_inner().dirty_bytes;
+            if dirty_bytes == 0 {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        assert_eq!(dirty_bytes, 0);
+    }
+    client.settles().await.unwrap();
+}
+
 /// Scenarios 35, 36, 38. A growable volume's size is byte-exact and never ahead of its data.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_size_of_a_growing_volume_is_never_ahead_of_its_data() {
