@@ -187,8 +187,9 @@ async fn a_store_whose_lease_is_not_renewed_refuses_bios_and_registers_anew() {
         }
     })
     .await;
-    conversion.answers_renewals.store(true, Ordering::SeqCst);
+    // Not before: a renewal that was sent just now would be answered, and the session would go on.
     let _session = conversion.registered(1).await;
+    conversion.answers_renewals.store(true, Ordering::SeqCst);
     let want = Want { io_end: 1 << 30, ..Want::default() };
     assert_eq!(store.write(want, blocks(1, 1)).await.reason, 0);
 }
