@@ -91,6 +91,8 @@ pub struct State {
     pub clean: VolumeBlocks,
     /// Tries of changes of the map.
     pub attempts: Attempts,
+    /// Changes of the map that were given up and keep their blocks locked.
+    pub settling: usize,
     /// Write-outs under way.
     pub write_outs: usize,
     /// The newest record that says that blocks of this volume are converted.
@@ -186,6 +188,7 @@ impl Volume {
                 clean: limits.clean.volume(),
                 map: MapCache::new(if volume.in_place { 0 } else { limits.map_entries_max }),
                 attempts: Attempts::default(),
+                settling: 0,
                 write_outs: 0,
                 last_clean: Lsn(0),
                 rest_until: None,

@@ -13,6 +13,7 @@ use tracing_mutex::stdsync::Mutex;
 use super::Engine;
 use crate::conversion::Client;
 use crate::failure::Failure;
+use crate::locks::Held;
 use crate::volume::Volume;
 
 /// A try of a change; dropping it ends it.
@@ -27,9 +28,28 @@ impl Drop for Trying {
     }
 }
 
+/// A change that was given up keeps its blocks locked; a stop of the service need not wait for that.
+struct Settling {
+    volume: Arc<Volume>,
+}
+
+impl Settling {
+    fn begin(volume: &Arc<Volume>) -> Self {
+        volume.state().settling += 1;
+        Self { volume: Arc::clone(volume) }
+    }
+}
+
+impl Drop for Settling {
+    fn drop(&mut self) {
+        self.volume.state().settling -= 1;
+    }
+}
+
 impl Engine {
     /// A change of a volume's map or size, tried again while conversion is away. Says which try
-    /// conversion has to hear of as over before somebody else uses the blocks: [`Self::settle`].
+    /// conversion has to hear of as over before somebody else uses the blocks:
+    /// [`Self::settle_later`].
     pub(super) async fn change<T, F>(
         &self,
         volume: &Arc<Volume>,
@@ -59,10 +79,31 @@ impl Engine {
         (outcome, left)
     }
 
-    /// Waits until conversion has heard that a try is over, and those before it. Until then the
-    /// caller keeps the lock of its blocks. `None`: the volume is not usable here any more.
-    pub(super) async fn settle(&self, volume: &Arc<Volume>, number: u64) -> Option<LookupResponse> {
-        while volume.usable().is_ok() {
+    /// Keeps the lock of the blocks of a change until conversion has heard that a try of it is over,
+    /// and those before it; then `then` is told what the map is like, and the blocks are free again.
+    /// If the service stops or the volume is let go before, nothing is told: under its next
+    /// generation no try of this one is carried out.
+    pub(super) fn settle_later(
+        self: &Arc<Self>,
+        volume: &Arc<Volume>,
+        number: u64,
+        held: Held,
+        then: impl FnOnce(&LookupResponse) + Send + 'static,
+    ) {
+        let (engine, volume) = (Arc::clone(self), Arc::clone(volume));
+        self.tasks.spawn(async move {
+            let settling = Settling::begin(&volume);
+            if let Some(found) = engine.settle(&volume, number).await {
+                then(&found);
+            }
+            // In this order: a stop may count the lock for a moment longer than needed, never less.
+            drop(settling);
+            drop(held);
+        });
+    }
+
+    async fn settle(&self, volume: &Arc<Volume>, number: u64) -> Option<LookupResponse> {
+        while volume.usable().is_ok() && !self.stop.is_cancelled() {
             let over = volume.state().attempts.over();
             if over >= number {
                 let first = LblkRange::new(0, 1);
@@ -76,7 +117,12 @@ impl Engine {
                     Err(failure) => self.heed(volume, &failure),
                 }
             }
-            tokio::time::sleep(Duration::from_millis(self.config.retry_max_ms)).await;
+            let pause = Duration::from_millis(self.config.retry_max_ms);
+            tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return None,
+                () = tokio::time::sleep(pause) => {}
+            }
         }
         None
     }

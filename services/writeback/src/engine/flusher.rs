@@ -53,17 +53,21 @@ impl Engine {
     /// What a stop still waits for, by name.
     pub(crate) fn held(&self) -> Vec<String> {
         let mut held = Vec::new();
+        let mut settling = 0;
         for volume in self.table.all() {
             let bytes = volume.state().dirty_bytes();
             if bytes > 0 {
                 held.push(format!("volume {}: {bytes} dirty bytes", volume.name));
             }
-            let requests = volume.locks.len();
+            // Nobody waits for what was given up; whoever waits behind it has a lock of its own.
+            let given_up = volume.state().settling;
+            settling += given_up;
+            let requests = volume.locks.len().saturating_sub(given_up);
             if requests > 0 {
                 held.push(format!("volume {}: {requests} changes under way", volume.name));
             }
         }
-        let tasks = self.tasks.len();
+        let tasks = self.tasks.len().saturating_sub(settling);
         if tasks > 0 {
             held.push(format!("{tasks} tasks of requests"));
         }

@@ -209,13 +209,7 @@ impl Change {
             None => changing.ended(Vec::new()),
             // A try without an answer may yet be carried out: nobody else has the blocks until then.
             Some(number) => {
-                let (engine, volume) = (Arc::clone(engine), Arc::clone(volume));
-                self.engine.tasks.spawn(async move {
-                    if engine.settle(&volume, number).await.is_some() {
-                        changing.ended(Vec::new());
-                    }
-                    drop(held);
-                });
+                engine.settle_later(volume, number, held, |_| changing.ended(Vec::new()));
             }
         }
         let changed = changed?;

@@ -14,6 +14,7 @@ use super::Engine;
 use crate::conversion::Client;
 use crate::dedupe::Retry;
 use crate::failure::Failure;
+use crate::locks::Held;
 use crate::volume::{MapChanging, Opened, Volume};
 
 impl Engine {
@@ -347,33 +348,30 @@ impl Engine {
         }
         match left {
             None => changing.ended(Vec::new()),
-            Some(number) => {
-                let (engine, volume) = (Arc::clone(self), Arc::clone(volume));
-                self.tasks.spawn(async move {
-                    engine.learn_size(&volume, size_bytes, number, changing).await;
-                    drop(held);
-                });
-            }
+            Some(number) => self.learn_size(volume, size_bytes, number, changing, held),
         }
         outcome
     }
 
     /// A try of a resize was given up that may have been carried out all the same: what is
     /// acknowledged beyond the end could never be written out. So the size is asked for until it is
-    /// known, and that no try is carried out any more; the caller keeps the lock of what lies beyond.
-    async fn learn_size(
-        &self,
+    /// known, and that no try is carried out any more; until then what lies beyond stays locked.
+    fn learn_size(
+        self: &Arc<Self>,
         volume: &Arc<Volume>,
         asked_bytes: u64,
         tried: u64,
         changing: MapChanging,
+        held: Held,
     ) {
-        let Some(found) = self.settle(volume, tried).await else { return };
-        changing.ended(Vec::new());
-        if found.size_bytes == asked_bytes {
-            let version = MapVersion(found.map_version);
-            volume.state().view.resized(version, asked_bytes);
-        }
+        let resized = Arc::clone(volume);
+        self.settle_later(volume, tried, held, move |found| {
+            changing.ended(Vec::new());
+            if found.size_bytes == asked_bytes {
+                let version = MapVersion(found.map_version);
+                resized.state().view.resized(version, asked_bytes);
+            }
+        });
     }
 
     async fn zero_tail(
