@@ -47,6 +47,11 @@ impl Failure {
         Self::new(Reason::PeerAway, "the conversion service cannot be reached now")
     }
 
+    /// Whether the stores are full, and waiting does not help by itself.
+    pub fn is_full(&self) -> bool {
+        self.reason == Reason::NoSpace && self.retry_after_ms == 0
+    }
+
     /// Whether it says that the volume is not open here any more.
     pub fn ends_volume(&self) -> bool {
         matches!(self.reason, Reason::OldGeneration | Reason::UnknownVolume)

@@ -93,6 +93,7 @@ impl Events for Table {
         match outcome {
             Ok(_) => {
                 state.credit.granted(request);
+                state.credit_refusal = None;
             }
             Err(failure) if failure.ends_volume() => {
                 drop(state);
@@ -102,7 +103,11 @@ impl Events for Table {
                 return;
             }
             Err(failure) => {
-                state.credit.refused(request);
+                match failure.is_full() {
+                    true => state.credit.refused(request),
+                    false => state.credit.put_off(request),
+                };
+                state.credit_refusal = Some(failure.clone());
                 let held_blocks = state.credit.held();
                 tracing::warn!(
                     volume = %volume.name, held_blocks, error = %failure,

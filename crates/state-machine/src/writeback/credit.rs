@@ -44,7 +44,8 @@ pub enum Take {
     Taken,
     /// Not enough now; an answer to a `Reserve` may bring it. Ask again then.
     Short,
-    /// Conversion refused just what was short: answer `NO_SPACE`. The next try asks again.
+    /// Conversion refused just what was short, or even what dirty data holds: answer `NO_SPACE`. The
+    /// next try asks again.
     NoSpace,
 }
 
@@ -61,6 +62,8 @@ pub struct Credit {
     outstanding: Option<Ask>,
     /// A reset was refused: nothing backs what dirty data holds, until another one is granted.
     owes_reset: bool,
+    /// The last reset was refused because the stores are full.
+    is_reset_full: bool,
     /// The last refusal: conversion could not add this many.
     refused_add: Option<u64>,
     next_request: u64,
@@ -77,6 +80,7 @@ impl Credit {
             wanted: 0,
             outstanding: None,
             owes_reset: false,
+            is_reset_full: false,
             refused_add: None,
             next_request: 1,
         }
@@ -87,7 +91,8 @@ impl Credit {
         // What is freed meanwhile was never promised: a reset may be refused, and then full stores
         // never take what was acknowledged on it.
         if self.is_reset_pending() {
-            return Take::Short;
+            // There is not even space for what is dirty.
+            return if self.is_reset_full { Take::NoSpace } else { Take::Short };
         }
         if blocks <= self.available() {
             self.held += blocks;
@@ -155,7 +160,7 @@ impl Credit {
             return None;
         }
         if self.owes_reset {
-            return Some(self.reset());
+            return Some(self.ask_reset());
         }
         let available = self.available();
         let (add, drop) = if self.wanted > 0 {
@@ -181,6 +186,11 @@ impl Credit {
     /// old session has ended before this is called, so `held` is exact. Replaces an outstanding
     /// request, whose answer will not come.
     pub fn reset(&mut self) -> Ask {
+        self.is_reset_full = false;
+        self.ask_reset()
+    }
+
+    fn ask_reset(&mut self) -> Ask {
         self.promised = self.held;
         self.wanted = 0;
         self.refused_add = None;
@@ -205,12 +215,14 @@ impl Credit {
             self.wanted = 0;
         }
         self.refused_add = None;
+        self.is_reset_full = false;
         true
     }
 
     /// `request` was refused for lack of space. Answers to other requests are ignored: `false`.
     pub fn refused(&mut self, request: u64) -> bool {
         let Some(ask) = self.take_back(request) else { return false };
+        self.is_reset_full = ask.reset;
         if ask.add_blocks > 0 && !ask.reset {
             self.refused_add = Some(ask.add_blocks);
         }
@@ -228,6 +240,7 @@ impl Credit {
         let ask = self.outstanding.take_if(|ask| ask.request == request)?;
         self.promised += ask.drop_blocks;
         self.owes_reset |= ask.reset;
+        self.is_reset_full = false;
         Some(ask)
     }
 

@@ -198,3 +198,27 @@ fn a_reset_that_was_refused_is_asked_for_again_with_what_is_held_then() {
     assert!(!credit.is_reset_pending());
     assert_eq!((credit.held(), credit.available()), (3, 0));
 }
+
+#[test]
+fn while_a_reset_is_owed_a_write_is_told_whether_the_stores_are_full() {
+    let mut credit = Credit::new(CreditPolicy::default());
+    credit.adopt(5);
+    let first = credit.reset();
+    assert_eq!(credit.take(1), Take::Short, "nobody knows yet");
+    assert!(credit.refused(first.request));
+    assert_eq!(credit.take(1), Take::NoSpace);
+    let again = credit.next_ask(false).unwrap();
+    assert_eq!(credit.take(1), Take::NoSpace, "it is asked for again, and nothing has changed");
+    assert!(credit.put_off(again.request));
+    assert_eq!(credit.take(1), Take::Short, "stores are away: it may pass");
+    let again = credit.next_ask(false).unwrap();
+    assert!(credit.refused(again.request));
+    credit.reset();
+    assert_eq!(credit.take(1), Take::Short, "another session begins");
+    let last = credit.outstanding.unwrap();
+    assert!(credit.refused(last.request));
+    let again = credit.next_ask(true).unwrap();
+    assert!(credit.granted(again.request));
+    assert_eq!(credit.take(1), Take::Short);
+    assert_eq!((credit.held(), credit.available()), (5, 0));
+}

@@ -219,8 +219,13 @@ impl Engine {
                 // The next session sets it anew.
                 Err(failure) if failure.reason == Reason::PeerAway => {}
                 Err(failure) => {
-                    volume.state().credit.refused(ask.request);
                     engine.heed(&volume, &failure);
+                    let mut state = volume.state();
+                    match failure.is_full() {
+                        true => state.credit.refused(ask.request),
+                        false => state.credit.put_off(ask.request),
+                    };
+                    state.credit_refusal = Some(failure);
                 }
             }
             volume.changed();

@@ -163,7 +163,7 @@ impl Engine {
                 Err(failure) => {
                     engine.heed(&volume, &failure);
                     // What may pass is asked for again when this is told; so is a reset, always.
-                    let is_full = failure.reason == Reason::NoSpace && failure.retry_after_ms == 0;
+                    let is_full = failure.is_full();
                     // With a hint to wait, too: blocks that such a conversion has freed wait for
                     // reads of a map that nobody here has seen yet.
                     if ask.reset && failure.reason == Reason::NoSpace {

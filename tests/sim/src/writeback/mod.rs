@@ -57,6 +57,11 @@ impl Failure {
         Self { reason, retry_ms: 0, doubt: None }
     }
 
+    /// Whether the stores are full, and waiting does not help by itself.
+    fn is_full(&self) -> bool {
+        self.reason == Reason::NoSpace && self.retry_ms == 0
+    }
+
     fn away() -> Self {
         Self::new(Reason::PeerAway)
     }

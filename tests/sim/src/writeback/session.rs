@@ -159,7 +159,7 @@ impl Wb {
                 match owed {
                     Some(Owed::Begin(reply)) => reply.send(Err(failure)),
                     Some(Owed::Reserve(reply)) => reply.send(Err(failure)),
-                    Some(Owed::Reset(volume)) => self.space_reset(volume, false),
+                    Some(Owed::Reset(volume)) => self.space_reset(volume, Some(failure)),
                     None => {}
                 }
             }
@@ -184,7 +184,7 @@ impl Wb {
                 let owed = engine.owed.borrow_mut().remove(&request);
                 match owed {
                     Some(Owed::Reserve(reply)) => reply.send(Ok(blocks)),
-                    Some(Owed::Reset(volume)) => self.space_reset(volume, true),
+                    Some(Owed::Reset(volume)) => self.space_reset(volume, None),
                     _ => {}
                 }
             }
@@ -196,13 +196,14 @@ impl Wb {
         Some(())
     }
 
-    fn space_reset(&self, volume: VolumeId, granted: bool) {
+    fn space_reset(&self, volume: VolumeId, refused: Option<Failure>) {
         let Some(volume) = self.all().into_iter().find(|open| open.id == volume) else { return };
         let mut state = volume.state.borrow_mut();
         let Some(request) = state.credit_reset.take() else { return };
-        match granted {
-            true => state.credit.granted(request),
-            false => state.credit.refused(request),
+        match refused {
+            None => state.credit.granted(request),
+            Some(failure) if failure.is_full() => state.credit.refused(request),
+            Some(_) => state.credit.put_off(request),
         };
         drop(state);
         volume.changed.notify();

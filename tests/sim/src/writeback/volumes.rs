@@ -242,8 +242,12 @@ impl Wb {
                 Ok(_) => _ = volume.state.borrow_mut().credit.granted(ask.request),
                 Err(failure) if failure.reason == Reason::PeerAway => {}
                 Err(failure) => {
-                    volume.state.borrow_mut().credit.refused(ask.request);
                     wb.heed(&volume, &failure);
+                    let credit = &mut volume.state.borrow_mut().credit;
+                    match failure.is_full() {
+                        true => credit.refused(ask.request),
+                        false => credit.put_off(ask.request),
+                    };
                 }
             }
             volume.changed.notify();

@@ -228,7 +228,7 @@ impl Wb {
                             volume.state.borrow().dirty.waiting().map(|w| w.lblk.0).collect();
                         format!("volume {}: {ask:?} is refused, {waits:?} wait", volume.id)
                     });
-                    let is_full = failure.reason == Reason::NoSpace && failure.retry_ms == 0;
+                    let is_full = failure.is_full();
                     if ask.reset && failure.reason == Reason::NoSpace {
                         wb.take_stored(&volume).await;
                     }
