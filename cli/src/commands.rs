@@ -47,7 +47,8 @@ pub(crate) async fn volume(client: &Client, out: Output, command: VolumeCommand)
             return out.print(&value, || volume_table(&list));
         }
         VolumeCommand::Delete { name } => {
-            let answer = volumes.delete(DeleteRequest { name: name.clone() }).await;
+            let answer =
+                volumes.delete(DeleteRequest { name: name.clone(), ..<_>::default() }).await;
             answer.map_err(|e| client.failure(format!("delete volume {name}"), &e))?;
             return out.print(&json!({ "deleted": name }), || format!("volume {name} is deleted"));
         }
@@ -72,7 +73,7 @@ pub(crate) async fn volume(client: &Client, out: Output, command: VolumeCommand)
         }
         VolumeCommand::Resize { name, size } => {
             let what = format!("resize volume {name} to {size}");
-            let request = ResizeRequest { name, size_bytes: size.bytes() };
+            let request = ResizeRequest { name, size_bytes: size.bytes(), ..<_>::default() };
             volumes.resize(request).await.map_err(|e| (what, e))
         }
         VolumeCommand::Open { name, force } => {

@@ -101,9 +101,11 @@ impl<T: ChunkTable> Rig<T> {
             replicas: 1,
             in_place: false,
             growable: false,
+            as_of: None,
         })?;
         let open = Call::OpenVolume {
             name: "v".to_owned(),
+            volume: None,
             writeback: "w".to_owned(),
             force: true,
             if_generation: None,

@@ -24,6 +24,10 @@ pub enum Bug {
     ReadersIgnored,
     /// After a restart blocks do not wait for stores to drain.
     EpochIgnored,
+    /// A store admits what is of a new epoch before older ones have drained.
+    DrainSkipped,
+    /// Both: neither conversion nor stores wait until older epochs have drained.
+    NothingDrains,
     /// Blocks are free before the record that freed them is durable.
     FreedBeforeDurable,
     /// A range is granted whoever holds it.
@@ -40,6 +44,10 @@ pub enum Bug {
     CreditLeaked,
     /// A change of a map is carried out although its caller has given it up.
     LateChangeCounts,
+    /// A volume is created although it was deleted since its creation was asked for.
+    LateCreationCounts,
+    /// What is meant for a deleted volume is done to the one that has its name since.
+    NamesakeTaken,
     /// What is known of a map stays known while the map changes.
     ChangeUnnoticed,
     /// A look-up is believed although the map changed while it was under way.
@@ -58,6 +66,8 @@ impl Bug {
         Self::AbortedIsFree,
         Self::ReadersIgnored,
         Self::EpochIgnored,
+        Self::DrainSkipped,
+        Self::NothingDrains,
         Self::FreedBeforeDurable,
         Self::LockGrantsAll,
         Self::WholeRequestsOff,
@@ -66,6 +76,8 @@ impl Bug {
         Self::NeverTold,
         Self::CreditLeaked,
         Self::LateChangeCounts,
+        Self::LateCreationCounts,
+        Self::NamesakeTaken,
         Self::ChangeUnnoticed,
         Self::LateLookUpBelieved,
     ];

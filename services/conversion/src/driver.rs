@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use endio_api::conversion::DescribeResponse;
+use endio_api::convert::deletions_to_proto;
 use endio_chassis::runtime;
 use endio_chassis::server::Readiness;
 use endio_chassis::shutdown::Shutdown;
@@ -344,6 +345,7 @@ impl Driver {
                 drop(reply.send(self.machine.io_ends(now, volume, limit)));
             }
             Question::Describe(reply) => drop(reply.send(self.describe())),
+            Question::Deletions(reply) => drop(reply.send(self.machine.deletions())),
             Question::Journal(reply) => drop(reply.send(self.committer.journal().clone())),
             Question::Check(reply) => {
                 // It looks at the whole map: seconds, if that is large.
@@ -370,6 +372,7 @@ impl Driver {
             journal_bytes: stats.bytes_since_checkpoint,
             checkpoint_bytes: stats.checkpoint_bytes,
             draining: self.machine.is_stopping(),
+            deletions: Some(deletions_to_proto(self.machine.deletions())),
         }
     }
 

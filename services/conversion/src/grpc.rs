@@ -9,9 +9,9 @@ use endio_api::conversion::conversion_server::Conversion;
 use endio_api::convert::{self, Malformed};
 use endio_api::{protocol, status};
 use endio_state_machine::machine::{
-    Attempt, Call, FromStore, FromWriteback, Input, Refusal, ReplyBody, VolumeInfo,
+    Attempt, Call, Deletions, FromStore, FromWriteback, Input, Refusal, ReplyBody, VolumeInfo,
 };
-use endio_types::{Generation, LblkRange, Reason, VolumeId};
+use endio_types::{ClusterEpoch, Generation, LblkRange, Reason, VolumeId};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -97,6 +97,7 @@ impl Conversion for Grpc {
             replicas: request.replicas,
             in_place: request.in_place,
             growable: request.growable,
+            as_of: request.as_of.map(deletions),
         })
         .await
     }
@@ -112,9 +113,11 @@ impl Conversion for Grpc {
         &self,
         _: Request<proto::ListVolumesRequest>,
     ) -> Answer<proto::ListVolumesResponse> {
+        let as_of = self.handle.ask(Question::Deletions).await.map_err(refused)?;
+        let as_of = Some(convert::deletions_to_proto(as_of));
         let volumes = self.volumes().await?;
         let volumes = volumes.iter().map(convert::volume_to_proto).collect();
-        Ok(Response::new(proto::ListVolumesResponse { volumes }))
+        Ok(Response::new(proto::ListVolumesResponse { volumes, as_of }))
     }
 
     async fn resize_volume(
@@ -124,6 +127,7 @@ impl Conversion for Grpc {
         let request = request.into_inner();
         self.volume_call(Call::ResizeVolume {
             name: request.name,
+            volume: meant(request.volume),
             size_bytes: request.size_bytes,
             generation: Generation(request.generation),
             attempt: attempt(request.attempt),
@@ -136,8 +140,12 @@ impl Conversion for Grpc {
         request: Request<proto::DeleteVolumeRequest>,
     ) -> Answer<proto::DeleteVolumeResponse> {
         let request = request.into_inner();
-        let generation = Generation(request.generation);
-        let call = Call::DeleteVolume { name: request.name, generation };
+        let call = Call::DeleteVolume {
+            name: request.name,
+            volume: meant(request.volume),
+            generation: Generation(request.generation),
+            attempt: attempt(request.attempt),
+        };
         match self.handle.call(call).await.map_err(refused)? {
             ReplyBody::Deleted => Ok(Response::new(proto::DeleteVolumeResponse {})),
             _ => Err(unexpected()),
@@ -152,6 +160,7 @@ impl Conversion for Grpc {
         let request = request.into_inner();
         let call = Call::OpenVolume {
             name: request.name,
+            volume: meant(request.volume),
             writeback: of_certificate(request.writeback, identity.as_ref())?,
             force: request.force,
             if_generation: request.if_generation.map(Generation),
@@ -174,7 +183,8 @@ impl Conversion for Grpc {
     ) -> Answer<proto::CloseVolumeResponse> {
         let request = request.into_inner();
         let generation = Generation(request.generation);
-        let call = Call::CloseVolume { name: request.name, generation };
+        let volume = meant(request.volume);
+        let call = Call::CloseVolume { name: request.name, volume, generation };
         match self.handle.call(call).await.map_err(refused)? {
             ReplyBody::Closed => Ok(Response::new(proto::CloseVolumeResponse {})),
             _ => Err(unexpected()),
@@ -519,6 +529,15 @@ where
         }
     });
     Box::pin(ReceiverStream::new(receiver))
+}
+
+/// The volume that a call means; 0: whichever has the name.
+fn meant(volume: u64) -> Option<VolumeId> {
+    (volume != 0).then_some(VolumeId(volume))
+}
+
+fn deletions(as_of: proto::Deletions) -> Deletions {
+    Deletions { epoch: ClusterEpoch(as_of.epoch), count: as_of.count }
 }
 
 fn attempt(attempt: Option<proto::Attempt>) -> Attempt {

@@ -3,8 +3,8 @@
 use endio_api::conversion::DescribeResponse;
 use endio_state_machine::extent_map::MapExtent;
 use endio_state_machine::machine::{
-    Call, CheckReport, Input, IoEndInfo, MapView, Refusal, ReplyBody, StoreInfo, ToStore,
-    ToWriteback, VolumeInfo,
+    Call, CheckReport, Deletions, Input, IoEndInfo, MapView, Refusal, ReplyBody, StoreInfo,
+    ToStore, ToWriteback, VolumeInfo,
 };
 use endio_state_machine::machine::{StoreSession, WritebackSession};
 use endio_store::meta::JournalHandle;
@@ -61,6 +61,7 @@ pub(crate) enum Question {
     IoEnds(Option<VolumeId>, usize, oneshot::Sender<(Vec<IoEndInfo>, u64)>),
     Check(oneshot::Sender<CheckReport>),
     Describe(oneshot::Sender<DescribeResponse>),
+    Deletions(oneshot::Sender<Deletions>),
     Journal(oneshot::Sender<JournalHandle>),
 }
 

@@ -257,7 +257,7 @@ impl Exports for Volumes {
 
     async fn list(&self, client: &Client) -> Result<Vec<Listed>, OpenError> {
         self.engine.takes_work_soon().await.map_err(refused)?;
-        let volumes = self.engine.list().await.map_err(refused)?;
+        let volumes = self.engine.list().await.map_err(refused)?.volumes;
         let listed =
             volumes.into_iter().filter(|volume| self.access(client, &volume.name).is_some());
         let listed = listed.map(|volume| Listed {

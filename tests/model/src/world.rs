@@ -199,7 +199,14 @@ impl World {
         let size_bytes = BLOCKS * BLOCK_BYTES;
         let name = VOLUME.to_owned();
         let (replicas, in_place, growable) = (1, false, false);
-        world.call(Call::CreateVolume { name, size_bytes, replicas, in_place, growable });
+        world.call(Call::CreateVolume {
+            name,
+            size_bytes,
+            replicas,
+            in_place,
+            growable,
+            as_of: None,
+        });
         world.open();
         world.settle();
         world
@@ -417,7 +424,7 @@ impl World {
     fn open(&mut self) {
         let writeback = format!("wb{}", self.writebacks);
         let (name, if_generation) = (VOLUME.to_owned(), None);
-        self.call(Call::OpenVolume { name, writeback, force: true, if_generation });
+        self.call(Call::OpenVolume { name, volume: None, writeback, force: true, if_generation });
     }
 
     fn call(&mut self, call: Call) {

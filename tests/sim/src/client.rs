@@ -6,7 +6,7 @@ mod known;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use endio_state_machine::machine::Call;
+use endio_state_machine::machine::{Call, Deletions};
 use endio_state_machine::writeback::errseq::Cursor;
 use endio_state_machine::writeback::sessions::{RequestKey, SessionId};
 use endio_testkit::oracle::At;
@@ -168,6 +168,7 @@ impl Clients {
 
     /// The volume was deleted: another one takes its name.
     fn renew(&self, slot: &Slot) {
+        self.world.was_deleted(&slot.name);
         let tag = self.next_tag.get();
         self.next_tag.set(tag + 1);
         *slot.known.borrow_mut() = Known::new(tag, &slot.plan);
@@ -369,7 +370,11 @@ impl Clients {
             return;
         }
         match outcome {
-            Some(Ok(())) => known.ack(sequence, invoked, first, cells, durable),
+            Some(Ok(())) => {
+                // A deletion that was given up is over.
+                slot.is_deleting.set(false);
+                known.ack(sequence, invoked, first, cells, durable);
+            }
             Some(Err(Failure { doubt: None, .. })) => known.oracle.fail_write(sequence),
             Some(Err(Failure { doubt: Some(session), .. })) => {
                 self.doubt(&mut known, wb, (sequence, first, cells), session, tenure);
@@ -628,12 +633,14 @@ impl Clients {
 
 type Sent = std::pin::Pin<Box<dyn Future<Output = Outcome<()>>>>;
 
-fn create(slot: &Slot) -> Call {
-    Call::CreateVolume {
-        name: slot.name.clone(),
-        size_bytes: slot.plan.blocks * BLOCK_BYTES,
-        replicas: slot.plan.replicas,
-        in_place: slot.plan.in_place,
-        growable: slot.plan.growable,
+fn create(slot: &Slot) -> impl Fn(Deletions) -> Call + use<> {
+    let (name, plan) = (slot.name.clone(), slot.plan.clone());
+    move |as_of| Call::CreateVolume {
+        name: name.clone(),
+        size_bytes: plan.blocks * BLOCK_BYTES,
+        replicas: plan.replicas,
+        in_place: plan.in_place,
+        growable: plan.growable,
+        as_of: Some(as_of),
     }
 }

@@ -19,7 +19,7 @@ use endio_types::{ClusterEpoch, LblkRange};
 
 use crate::exec::{MS, Node, Signal};
 use crate::mirror::Mirror;
-use crate::net::{End, Kind, Message};
+use crate::net::{End, Kind, Message, Sent};
 use crate::world::{Planted, World};
 
 /// What survives the process.
@@ -37,7 +37,7 @@ pub struct Disk {
 
 enum Event {
     Input(Input),
-    Call(Call, Rc<End>),
+    Call(Call, Sent, Rc<End>),
     OpenWriteback(WritebackSession, Rc<End>),
     OpenStore(StoreSession, Rc<End>),
     Ask(Message, Rc<End>),
@@ -250,7 +250,9 @@ fn accept(world: &Rc<World>, kind: Kind, end: End) {
                 conversion.push(Event::Input(Input::StoreLost { session }));
             }
             Kind::Unary => match end.receive().await {
-                Some(Message::Call(call)) => conversion.push(Event::Call(call, end)),
+                Some(Message::Call(call, sent)) => {
+                    conversion.push(Event::Call(call, sent, end));
+                }
                 Some(message) => conversion.push(Event::Ask(message, end)),
                 None => {}
             },
@@ -392,16 +394,20 @@ impl Process {
                 }
                 self.feed(world, input)
             }
-            Event::Call(call, end) => {
+            Event::Call(call, sent, end) => {
                 self.next_id += 1;
                 let reply = ReplyTo(self.next_id);
                 self.calls.insert(reply, end);
                 world.exec.tell(world.conversion.node, || format!("call {call:?}"));
                 let named = match &call {
-                    Call::ResizeVolume { name, .. } => self.machine.volume(name).map(|v| v.id),
-                    _ => None,
+                    Call::CreateVolume { name, .. }
+                    | Call::ResizeVolume { name, .. }
+                    | Call::DeleteVolume { name, .. }
+                    | Call::OpenVolume { name, .. }
+                    | Call::CloseVolume { name, .. } => self.machine.volume(name).map(|v| v.id),
+                    Call::ChangeMap { .. } => None,
                 };
-                let may = world.takes(&call, named);
+                let may = world.takes(&call, named, sent);
                 self.feed(world, Input::Call { reply, call })?;
                 let is_refused = |effect: &Effect| matches!(&effect.kind, EffectKind::Reply(to, Err(_)) if *to == reply);
                 if self.out.effects.iter().any(is_refused) { Ok(()) } else { may }
@@ -430,6 +436,10 @@ impl Process {
                 let volume = self.machine.volume(&name);
                 let owner = volume.map(|volume| (volume.id, volume.owner, volume.generation));
                 end.send(Message::Owned(owner));
+                Ok(())
+            }
+            Event::Ask(Message::Deletions, end) => {
+                end.send(Message::Deleted(self.machine.deletions()));
                 Ok(())
             }
             Event::Ask(..) => Ok(()),

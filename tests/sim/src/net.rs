@@ -14,7 +14,7 @@ use std::rc::{Rc, Weak};
 use std::task::Poll;
 
 use endio_state_machine::machine::{
-    Call, FromStore, FromWriteback, ReplyBody, ToStore, ToWriteback,
+    Call, Deletions, FromStore, FromWriteback, ReplyBody, ToStore, ToWriteback,
 };
 use endio_state_machine::machine::{MapView, Refusal};
 use endio_state_machine::token::{ReadGrant, Token};
@@ -60,8 +60,8 @@ pub enum Message {
     },
     /// Store to writeback.
     ReadDone(u64, Result<Vec<Block>, Reason>),
-    /// A unary call.
-    Call(Call),
+    /// A unary call, when it was sent, and the volume that it is meant for.
+    Call(Call, Sent),
     /// Its answer.
     Reply(Result<ReplyBody, Refusal>),
     /// A unary call; tries of changes up to the number are over.
@@ -72,6 +72,19 @@ pub enum Message {
     Owner(String),
     /// Its answer, with the volume's number: `None`, there is no such volume.
     Owned(Option<(VolumeId, Option<String>, Generation)>),
+    /// How often conversion was asked to delete something.
+    Deletions,
+    /// Its answer.
+    Deleted(Deletions),
+}
+
+/// What an observer knows of a call, and conversion does not.
+#[derive(Clone, Copy, Debug)]
+pub struct Sent {
+    /// When its caller last wanted it to be carried out, microseconds.
+    pub at: u64,
+    /// `None`: any that has the name.
+    pub meant: Option<VolumeId>,
 }
 
 /// What a stream is opened for.

@@ -178,6 +178,11 @@ pub struct Plan {
     pub map_entries: usize,
     /// Blocks of the map that a look-up asks for at once.
     pub learn_blocks: u64,
+    /// Writes to a block device that hang for up to two leases while there are faults, in thousandths.
+    pub hung_writes: u64,
+    /// Whoever creates a volume asks over the network what was deleted before, and volumes are
+    /// deleted often.
+    pub late_creations: bool,
     /// Clean blocks of a volume that its writeback keeps for reads; 0: none.
     pub clean_blocks: usize,
 }
@@ -247,8 +252,20 @@ impl Plan {
             close: some(&mut rng, 1),
             delete: some(&mut rng, 1),
         };
+        let clean_blocks = if rare.chance(50) { rare.between(1, 24) as usize } else { 0 };
+        let late_creations = rare.chance(50) && late_calls > 0;
+        let mix = if late_creations { Mix { delete: mix.delete + 3, ..mix } } else { mix };
+        // Callers give up soon, and what they gave up arrives all the same.
+        let is_hasty = rare.chance(6);
+        let mix = if is_hasty { Mix { resize: mix.resize + 3, ..mix } } else { mix };
+        let late_calls = if is_hasty { late_calls.max(500) } else { late_calls };
+        let hasty_io_ms = rare.between(150, 400);
+        let hasty_call_ms = rare.between(15, 60);
+        let hasty_slow = rare.between(20, 150);
+        let slow_journal = slow_journal.filter(|_| !is_hasty);
+        let hung_writes = if rare.chance(8) { rare.between(5, 200) } else { 0 };
         let soft = rng.between(2, 40);
-        Self {
+        let mut plan = Self {
             stores,
             writebacks: rng.between(1, 2) as usize,
             capacity,
@@ -337,7 +354,15 @@ impl Plan {
             rot_ms,
             map_entries: if rng.chance(20) { rng.below(6) as usize } else { 64 },
             learn_blocks: rng.between(1, 48),
-            clean_blocks: if rare.chance(50) { rare.between(1, 24) as usize } else { 0 },
+            late_creations,
+            clean_blocks,
+            hung_writes,
+        };
+        if is_hasty {
+            plan.io_timeout_ms = hasty_io_ms;
+            plan.call_timeout_ms = hasty_call_ms;
+            plan.slow = plan.slow.max(hasty_slow);
         }
+        plan
     }
 }

@@ -15,7 +15,7 @@ use crate::conversion::Conversion;
 use crate::device::SimDevice;
 use crate::exec::{Exec, Node};
 use crate::mirror::{Home, Mirror};
-use crate::net::Net;
+use crate::net::{Net, Sent};
 use crate::plan::{Plan, RARE};
 use crate::store::Store;
 use crate::writeback::Writeback;
@@ -143,6 +143,8 @@ pub struct World {
     reading: RefCell<BTreeMap<Home, Vec<Reader>>>,
     /// Tries of changes whose blocks others may use.
     ended: RefCell<BTreeSet<(VolumeId, Generation, u64)>>,
+    /// When a volume of that name was last said to be deleted.
+    deleted: RefCell<BTreeMap<String, u64>>,
     /// Chance of what came into the plans later.
     pub rare: RefCell<Rng>,
     numbers: RefCell<BTreeMap<StoreId, usize>>,
@@ -150,6 +152,10 @@ pub struct World {
     pub planted: Option<Planted>,
     /// Takeovers that were drawn and not tried yet.
     pub takeover_wanted: Cell<u64>,
+    /// Bits that flipped where data is stored.
+    pub flips: Cell<u64>,
+    /// Nodes that were frozen for longer than a lease, and woke up in the same life.
+    pub zombies: Cell<u64>,
     /// No more faults.
     pub is_healed: Cell<bool>,
     /// Everything was found in order at the end.
@@ -181,10 +187,13 @@ impl World {
             settled: RefCell::default(),
             reading: RefCell::default(),
             ended: RefCell::default(),
+            deleted: RefCell::default(),
             rare: RefCell::new(Rng::new(seed ^ RARE).fork()),
             numbers: RefCell::default(),
             planted,
             takeover_wanted: Cell::new(0),
+            flips: Cell::new(0),
+            zombies: Cell::new(0),
             is_healed: Cell::new(false),
             is_finished: Cell::new(false),
             clients: RefCell::default(),
@@ -207,10 +216,24 @@ impl World {
     ///
     /// # Errors
     /// Why it must not, in words that begin with the checker's name.
-    pub fn takes(&self, call: &Call, named: Option<VolumeId>) -> Result<(), String> {
+    pub fn takes(&self, call: &Call, named: Option<VolumeId>, sent: Sent) -> Result<(), String> {
+        let is_other = named.zip(sent.meant).is_some_and(|(named, meant)| named != meant);
+        if is_other {
+            return Err(format!("deleted_stays_deleted: {named:?} has the name, {call:?}"));
+        }
+        if let Call::CreateVolume { name, .. } = call {
+            let deleted = self.deleted.borrow().get(name).copied();
+            // An answer that says which volume there is creates none.
+            let creates = named.is_none();
+            return match deleted.is_some_and(|deleted| creates && sent.at < deleted) {
+                true => Err(format!("deleted_stays_deleted: {call:?} of {} us", sent.at)),
+                false => Ok(()),
+            };
+        }
         let (volume, generation, attempt) = match call {
             Call::ChangeMap { volume, generation, attempt, .. } => (*volume, *generation, attempt),
-            Call::ResizeVolume { generation, attempt, .. } => {
+            Call::ResizeVolume { generation, attempt, .. }
+            | Call::DeleteVolume { generation, attempt, .. } => {
                 (named.unwrap_or_default(), *generation, attempt)
             }
             _ => return Ok(()),
@@ -219,6 +242,11 @@ impl World {
             true => Err(format!("given_up_is_over: {call:?}")),
             false => Ok(()),
         }
+    }
+
+    /// A client was told that its volume is deleted.
+    pub fn was_deleted(&self, name: &str) {
+        self.deleted.borrow_mut().insert(name.to_owned(), self.exec.now());
     }
 
     /// The disk of a store.

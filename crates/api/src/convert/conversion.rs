@@ -50,6 +50,11 @@ pub fn from_writeback(message: proto::WritebackMessage) -> Result<FromWriteback,
     })
 }
 
+/// The deletions for the wire.
+pub fn deletions_to_proto(deletions: domain::Deletions) -> proto::Deletions {
+    proto::Deletions { epoch: deletions.epoch.0, count: deletions.count }
+}
+
 fn begin_io(begin: proto::BeginIo) -> Result<domain::BeginIo, Malformed> {
     let lane = match proto::Lane::try_from(begin.lane) {
         Ok(proto::Lane::WriteOut) => domain::Lane::WriteOut,

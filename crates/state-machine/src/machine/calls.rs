@@ -6,7 +6,9 @@ use endio_types::{
     VolumeId,
 };
 
-use super::io::{Attempt, Call, MapChange, Output, Refusal, ReplyBody, ReplyTo, ToWriteback};
+use super::io::{
+    Attempt, Call, Deletions, MapChange, Output, Refusal, ReplyBody, ReplyTo, ToWriteback,
+};
 use super::state::{PendingChange, VolumeRt, Work};
 use super::{Durability, Machine, Step};
 use crate::extent_map::ChunkTable;
@@ -15,6 +17,9 @@ use crate::token::ReadGrant;
 
 /// Longest name of a volume, bytes.
 const VOLUME_NAME_MAX: usize = 128;
+
+/// A name, and the number of the volume that is meant by it; `None`: whichever has the name.
+type Named<'a> = (&'a str, Option<VolumeId>);
 
 impl<T: ChunkTable> Machine<T> {
     pub(super) fn call(&mut self, reply: ReplyTo, call: Call, out: &mut Output) -> Step<T> {
@@ -30,7 +35,7 @@ impl<T: ChunkTable> Machine<T> {
             return Ok(());
         }
         match call {
-            Call::CreateVolume { name, size_bytes, replicas, in_place, growable } => {
+            Call::CreateVolume { name, size_bytes, replicas, in_place, growable, as_of } => {
                 let volume = VolumeState {
                     id: self.durable.next_volume,
                     name,
@@ -44,23 +49,39 @@ impl<T: ChunkTable> Machine<T> {
                     promised: 0,
                     deleted: false,
                 };
-                self.create(reply, volume, out)
+                self.create(reply, volume, as_of, out)
             }
-            Call::ResizeVolume { name, size_bytes, generation, attempt } => {
-                self.resize(reply, &name, (size_bytes, generation, attempt), out)
+            Call::ResizeVolume { name, volume, size_bytes, generation, attempt } => {
+                self.resize(reply, (&name, volume), (size_bytes, generation, attempt), out)
             }
-            Call::DeleteVolume { name, generation } => self.delete(reply, &name, generation, out),
-            Call::OpenVolume { name, writeback, force, if_generation } => {
-                self.open(reply, &name, writeback, (force, if_generation), out)
+            Call::DeleteVolume { name, volume, generation, attempt } => {
+                self.delete(reply, (&name, volume), (generation, attempt), out)
             }
-            Call::CloseVolume { name, generation } => self.close(reply, &name, generation, out),
+            Call::OpenVolume { name, volume, writeback, force, if_generation } => {
+                self.open(reply, (&name, volume), writeback, (force, if_generation), out)
+            }
+            Call::CloseVolume { name, volume, generation } => {
+                self.close(reply, (&name, volume), generation, out)
+            }
             Call::ChangeMap { volume, generation, change, range, attempt } => {
                 self.change_map(reply, (volume, generation, attempt), change, range, out)
             }
         }
     }
 
-    fn create(&mut self, reply: ReplyTo, new: VolumeState, out: &mut Output) -> Step<T> {
+    /// For a later [`Call::CreateVolume`].
+    pub fn deletions(&self) -> Deletions {
+        Deletions { epoch: self.durable.epoch, count: self.deletions }
+    }
+
+    fn create(
+        &mut self,
+        reply: ReplyTo,
+        new: VolumeState,
+        as_of: Option<Deletions>,
+        out: &mut Output,
+    ) -> Step<T> {
+        let is_late = as_of.is_some_and(|as_of| as_of != self.deletions());
         let refusal = match creation_fault(&new) {
             Some(message) => Some(self.refusal(Reason::Malformed, message)),
             None => match self.names.get(&new.name).and_then(|id| self.durable.volumes.get(id)) {
@@ -69,6 +90,10 @@ impl<T: ChunkTable> Machine<T> {
                     Some(self.refusal(Reason::AlreadyExists, message))
                 }
                 Some(_) => None,
+                None if is_late && !planted::is(Bug::LateCreationCounts) => {
+                    let message = "a volume was deleted meanwhile, perhaps this one";
+                    Some(self.refusal(Reason::WrongState, message))
+                }
                 None if self.durable.volumes.len() >= self.limits.volumes_max => {
                     Some(self.refusal(Reason::Limit, "too many volumes"))
                 }
@@ -99,10 +124,20 @@ impl<T: ChunkTable> Machine<T> {
         self.reply(reply, body.ok_or_else(|| self.unknown()), out);
     }
 
+    /// The volume that a call names, if it is the one that is meant.
+    fn meant(&self, (name, meant): Named<'_>) -> Option<&VolumeState> {
+        let id = self.names.get(name)?;
+        let is_meant = meant.is_none_or(|meant| meant == *id) || planted::is(Bug::NamesakeTaken);
+        self.durable.volumes.get(id).filter(|_| is_meant)
+    }
+
     /// The volume that a call names, if the caller may change it.
-    fn administered(&self, name: &str, generation: Generation) -> Result<VolumeState, Refusal> {
-        let id = self.names.get(name).ok_or_else(|| self.unknown())?;
-        let volume = self.durable.volumes.get(id).ok_or_else(|| self.unknown())?;
+    fn administered(
+        &self,
+        named: Named<'_>,
+        generation: Generation,
+    ) -> Result<VolumeState, Refusal> {
+        let volume = self.meant(named).ok_or_else(|| self.unknown())?;
         match (&volume.owner, generation) {
             (None, Generation(0)) => Ok(volume.clone()),
             (Some(_), Generation(0)) => Err(self.refusal(Reason::VolumeBusy, "the volume is open")),
@@ -114,11 +149,11 @@ impl<T: ChunkTable> Machine<T> {
     fn resize(
         &mut self,
         reply: ReplyTo,
-        name: &str,
+        named: Named<'_>,
         (size_bytes, generation, attempt): (u64, Generation, Attempt),
         out: &mut Output,
     ) -> Step<T> {
-        let volume = match self.administered(name, generation) {
+        let volume = match self.administered(named, generation) {
             Ok(volume) => volume,
             Err(refusal) => {
                 self.reply(reply, Err(refusal), out);
@@ -144,16 +179,19 @@ impl<T: ChunkTable> Machine<T> {
     fn delete(
         &mut self,
         reply: ReplyTo,
-        name: &str,
-        generation: Generation,
+        named: Named<'_>,
+        (generation, attempt): (Generation, Attempt),
         out: &mut Output,
     ) -> Step<T> {
-        match self.administered(name, generation) {
+        match self.administered(named, generation) {
+            Ok(volume) if !self.is_waited_for(volume.id, attempt) => self.given_up(reply, out),
             Ok(volume) => {
                 let whole = super::apply::WHOLE;
-                self.wait_to_change(reply, (volume.id, 0), Work::Delete, whole, out)
+                self.wait_to_change(reply, (volume.id, attempt.number), Work::Delete, whole, out)
             }
             Err(refusal) => {
+                // Whoever hears that there is no such volume relies on it, too.
+                self.deletions += u64::from(refusal.reason == Reason::UnknownVolume);
                 self.reply(reply, Err(refusal), out);
                 Ok(())
             }
@@ -163,13 +201,16 @@ impl<T: ChunkTable> Machine<T> {
     fn open(
         &mut self,
         reply: ReplyTo,
-        name: &str,
+        named: Named<'_>,
         writeback: String,
         (force, if_generation): (bool, Option<Generation>),
         out: &mut Output,
     ) -> Step<T> {
-        let found = self.names.get(name).and_then(|id| self.durable.volumes.get(id)).cloned();
+        let found = self.meant(named).cloned();
         let refusal = match &found {
+            None if self.names.contains_key(named.0) => {
+                Some(self.refusal(Reason::OldGeneration, "another volume has that name meanwhile"))
+            }
             None => Some(self.unknown()),
             _ if writeback.is_empty() => {
                 Some(self.refusal(Reason::Malformed, "the writeback has no name"))
@@ -241,11 +282,11 @@ impl<T: ChunkTable> Machine<T> {
     fn close(
         &mut self,
         reply: ReplyTo,
-        name: &str,
+        named: Named<'_>,
         generation: Generation,
         out: &mut Output,
     ) -> Step<T> {
-        let found = self.names.get(name).and_then(|id| self.durable.volumes.get(id)).cloned();
+        let found = self.meant(named).cloned();
         let body = match found {
             None => Err(self.unknown()),
             Some(volume) if volume.generation != generation => {

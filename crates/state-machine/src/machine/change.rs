@@ -211,6 +211,7 @@ impl<T: ChunkTable> Machine<T> {
     ) -> Progress<T::Error> {
         let Some(state) = self.durable.volumes.get(&volume).cloned() else { return Ok(true) };
         self.names.remove(&state.name);
+        self.deletions += 1;
         let next = endio_types::Generation(state.generation.0 + 1);
         if state.generation.0 > 0 {
             self.fence_generation(volume, next);

@@ -61,6 +61,8 @@ pub enum Call {
         in_place: bool,
         /// See [`crate::record::VolumeState::growable`].
         growable: bool,
+        /// Not after a deletion of which the caller does not know. `None`: at any time.
+        as_of: Option<Deletions>,
     },
     /// Sets the size.
     ResizeVolume {
@@ -68,6 +70,8 @@ pub enum Call {
         name: String,
         /// Bytes.
         size_bytes: u64,
+        /// Not another one that has the name since. `None`: whichever has it.
+        volume: Option<VolumeId>,
         /// 0: the volume must not be open.
         generation: Generation,
         /// Of the caller.
@@ -77,13 +81,19 @@ pub enum Call {
     DeleteVolume {
         /// Name.
         name: String,
+        /// As in `ResizeVolume`.
+        volume: Option<VolumeId>,
         /// 0: the volume must not be open.
         generation: Generation,
+        /// Of the caller.
+        attempt: Attempt,
     },
     /// Opens a volume under a new generation.
     OpenVolume {
         /// Name.
         name: String,
+        /// As in `ResizeVolume`.
+        volume: Option<VolumeId>,
         /// The writeback instance.
         writeback: String,
         /// Take it from an owner that may be alive.
@@ -95,6 +105,8 @@ pub enum Call {
     CloseVolume {
         /// Name.
         name: String,
+        /// As in `ResizeVolume`.
+        volume: Option<VolumeId>,
         /// Of the caller.
         generation: Generation,
     },
@@ -121,6 +133,15 @@ pub struct Attempt {
     pub number: u64,
     /// Nobody waits for a try up to this number any more.
     pub over: u64,
+}
+
+/// How many volumes conversion has been asked to delete, those that there were not included.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Deletions {
+    /// In which they are counted.
+    pub epoch: ClusterEpoch,
+    /// Since it began.
+    pub count: u64,
 }
 
 /// Begins a write.

@@ -14,6 +14,8 @@
 //!   cut could bring back can still touch it.
 //! * `release-order`: overlapping io_ends of a volume convert in the order of their last releases.
 //! * `change-alone`: a change of the map runs while no io_end in flight overlaps its range.
+//! * `deleted-stays-deleted`: after the answer to a deletion, no call that was made before it creates
+//!   the volume again, and none that was meant for it touches another one of its name.
 //! * `credit-holds`: promised blocks fit into the free space of the usable stores.
 
 mod apply;
@@ -90,6 +92,8 @@ pub struct Machine<T> {
     volumes: BTreeMap<VolumeId, VolumeRt>,
     /// Names of volumes that are not deleted.
     names: BTreeMap<String, VolumeId>,
+    /// Deletions that were asked for in this epoch and may have been answered.
+    deletions: u64,
     reads: BTreeMap<VolumeId, Reads>,
     stores: BTreeMap<StoreId, StoreRt>,
     store_sessions: BTreeMap<StoreSession, StoreId>,

@@ -33,6 +33,7 @@ impl<T: ChunkTable> Machine<T> {
             lanes: Default::default(),
             volumes: BTreeMap::new(),
             names: BTreeMap::new(),
+            deletions: 0,
             reads: BTreeMap::new(),
             stores: BTreeMap::new(),
             store_sessions: BTreeMap::new(),

@@ -99,6 +99,7 @@ fn whoever_opens_a_volume_has_a_lease_to_say_hello_before_it_can_be_taken_withou
     let open = |rig: &mut Rig, writeback: &str, force: bool| {
         let call = Call::OpenVolume {
             name: "v".to_owned(),
+            volume: None,
             writeback: writeback.to_owned(),
             force,
             if_generation: None,
@@ -254,7 +255,8 @@ fn a_late_release_of_the_first_attempt_changes_nothing_after_the_second() {
 }
 
 fn open(writeback: &str, force: bool, if_generation: Option<Generation>) -> Call {
-    Call::OpenVolume { name: "v".into(), writeback: writeback.into(), force, if_generation }
+    let (name, writeback) = ("v".into(), writeback.into());
+    Call::OpenVolume { name, volume: None, writeback, force, if_generation }
 }
 
 /// Scenario 61: what a writeback read of a volume before a takeover does not undo the takeover.

@@ -194,7 +194,12 @@ fn delete_waits_for_io_ends_and_gives_all_space_back() {
     rig.write(&volume, 0, 10);
     let begun = rig.begin(&volume, 20, 4);
     let generation = volume.generation;
-    let call = Call::DeleteVolume { name: "v".into(), generation };
+    let call = Call::DeleteVolume {
+        name: "v".into(),
+        volume: None,
+        generation,
+        attempt: Attempt::default(),
+    };
     let delete = rig.call_later(call.clone());
     rig.drain();
     assert!(!rig.replies.contains_key(&delete));
@@ -209,6 +214,73 @@ fn delete_waits_for_io_ends_and_gives_all_space_back() {
     for store in rig.machine.stores(rig.now) {
         assert_eq!(store.free_blocks, 100);
     }
+    rig.assert_sound();
+}
+
+/// A creation that was given up arrives after the volume was created by another try and deleted.
+#[test]
+fn a_creation_that_its_caller_gave_up_does_not_bring_a_deleted_volume_back() {
+    let mut rig = Rig::new(1, 100);
+    let create = |rig: &mut Rig, as_of| {
+        let call = Call::CreateVolume {
+            name: "v".into(),
+            size_bytes: 8 * BLOCK_BYTES,
+            replicas: 1,
+            in_place: false,
+            growable: false,
+            as_of: Some(as_of),
+        };
+        rig.call(call).map(drop).map_err(|refusal| refusal.reason)
+    };
+    let delete = || Call::DeleteVolume {
+        name: "v".into(),
+        volume: None,
+        generation: Generation(0),
+        attempt: Attempt::default(),
+    };
+    let first = rig.machine.deletions();
+    assert_eq!(create(&mut rig, first), Ok(()));
+    assert_eq!(create(&mut rig, first), Ok(()), "it is there");
+    rig.call(delete()).unwrap();
+    assert_eq!(create(&mut rig, first), Err(Reason::WrongState));
+    assert!(rig.machine.volume("v").is_none());
+    // Whoever is told that there is no such volume relies on it as well.
+    let second = rig.machine.deletions();
+    assert_eq!(rig.call(delete()).unwrap_err().reason, Reason::UnknownVolume);
+    assert_eq!(create(&mut rig, second), Err(Reason::WrongState));
+    // What a restart has forgotten is not guessed.
+    let third = rig.machine.deletions();
+    rig.crash();
+    assert_eq!(create(&mut rig, third), Err(Reason::WrongState));
+    let fourth = rig.machine.deletions();
+    assert_eq!(create(&mut rig, fourth), Ok(()));
+    assert_eq!(create(&mut rig, third), Ok(()), "nothing is created, and the answer is true");
+    rig.assert_sound();
+}
+
+/// Calls that were given up arrive when another volume has the name, opened as often.
+#[test]
+fn what_is_meant_for_a_deleted_volume_leaves_the_next_one_of_its_name_alone() {
+    let mut rig = Rig::new(1, 100);
+    let first = rig.volume("v", 100, 1);
+    let (generation, attempt) = (first.generation, Attempt { number: 1, over: 0 });
+    let (name, volume) = (|| "v".to_owned(), Some(first.id));
+    let delete = Call::DeleteVolume { name: name(), volume, generation, attempt };
+    rig.call(delete.clone()).unwrap();
+    let second = rig.volume("v", 100, 1);
+    assert_eq!(second.generation, generation);
+    rig.write(&second, 0, 4);
+    let resize = Call::ResizeVolume { name: name(), volume, size_bytes: 0, generation, attempt };
+    let close = Call::CloseVolume { name: name(), volume, generation };
+    for late in [delete, resize, close] {
+        assert_eq!(rig.call(late).unwrap_err().reason, Reason::UnknownVolume);
+    }
+    let (writeback, if_generation) = ("wb".to_owned(), Some(generation));
+    let open = Call::OpenVolume { name: name(), volume, writeback, force: true, if_generation };
+    assert_eq!(rig.call(open).unwrap_err().reason, Reason::OldGeneration);
+    let left = rig.machine.volume("v").unwrap();
+    assert_eq!((left.size_bytes, left.owner), (second.size_bytes, second.owner.clone()));
+    assert_eq!(rig.written(&second), [0, 1, 2, 3]);
     rig.assert_sound();
 }
 
@@ -236,6 +308,7 @@ fn shrinking_frees_what_lies_beyond_and_zeroing_keeps_it() {
     assert_eq!(rig.change(&volume, MapChange::Zero, 4, 2).unwrap(), 2);
     let resize = Call::ResizeVolume {
         name: "v".into(),
+        volume: None,
         size_bytes: 6 * BLOCK_BYTES,
         generation: volume.generation,
         attempt: Attempt::default(),
@@ -298,6 +371,13 @@ fn a_change_that_its_caller_gave_up_is_not_carried_out_when_it_arrives_late() {
     rig.write(&volume, 0, 4);
     assert_eq!(over(&mut rig, 4), Ok(()));
     assert_eq!(rig.call(numbered(4, 3)).unwrap_err().reason, Reason::WrongState);
+    let delete = Call::DeleteVolume {
+        name: "v".into(),
+        volume: Some(volume.id),
+        generation: volume.generation,
+        attempt: Attempt { number: 4, over: 3 },
+    };
+    assert_eq!(rig.call(delete).unwrap_err().reason, Reason::WrongState);
     assert_eq!(rig.written(&volume), [0, 1, 2, 3]);
     // The next generation counts anew.
     let next = rig.open("v", "wb");

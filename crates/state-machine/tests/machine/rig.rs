@@ -246,13 +246,15 @@ impl Rig {
             replicas,
             in_place,
             growable: grow,
+            as_of: None,
         };
         self.call(call).unwrap();
     }
 
     pub fn open(&mut self, name: &str, writeback: &str) -> VolumeInfo {
         let (name, writeback) = (name.to_owned(), writeback.to_owned());
-        let call = Call::OpenVolume { name, writeback, force: true, if_generation: None };
+        let call =
+            Call::OpenVolume { name, volume: None, writeback, force: true, if_generation: None };
         match self.call(call).unwrap() {
             ReplyBody::Opened(info, ..) => info,
             other => panic!("{other:?}"),

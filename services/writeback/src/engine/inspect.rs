@@ -244,7 +244,7 @@ impl Engine {
         let metadata = self.conversion.call(Instant::now() + PATIENCE, call).await?;
         let mut report = CheckResponse { metadata: Some(metadata), ..CheckResponse::default() };
         if read_data {
-            for volume in self.list().await? {
+            for volume in self.list().await?.volumes {
                 if let Err(failure) = self.check_data(&volume.name, &mut report).await {
                     note(&mut report, format!("volume {}: {failure}", volume.name));
                 }

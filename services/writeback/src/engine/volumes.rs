@@ -3,8 +3,9 @@
 use std::sync::{Arc, PoisonError};
 
 use endio_api::conversion::{
-    CloseVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest, ListVolumesRequest,
-    OpenVolumeRequest, Reserve, ResizeVolumeRequest, Volume as Described, VolumeRequest,
+    CloseVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest, Deletions, DescribeRequest,
+    ListVolumesRequest, ListVolumesResponse, OpenVolumeRequest, Reserve, ResizeVolumeRequest,
+    Volume as Described, VolumeRequest,
 };
 use endio_api::writeback::RetryKey;
 use endio_types::{BLOCK_BYTES, ByteRange, LblkRange, MapVersion, Reason};
@@ -156,6 +157,7 @@ impl Engine {
             writeback: self.identity.writeback(),
             force: force || is_ours,
             if_generation: Some(described.generation),
+            volume: described.id,
         };
         let call = |mut client: Client| {
             let request = request.clone();
@@ -173,8 +175,9 @@ impl Engine {
     /// Closes at conversion what was opened and is not served here. A failure leaves it to the next
     /// open with force.
     pub(super) async fn give_back(&self, opened: &Opened) {
-        let (name, generation) = (&opened.volume.name, opened.volume.generation);
-        if let Err(error) = self.close_at_conversion(name, generation, self.deadline()).await {
+        let Described { id, name, generation, .. } = &opened.volume;
+        let closed = self.close_at_conversion(name, (*id, *generation), self.deadline()).await;
+        if let Err(error) = closed {
             tracing::warn!(volume = %name, %error, "a volume that is not served stays open");
         }
     }
@@ -182,10 +185,10 @@ impl Engine {
     async fn close_at_conversion(
         &self,
         name: &str,
-        generation: u64,
+        (volume, generation): (u64, u64),
         deadline: Instant,
     ) -> Result<(), Failure> {
-        let request = CloseVolumeRequest { name: name.to_owned(), generation };
+        let request = CloseVolumeRequest { name: name.to_owned(), generation, volume };
         let call = |mut client: Client| {
             let request = request.clone();
             async move { client.close_volume(request).await }
@@ -252,11 +255,37 @@ impl Engine {
     /// `ALREADY_EXISTS` with other properties, and what conversion refuses.
     pub async fn create(&self, request: CreateVolumeRequest) -> Result<Described, Failure> {
         self.takes_work_soon().await?;
-        let call = |mut client: Client| {
-            let request = request.clone();
-            async move { client.create_volume(request).await }
-        };
-        self.conversion.call(self.deadline(), call).await
+        let deadline = self.deadline();
+        loop {
+            let as_of = match request.as_of {
+                Some(as_of) => Some(as_of),
+                None => self.deletions(deadline).await?,
+            };
+            // Without it, a call that is given up could bring the volume back once it is deleted.
+            let request = CreateVolumeRequest { as_of, ..request.clone() };
+            let is_ours = request.as_of.is_none();
+            let call = |mut client: Client| {
+                let request = request.clone();
+                async move { client.create_volume(request).await }
+            };
+            match self.conversion.call(deadline, call).await {
+                // Something was deleted meanwhile. The caller waits, so it still wants the volume.
+                Err(failure)
+                    if is_ours
+                        && failure.reason == Reason::WrongState
+                        && Instant::now() < deadline =>
+                {
+                    let pause = Duration::from_millis(self.config.retry_first_ms);
+                    tokio::time::sleep(pause).await;
+                }
+                created => return created,
+            }
+        }
+    }
+
+    async fn deletions(&self, deadline: Instant) -> Result<Option<Deletions>, Failure> {
+        let call = |mut client: Client| async move { client.describe(DescribeRequest {}).await };
+        Ok(self.conversion.call(deadline, call).await?.deletions)
     }
 
     /// A volume as conversion knows it.
@@ -287,25 +316,28 @@ impl Engine {
     ///
     /// # Errors
     /// `PEER_AWAY`.
-    pub async fn list(&self) -> Result<Vec<Described>, Failure> {
+    pub async fn list(&self) -> Result<ListVolumesResponse, Failure> {
         let call =
             |mut client: Client| async move { client.list_volumes(ListVolumesRequest {}).await };
-        let mut volumes = self.conversion.call(self.deadline(), call).await?.volumes;
-        volumes.iter_mut().for_each(|described| self.overlay(described));
-        Ok(volumes)
+        let mut list = self.conversion.call(self.deadline(), call).await?;
+        list.volumes.iter_mut().for_each(|described| self.overlay(described));
+        Ok(list)
     }
 
-    /// Sets a volume's size. What lies beyond a smaller one is gone.
+    /// Sets a volume's size. What lies beyond a smaller one is gone. `meant`: its number; 0: whichever
+    /// has the name.
     ///
     /// # Errors
     /// As [`Engine::volume`], and what conversion refuses.
     pub async fn resize(
         self: &Arc<Self>,
         name: &str,
+        meant: u64,
         size_bytes: u64,
     ) -> Result<Described, Failure> {
         self.takes_work_soon().await?;
         let volume = self.volume(name).await?;
+        check_meant(&volume, meant)?;
         let engine = Arc::clone(self);
         let resize = async move { engine.resize_open(&volume, size_bytes).await };
         self.tasks.spawn(resize).await.map_err(|_| Failure::task_lost())?
@@ -337,6 +369,7 @@ impl Engine {
             size_bytes,
             generation: volume.generation,
             attempt: None,
+            volume: volume.id,
         };
         let call = |mut client: Client, attempt| {
             let request = ResizeVolumeRequest { attempt: Some(attempt), ..request.clone() };
@@ -391,13 +424,15 @@ impl Engine {
         Ok(())
     }
 
-    /// Deletes a volume and drops what is cached of it.
+    /// Deletes a volume and drops what is cached of it. `meant`: its number; 0: whichever has the
+    /// name.
     ///
     /// # Errors
     /// `UNKNOWN_VOLUME`; `VOLUME_BUSY` where another writeback has it.
-    pub async fn delete(self: &Arc<Self>, name: &str) -> Result<(), Failure> {
+    pub async fn delete(self: &Arc<Self>, name: &str, meant: u64) -> Result<(), Failure> {
         self.takes_work_soon().await?;
         let volume = self.volume(name).await?;
+        check_meant(&volume, meant)?;
         let engine = Arc::clone(self);
         let delete = async move { engine.delete_open(&volume).await };
         self.tasks.spawn(delete).await.map_err(|_| Failure::task_lost())?
@@ -410,18 +445,27 @@ impl Engine {
             return Err(Failure::new(Reason::TimedOut, "requests for the volume are under way"));
         }
         volume.usable()?;
-        let request =
-            DeleteVolumeRequest { name: volume.name.to_string(), generation: volume.generation };
-        let call = |mut client: Client| {
-            let request = request.clone();
+        let request = DeleteVolumeRequest {
+            name: volume.name.to_string(),
+            generation: volume.generation,
+            volume: volume.id,
+            attempt: None,
+        };
+        let call = |mut client: Client, attempt| {
+            let request = DeleteVolumeRequest { attempt: Some(attempt), ..request.clone() };
             async move { client.delete_volume(request).await }
         };
-        match self.conversion.call(deadline, call).await {
+        let (deleted, left) = self.change(volume, deadline, call).await;
+        match deleted {
             Ok(_) => {}
             // An earlier try of this call, whose answer was lost, deleted it.
             Err(failure) if failure.reason == Reason::UnknownVolume => {}
             Err(failure) => {
                 self.heed(volume, &failure);
+                if let Some(number) = left {
+                    // What is acknowledged from now on must not go with a late deletion.
+                    self.settle_later(volume, number, held, |_| {});
+                }
                 return Err(failure);
             }
         }
@@ -466,7 +510,10 @@ impl Engine {
     async fn close_if_ours(&self, name: &str) -> Result<(), Failure> {
         let described = self.describe(name).await?;
         match described.owner == self.identity.writeback() {
-            true => self.close_at_conversion(name, described.generation, self.deadline()).await,
+            true => {
+                let opened = (described.id, described.generation);
+                self.close_at_conversion(name, opened, self.deadline()).await
+            }
             false => Ok(()),
         }
     }
@@ -479,7 +526,8 @@ impl Engine {
             return Err(Failure::new(Reason::TimedOut, "requests for the volume are under way"));
         }
         self.forget(volume, everything, deadline).await?;
-        let closed = self.close_at_conversion(&volume.name, volume.generation, deadline).await;
+        let opened = (volume.id, volume.generation);
+        let closed = self.close_at_conversion(&volume.name, opened, deadline).await;
         // Whatever came of it: it may have been carried out, or may yet be, and then what is
         // acknowledged here would be lost. Nothing is dirty, and the next request opens it again.
         self.table.remove(volume);
@@ -488,6 +536,14 @@ impl Engine {
             Err(failure) if failure.reason != Reason::WrongState => Err(failure),
             _ => Ok(()),
         }
+    }
+}
+
+/// Who means another volume than the one that has the name now means one that is gone.
+fn check_meant(volume: &Volume, meant: u64) -> Result<(), Failure> {
+    match meant == 0 || volume.id == meant {
+        true => Ok(()),
+        false => Err(Failure::new(Reason::UnknownVolume, "another volume has that name now")),
     }
 }
 

@@ -42,25 +42,25 @@ impl Volumes for VolumesService {
         request: Request<ListVolumesRequest>,
     ) -> Result<Response<ListVolumesResponse>, Status> {
         let caller = Caller::of(&request);
-        let mut volumes = self.engine.list().await?;
-        volumes.retain(|volume| caller.sees(&self.engine.config, &volume.name));
-        Ok(Response::new(ListVolumesResponse { volumes }))
+        let mut list = self.engine.list().await?;
+        list.volumes.retain(|volume| caller.sees(&self.engine.config, &volume.name));
+        Ok(Response::new(list))
     }
 
     async fn resize(&self, request: Request<ResizeRequest>) -> Result<Response<Volume>, Status> {
         let (caller, request) = (Caller::of(&request), request.into_inner());
-        let ResizeRequest { name, size_bytes } = request;
+        let ResizeRequest { name, size_bytes, volume } = request;
         caller.may(&self.engine.config, &name, Access::Manage)?;
-        Ok(Response::new(self.engine.resize(&name, size_bytes).await?))
+        Ok(Response::new(self.engine.resize(&name, volume, size_bytes).await?))
     }
 
     async fn delete(
         &self,
         request: Request<DeleteRequest>,
     ) -> Result<Response<DeleteResponse>, Status> {
-        let (caller, name) = (Caller::of(&request), request.into_inner().name);
-        caller.may(&self.engine.config, &name, Access::Manage)?;
-        self.engine.delete(&name).await?;
+        let (caller, request) = (Caller::of(&request), request.into_inner());
+        caller.may(&self.engine.config, &request.name, Access::Manage)?;
+        self.engine.delete(&request.name, request.volume).await?;
         Ok(Response::new(DeleteResponse {}))
     }
 

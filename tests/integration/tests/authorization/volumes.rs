@@ -78,7 +78,7 @@ async fn everything(channel: &Channel, name: &str) -> Vec<(&'static str, Result<
     let fsync = || FsyncRequest { volume: volume() };
     let extents = ExtentsRequest { volume: volume(), ..<_>::default() };
     let open = OpenRequest { name: volume(), force: false };
-    let resize = ResizeRequest { name: volume(), size_bytes: 2 * MIB };
+    let resize = ResizeRequest { name: volume(), size_bytes: 2 * MIB, volume: 0 };
     vec![
         ("create", create(channel, name).await),
         ("get", volumes.get(VolumeRequest { name: volume() }).await.map(drop)),
@@ -96,7 +96,7 @@ async fn everything(channel: &Channel, name: &str) -> Vec<(&'static str, Result<
         ("submit fsync", submit(channel, Op::Fsync(fsync())).await),
         ("close", volumes.close(VolumeRequest { name: volume() }).await.map(drop)),
         ("resize", volumes.resize(resize).await.map(drop)),
-        ("delete", volumes.delete(DeleteRequest { name: volume() }).await.map(drop)),
+        ("delete", volumes.delete(DeleteRequest { name: volume(), volume: 0 }).await.map(drop)),
     ]
 }
 

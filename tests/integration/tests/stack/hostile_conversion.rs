@@ -55,7 +55,8 @@ async fn rig() -> Rig {
 
 /// Everything that must not change.
 async fn picture(client: &mut ConversionClient<Channel>) -> String {
-    let volumes = client.list_volumes(ListVolumesRequest {}).await.unwrap().into_inner();
+    // Without `as_of`: that a deletion was asked for counts, though there was no such volume.
+    let volumes = client.list_volumes(ListVolumesRequest {}).await.unwrap().into_inner().volumes;
     let check = client.check(CheckRequest {}).await.unwrap().into_inner();
     assert!(check.findings.is_empty(), "{:?}", check.findings);
     let mut stores = client.list_stores(ListStoresRequest {}).await.unwrap().into_inner().stores;
@@ -118,15 +119,15 @@ async fn malformed_volume_calls_are_refused_with_a_reason() {
             name: name.clone(),
             writeback: "x".into(),
             force: true,
-            if_generation: None,
+            ..Default::default()
         };
         refused("open", client.open_volume(open).await);
-        let delete = DeleteVolumeRequest { name, generation: 0 };
+        let delete = DeleteVolumeRequest { name, ..Default::default() };
         refused("delete", client.delete_volume(delete).await);
     }
     let bad = |size_bytes, replicas, in_place, growable| {
         let name = "new".to_owned();
-        CreateVolumeRequest { name, size_bytes, replicas, in_place, growable }
+        CreateVolumeRequest { name, size_bytes, replicas, in_place, growable, as_of: None }
     };
     let bads = [
         bad(1, 1, false, false),
@@ -145,7 +146,7 @@ async fn malformed_volume_calls_are_refused_with_a_reason() {
     }
     for size_bytes in [1, 4097, (1 << 60) + 4096, u64::MAX] {
         let name = "vol1".to_owned();
-        let resize = ResizeVolumeRequest { name, size_bytes, generation, attempt: None };
+        let resize = ResizeVolumeRequest { name, size_bytes, generation, ..Default::default() };
         refused("resize", client.resize_volume(resize).await);
     }
     for stale in [0, generation - 1, generation + 1, u64::MAX] {
@@ -154,12 +155,13 @@ async fn malformed_volume_calls_are_refused_with_a_reason() {
             name: name.clone(),
             size_bytes: 4096,
             generation: stale,
-            attempt: None,
+            ..Default::default()
         };
         refused("resize of another generation", client.resize_volume(resize).await);
-        let delete = DeleteVolumeRequest { name: name.clone(), generation: stale };
+        let delete =
+            DeleteVolumeRequest { name: name.clone(), generation: stale, ..Default::default() };
         refused("delete of another generation", client.delete_volume(delete).await);
-        let close = CloseVolumeRequest { name, generation: stale };
+        let close = CloseVolumeRequest { name, generation: stale, volume: 0 };
         refused("close of another generation", client.close_volume(close).await);
     }
     let name = "vol1".to_owned();
@@ -168,6 +170,7 @@ async fn malformed_volume_calls_are_refused_with_a_reason() {
         writeback: writeback.to_owned(),
         force,
         if_generation,
+        volume: 0,
     };
     refused("open by nobody", client.open_volume(open("", true, None)).await);
     let busy = client.open_volume(open("other", false, None)).await;

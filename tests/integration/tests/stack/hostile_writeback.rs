@@ -92,8 +92,8 @@ async fn odd_names_are_refused_by_every_call() {
         refused(&what, volumes.get(request.clone()).await);
         refused(&what, volumes.close(request).await);
         refused(&what, volumes.open(OpenRequest { name: name.clone(), force: true }).await);
-        refused(&what, volumes.delete(DeleteRequest { name: name.clone() }).await);
-        let resize = ResizeRequest { name: name.clone(), size_bytes: 4096 };
+        refused(&what, volumes.delete(DeleteRequest { name: name.clone(), volume: 0 }).await);
+        let resize = ResizeRequest { name: name.clone(), size_bytes: 4096, volume: 0 };
         refused(&what, volumes.resize(resize).await);
         if name != "absent" {
             let create =

@@ -6,6 +6,7 @@ mod history;
 mod hostile_block_store;
 mod hostile_conversion;
 mod hostile_writeback;
+mod late;
 mod protocol;
 mod read_cache;
 mod scenarios;

@@ -77,7 +77,7 @@ impl Rig {
 
     async fn open(&mut self, writeback: &str, force: bool) -> Result<Volume, Reason> {
         let (name, writeback) = ("vol1".to_owned(), writeback.to_owned());
-        let request = OpenVolumeRequest { name, writeback, force, if_generation: None };
+        let request = OpenVolumeRequest { name, writeback, force, ..Default::default() };
         match self.client.open_volume(request).await {
             Ok(opened) => Ok(opened.into_inner().volume.unwrap()),
             Err(status) => Err(reason_of(&status)),
@@ -427,7 +427,7 @@ async fn a_delete_waits_for_the_tokens_in_flight() {
     rig.write(100, 4).await;
     let begun = rig.begin(0, 8).await;
     let generation = rig.volume.generation;
-    let request = DeleteVolumeRequest { name: "vol1".into(), generation };
+    let request = DeleteVolumeRequest { name: "vol1".into(), generation, ..Default::default() };
     let mut client = rig.client.clone();
     let delete = tokio::spawn(async move { client.delete_volume(request).await });
     let token = begun.segments[0].token.clone().unwrap();

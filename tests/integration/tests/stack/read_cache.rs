@@ -80,13 +80,13 @@ async fn a_change_is_read_at_once_whatever_was_remembered() {
         expected[30_000..40_000].fill(0);
         expect(&client, &expected, "write_zeroes").await;
         for size_bytes in [LEN / 2, SIZE] {
-            let request = ResizeRequest { name: NAME.into(), size_bytes };
+            let request = ResizeRequest { name: NAME.into(), size_bytes, volume: 0 };
             client.volumes().resize(request).await.unwrap();
         }
         expected[LEN as usize / 2..].fill(0);
         expect(&client, &expected, "smaller and larger again").await;
     }
-    client.volumes().delete(DeleteRequest { name: NAME.into() }).await.unwrap();
+    client.volumes().delete(DeleteRequest { name: NAME.into(), volume: 0 }).await.unwrap();
     client.create(NAME, SIZE, 1).await.unwrap();
     expected.fill(0);
     expect(&client, &expected, "another volume of the name").await;

@@ -309,7 +309,7 @@ async fn a_trim_gives_space_back_and_zeroes_its_edges_exactly() {
 async fn a_volume_of_a_deleted_name_begins_empty() {
     let (_stack, client) = stack().await;
     write(&client, 0, &[8; 1 << 20], WriteMode::Buffered).await;
-    client.volumes().delete(DeleteRequest { name: "vol1".into() }).await.unwrap();
+    client.volumes().delete(DeleteRequest { name: "vol1".into(), volume: 0 }).await.unwrap();
     let gone = client.clone().with_patience(std::time::Duration::from_millis(10));
     let refused = gone.read("vol1", 0, 4096).await.unwrap_err();
     assert_eq!(refused.reason, Reason::UnknownVolume, "{refused}");

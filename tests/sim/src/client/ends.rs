@@ -32,8 +32,17 @@ impl Clients {
                     break;
                 }
             }
+            // Who gives up has a volume that is there or not: until it has taken another write.
+            if self.world.plan.late_creations && self.world.rare.borrow_mut().chance(50) {
+                break;
+            }
             self.exec().sleep(5 * MS).await;
             at = self.volume(slot).await;
+        }
+        if self.world.plan.late_creations {
+            // Long enough for what was sent before to arrive while nobody has the name.
+            let pause = self.world.rare.borrow_mut().between(1, 300);
+            self.exec().sleep(pause * MS).await;
         }
         slot.is_held.set(false);
     }

@@ -5,16 +5,16 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use endio_state_machine::machine::{
-    Attempt, BeginIo, Call, Completion, FromWriteback, GrantedSegment, MapView, ReplyBody,
-    ToWriteback,
+    Attempt, BeginIo, Call, Completion, Deletions, FromWriteback, GrantedSegment, MapView,
+    ReplyBody, ToWriteback,
 };
 use endio_state_machine::token::Token;
 use endio_state_machine::writeback::attempts::Tries;
 use endio_types::{Generation, LblkRange, Reason, SegmentIndex, VolumeId};
 
 use super::{ALONE, Failure, Outcome, Owed, Volume, Wb};
-use crate::exec::{Awaited, Either, MS, answer, either};
-use crate::net::{Kind, Message};
+use crate::exec::{Awaited, Either, MS, WORLD, answer, either};
+use crate::net::{Kind, Message, Sent};
 
 /// An io_end that has begun.
 pub struct Granted {
@@ -263,6 +263,11 @@ impl Wb {
     async fn ask(&self, message: Message, until: u64) -> Option<Message> {
         let patience = self.world.plan.call_timeout_ms * MS;
         let until = until.min(self.exec().now() + patience);
+        if self.world.plan.late_creations && self.world.rare.borrow_mut().chance(8) {
+            self.hold(message);
+            self.exec().sleep_until(until).await;
+            return None;
+        }
         let connect = self.world.net.connect(self.node(), 1, Kind::Unary, patience);
         let end = self.exec().until(until, connect).await??;
         end.send(message);
@@ -273,9 +278,53 @@ impl Wb {
         answer?
     }
 
-    /// A unary call, tried again while conversion is away, starting or out of room.
-    pub(super) async fn call(&self, call: Call, deadline: u64) -> Outcome<ReplyBody> {
-        self.call_until(|| (Message::Call(call.clone()), ()), deadline, replied).await
+    /// A call that the network holds for long: its caller has given it up when it arrives.
+    fn hold(&self, message: Message) {
+        let (world, node) = (Rc::clone(&self.world), self.node());
+        let held_us = world.rare.borrow_mut().between(1, 2_000) * MS;
+        self.exec().spawn(WORLD, async move {
+            world.exec.sleep(held_us).await;
+            let patience = world.plan.call_timeout_ms * MS;
+            if let Some(end) = world.net.connect(node, 1, Kind::Unary, patience).await {
+                end.send(message);
+                // Nobody waits for the answer.
+                world.exec.until(world.exec.now() + patience, end.receive()).await;
+            }
+        });
+    }
+
+    /// A unary call, tried again while conversion is away, starting or out of room; for this volume
+    /// only, if one is meant.
+    pub(super) async fn call(
+        &self,
+        call: Call,
+        meant: Option<VolumeId>,
+        deadline: u64,
+    ) -> Outcome<ReplyBody> {
+        let next = || {
+            let sent = Sent { at: self.exec().now(), meant };
+            (Message::Call(call.clone(), sent), ())
+        };
+        self.call_until(next, deadline, replied).await
+    }
+
+    /// How often conversion was asked to delete something.
+    pub(super) async fn deletions(&self, deadline: u64) -> Outcome<Deletions> {
+        if !self.world.plan.late_creations {
+            // Without a message, so that the plans of older seeds go as they went.
+            let process = self.world.conversion.process.borrow();
+            let now = process.as_ref().map(|process| process.machine.deletions());
+            return Ok(now.unwrap_or_default());
+        }
+        self.call_until(
+            || (Message::Deletions, ()),
+            deadline,
+            |answer| match answer {
+                Message::Deleted(deletions) => Ok(deletions),
+                _ => Err(Failure::away()),
+            },
+        )
+        .await
     }
 
     /// A change of a volume, tried again as [`Self::call`] does. Says which try conversion has to
@@ -294,7 +343,8 @@ impl Wb {
             all.began(trying.attempt);
             tries.set(all);
             numbers.borrow_mut().push(trying.attempt.number);
-            (Message::Call(make(trying.attempt)), trying)
+            let sent = Sent { at: self.exec().now(), meant: Some(volume.id) };
+            (Message::Call(make(trying.attempt), sent), trying)
         };
         let outcome = self.call_until(next, deadline, replied).await;
         let left = tries.get().left(outcome.is_ok());

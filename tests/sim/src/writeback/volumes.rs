@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-use endio_state_machine::machine::{Call, ReplyBody, VolumeInfo};
+use endio_state_machine::machine::{Call, Deletions, ReplyBody, VolumeInfo};
 use endio_state_machine::token::ReadGrant;
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::sessions::SessionTable;
@@ -135,8 +135,8 @@ impl Wb {
 
     /// Another volume took the name just before it was opened: nobody serves that one here.
     async fn give_back(&self, info: &VolumeInfo) {
-        let call = Call::CloseVolume { name: info.name.clone(), generation: info.generation };
-        _ = self.call(call, self.deadline()).await;
+        let call = close(info.name.clone(), info.id, info.generation);
+        _ = self.call(call, Some(info.id), self.deadline()).await;
     }
 
     fn put_back(&self, volume: &Volume, data: &[ReplayedWrite]) {
@@ -175,7 +175,8 @@ impl Wb {
             if is_stale && !self.world.planted(Planted::StaleReplay) {
                 return Err(Failure::new(Reason::OldGeneration));
             }
-            match self.open_at_conversion(&open.name, (is_ours, generation), deadline).await {
+            let seen = (id, generation);
+            match self.open_at_conversion(&open.name, (is_ours, seen), deadline).await {
                 Err(failure) if self.is_overtaken(&failure, deadline) => {
                     self.exec().sleep(MS).await;
                 }
@@ -199,9 +200,10 @@ impl Wb {
     async fn open_as_it_is(&self, name: &str, force: bool) -> Outcome<(VolumeInfo, ReadGrant)> {
         let deadline = self.deadline();
         loop {
-            let (_, owner, generation) = self.owner(name, deadline).await?;
+            let (id, owner, generation) = self.owner(name, deadline).await?;
             let is_ours = owner.is_some_and(|owner| self.is_earlier_start(&owner));
-            match self.open_at_conversion(name, (force || is_ours, generation), deadline).await {
+            let seen = (id, generation);
+            match self.open_at_conversion(name, (force || is_ours, seen), deadline).await {
                 Err(failure) if self.is_overtaken(&failure, deadline) => {
                     self.exec().sleep(MS).await;
                 }
@@ -213,16 +215,17 @@ impl Wb {
     async fn open_at_conversion(
         &self,
         name: &str,
-        (force, seen): (bool, Generation),
+        (force, (id, seen)): (bool, (VolumeId, Generation)),
         deadline: u64,
     ) -> Outcome<(VolumeInfo, ReadGrant)> {
         let call = Call::OpenVolume {
             name: name.to_owned(),
+            volume: Some(id),
             writeback: self.engine.name.clone(),
             force,
             if_generation: (!self.world.planted(Planted::OpenUnconditional)).then_some(seen),
         };
-        let body = self.call(call, deadline).await?;
+        let body = self.call(call, Some(id), deadline).await?;
         opened(body).ok_or(Failure::new(Reason::Malformed))
     }
 
@@ -314,9 +317,21 @@ impl Wb {
         self.engine.opened.notify();
     }
 
-    /// Creates a volume.
-    pub async fn create(&self, call: Call) -> Outcome<()> {
-        self.call(call, self.deadline()).await.map(drop)
+    /// Creates a volume: the call is given once it is known what was deleted before.
+    pub async fn create(&self, call: impl Fn(Deletions) -> Call) -> Outcome<()> {
+        let deadline = self.deadline();
+        loop {
+            let call = call(self.deletions(deadline).await?);
+            match self.call(call, None, deadline).await {
+                // Something was deleted meanwhile. The caller waits, so it still wants the volume.
+                Err(failure)
+                    if failure.reason == Reason::WrongState && self.exec().now() < deadline =>
+                {
+                    self.exec().sleep(MS).await;
+                }
+                created => return created.map(drop),
+            }
+        }
     }
 
     async fn alone(&self, volume: &Rc<Volume>, first: u64, deadline: u64) -> Outcome<super::Held> {
@@ -347,6 +362,7 @@ impl Wb {
         }
         let make = |attempt| Call::ResizeVolume {
             name: volume.name.clone(),
+            volume: Some(volume.id),
             size_bytes,
             generation: volume.generation,
             attempt,
@@ -407,8 +423,8 @@ impl Wb {
         let deadline = self.deadline();
         let _held = self.alone(volume, 0, deadline).await?;
         self.forget(volume, LblkRange::new(0, u64::MAX), deadline).await?;
-        let call = Call::CloseVolume { name: volume.name.clone(), generation: volume.generation };
-        let closed = self.call(call, deadline).await;
+        let call = close(volume.name.clone(), volume.id, volume.generation);
+        let closed = self.call(call, Some(volume.id), deadline).await;
         // Whatever came of it: it may have been carried out, or may yet be, and then what is
         // acknowledged here would be lost. Nothing is dirty, and the next request opens it again.
         self.remove(volume);
@@ -422,13 +438,28 @@ impl Wb {
     /// Deletes a volume and drops what is cached of it.
     pub async fn delete(&self, volume: &Rc<Volume>) -> Outcome<()> {
         let deadline = self.deadline();
-        let _held = self.alone(volume, 0, deadline).await?;
-        let call = Call::DeleteVolume { name: volume.name.clone(), generation: volume.generation };
-        match self.call(call, deadline).await {
+        let held = self.alone(volume, 0, deadline).await?;
+        let make = |attempt| Call::DeleteVolume {
+            name: volume.name.clone(),
+            volume: Some(volume.id),
+            generation: volume.generation,
+            attempt,
+        };
+        let (deleted, left, tries) = self.change(volume, make, deadline).await;
+        match deleted {
             Ok(_) => {}
             Err(failure) if failure.reason == Reason::UnknownVolume => {}
             Err(failure) => {
                 self.heed(volume, &failure);
+                if let Some(number) = left {
+                    let (wb, volume) = (self.clone(), Rc::clone(volume));
+                    self.spawn(async move {
+                        // What is acknowledged from now on must not go with a late deletion.
+                        wb.settle(&volume, number).await;
+                        wb.world.tries_ended(volume.id, volume.generation, &tries);
+                        drop(held);
+                    });
+                }
                 return Err(failure);
             }
         }
@@ -439,6 +470,10 @@ impl Wb {
         volume.let_go(Failure::new(Reason::UnknownVolume));
         Ok(())
     }
+}
+
+fn close(name: String, volume: VolumeId, generation: Generation) -> Call {
+    Call::CloseVolume { name, volume: Some(volume), generation }
 }
 
 fn passes(failure: &Failure) -> bool {
