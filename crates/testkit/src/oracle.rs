@@ -288,6 +288,12 @@ impl Oracle {
         self.shown.clear();
     }
 
+    /// What reads have shown of writes that were not acknowledged may be gone again: of a volume that is
+    /// written in place they may see data before it is durable, and a store has lost its power.
+    pub fn forget_shown(&mut self) {
+        self.shown.clear();
+    }
+
     /// The point in the history that comes next.
     pub fn now(&mut self) -> At {
         self.tick()

@@ -244,3 +244,14 @@ fn a_read_under_way_may_return_what_was_ruled_out_meanwhile_and_a_later_one_may_
     oracle.end_read(began);
     assert_eq!(oracle.check_read(later, 3, &bytes(3, over)), Ok(over));
 }
+
+#[test]
+fn what_was_shown_of_a_write_under_way_stays_unless_it_may_be_gone() {
+    let mut oracle = oracle();
+    let old = write(&mut oracle, 0, 1);
+    let (new, _) = oracle.invoke_write(0, 1);
+    assert_eq!(read(&mut oracle, 0, new), Ok(new));
+    assert!(read(&mut oracle, 0, old).is_err());
+    oracle.forget_shown();
+    assert_eq!(read(&mut oracle, 0, old), Ok(old));
+}

@@ -32,6 +32,9 @@ pub fn kill(world: &Rc<World>, node: Node, death: Death) {
         store.died();
         if power {
             store.disk.cut_power();
+            if let Some(clients) = world.clients.borrow().upgrade() {
+                clients.store_power_cut();
+            }
         }
     }
     if let Some(at) = world.writebacks.iter().position(|one| one.node == node) {

@@ -117,6 +117,14 @@ impl Clients {
         }
     }
 
+    /// A store lost its power: data of running writes in place, which was not flushed, may be gone
+    /// although a read has seen it.
+    pub fn store_power_cut(&self) {
+        for slot in self.slots.iter().filter(|slot| slot.plan.in_place) {
+            slot.known.borrow_mut().oracle.forget_shown();
+        }
+    }
+
     /// Everything is well: what each volume holds is what it may hold.
     pub async fn inspect(&self, slot: &Rc<Slot>) -> bool {
         for _ in 0..40 {
