@@ -127,8 +127,10 @@ fn one(world: &Rc<World>) {
             exec.note("paused", node, &[]);
             exec.pause(node);
             let life = exec.life(node);
-            later(world, exec.below(lease_us * 4), move |world| {
+            let pause = exec.below(lease_us * 4);
+            later(world, pause, move |world| {
                 if world.exec.life(node) == life {
+                    world.zombies.set(world.zombies.get() + u64::from(pause > lease_us));
                     world.exec.note("resumed", node, &[]);
                     world.exec.resume(node);
                 }
@@ -207,6 +209,7 @@ pub async fn rot(world: Rc<World>) {
         {
             world.exec.note("a bit flips", WORLD, &[store.0.into(), pblk, cell, bit]);
             disk.flip(pblk, cell as usize, bit);
+            world.flips.set(world.flips.get() + 1);
         }
     }
 }

@@ -47,6 +47,10 @@ pub struct Report {
     pub requests: u64,
     /// Cells that were read and judged.
     pub judged: u64,
+    /// Bits that flipped where data is stored.
+    pub flips: u64,
+    /// Nodes that were frozen beyond a lease and woke up.
+    pub zombies: u64,
     /// The events, if they were wanted.
     pub log: Vec<String>,
 }
@@ -97,6 +101,8 @@ pub fn run_planted(seed: u64, keep_log: bool, planted: Option<Planted>) -> Repor
         messages: world.net.messages(),
         requests: clients.requests.get(),
         judged: clients.judged.get(),
+        flips: world.flips.get(),
+        zombies: world.zombies.get(),
         log: exec.log(),
     };
     world.net.clear();

@@ -233,6 +233,7 @@ fn bio(world: &Rc<World>, at: usize, token: Token, data: Vec<Block>, crcs: Vec<u
     exec.spawn(store.node, async move {
         let store = &world.stores[at];
         world.exec.sleep(world.plan.write_us.draw(&world.exec)).await;
+        world.exec.sleep(hang(&world)).await;
         for block in token.pblk.0..token.pblk.0 + u64::from(token.blocks) {
             if let Err(why) = world.may_land(token.volume, (token.store, block)) {
                 let (io_end, id) = (token.io_end, token.store);
@@ -356,6 +357,18 @@ async fn read(
     punch(world, at, turns.unwrap_or_default());
     store.changed.notify();
     done
+}
+
+/// How long a write hangs in its device, beyond what is usual.
+fn hang(world: &World) -> u64 {
+    if world.plan.hung_writes == 0 || world.is_healed.get() {
+        return 0;
+    }
+    let mut rare = world.rare.borrow_mut();
+    match rare.below(1000) < world.plan.hung_writes {
+        true => rare.below(2 * u64::from(world.plan.limits.lease_ms) * MS),
+        false => 0,
+    }
 }
 
 fn punch(world: &Rc<World>, at: usize, turns: Vec<PunchTurn>) {

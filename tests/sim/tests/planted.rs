@@ -40,6 +40,13 @@ impl Plant {
             Self::Pure(Bug::ReadersIgnored | Bug::FreedBeforeDurable) => {
                 Some(&["reuse-after-safe"])
             }
+            Self::Pure(Bug::LateCreationCounts | Bug::NamesakeTaken) => {
+                Some(&["deleted_stays_deleted"])
+            }
+            // What is acknowledged beyond the end is lost, if nobody looks at the size before.
+            Self::Modelled(Planted::SizeGuessed) => {
+                Some(&["size_is_known", "no_lost_flushed_write"])
+            }
             Self::Modelled(Planted::LogFirstOff) => Some(&["log_first"]),
             Self::Pure(Bug::CreditLeaked) => Some(&["space_adds_up"]),
             Self::Pure(Bug::ToldTwice | Bug::NeverTold) => Some(&["errors_told_once"]),

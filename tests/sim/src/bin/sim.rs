@@ -57,7 +57,7 @@ fn many(args: &Args) -> bool {
     let (from, to) = args.seeds;
     let next = AtomicU64::new(from);
     let failures: Mutex<Vec<Report>> = Mutex::default();
-    let sums: [AtomicU64; 5] = Default::default();
+    let sums: [AtomicU64; 7] = Default::default();
     let began = Instant::now();
     std::thread::scope(|scope| {
         for _ in 0..args.threads {
@@ -69,8 +69,9 @@ fn many(args: &Args) -> bool {
                         return;
                     }
                     let report = run(seed, false);
-                    let Report { steps, messages, requests, judged, .. } = report;
-                    for (sum, more) in sums.iter().zip([1, steps, messages, requests, judged]) {
+                    let Report { steps, messages, requests, judged, flips, zombies, .. } = report;
+                    let more = [1, steps, messages, requests, judged, flips, zombies];
+                    for (sum, more) in sums.iter().zip(more) {
                         sum.fetch_add(more, Ordering::Relaxed);
                     }
                     if let Some(broken) = &report.broken {
@@ -84,11 +85,12 @@ fn many(args: &Args) -> bool {
         }
     });
     let seconds = began.elapsed().as_secs_f64();
-    let [seeds, steps, messages, requests, judged] = sums.map(AtomicU64::into_inner);
+    let [seeds, steps, messages, requests, judged, flips, zombies] =
+        sums.map(AtomicU64::into_inner);
     let each = |count: u64| count as f64 / seconds;
     println!(
         "{seeds} seeds in {seconds:.1} s: {:.0} seeds/s, {:.0} steps/s, {:.0} messages/s, \
-         {requests} requests, {judged} cells judged",
+         {requests} requests, {judged} cells judged, {flips} bits flipped, {zombies} zombies",
         each(seeds),
         each(steps),
         each(messages)
