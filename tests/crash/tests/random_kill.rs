@@ -21,6 +21,7 @@ struct Rig {
     cluster: Cluster,
     loads: Vec<Workload>,
     rng: Rng,
+    kills: u64,
 }
 
 async fn rig(stores: usize, replicas: u32, seed: u64) -> anyhow::Result<Rig> {
@@ -33,7 +34,7 @@ async fn rig(stores: usize, replicas: u32, seed: u64) -> anyhow::Result<Rig> {
         client.create(volume, VOLUME_BYTES, replicas).await?;
         loads.push(Workload::new(client.clone(), volume, VOLUME_BYTES, rng.fork()));
     }
-    Ok(Rig { cluster, loads, rng })
+    Ok(Rig { cluster, loads, rng, kills: 0 })
 }
 
 fn patient(cluster: &Cluster) -> Client {
@@ -52,6 +53,7 @@ impl Rig {
     }
 
     fn kill(&mut self, victims: &[Who]) {
+        self.kills += victims.len() as u64;
         for who in victims {
             self.cluster.process(*who).kill();
         }
@@ -139,7 +141,8 @@ async fn kill_at_random(stores: usize, replicas: u32, rounds: u64, test: &str) {
     rig.cluster.no_panic().unwrap();
     let done: u64 = rig.loads.iter().map(|load| load.done).sum();
     let retries: u64 = rig.loads.iter().map(Workload::retries).sum();
-    eprintln!("{rounds} rounds, {done} requests, {retries} of them sent again");
+    let kills = rig.kills;
+    eprintln!("{rounds} rounds, {kills} kills, {done} requests, {retries} of them sent again");
 }
 
 fn rounds(share: u64) -> u64 {

@@ -100,6 +100,124 @@ async fn a_writeback_that_wakes_up_after_a_takeover_is_fenced() {
     cluster.no_panic().unwrap();
 }
 
+/// One frozen process after the other. Leases are short here, so that many rounds fit into a minute.
+struct Rounds {
+    cluster: Cluster,
+    load: Workload,
+    rng: Rng,
+    /// Which writeback has the volume.
+    owner: usize,
+    zombies: u64,
+    takeovers: u64,
+}
+
+const SHORT_LEASE_MS: u64 = 400;
+
+impl Rounds {
+    fn client_of(&mut self, writeback: usize) -> Client {
+        let url = self.cluster.process(Who::Writeback(writeback)).url().to_owned();
+        Client::new(&url).with_patience(PATIENCE)
+    }
+
+    /// Most of them outlive the lease.
+    fn pause(&mut self) -> Duration {
+        Duration::from_millis(self.rng.between(SHORT_LEASE_MS / 2, SHORT_LEASE_MS * 5 / 2))
+    }
+
+    /// A store or conversion is frozen under work that goes on, or waits, and is woken up.
+    async fn freeze(&mut self, who: Who) -> anyhow::Result<()> {
+        let (pause, operations) = (self.pause(), self.rng.between(20, 150));
+        self.cluster.process(who).pause();
+        let ended = {
+            let load = &mut self.load;
+            let work = async move {
+                load.run(operations).await?;
+                load.drain().await
+            };
+            tokio::pin!(work);
+            let until = tokio::time::Instant::now() + pause;
+            let early = tokio::time::timeout_at(until, work.as_mut()).await;
+            tokio::time::sleep_until(until).await;
+            self.cluster.process(who).resume();
+            self.zombies += 1;
+            match early {
+                Ok(ended) => ended,
+                Err(_) => work.await,
+            }
+        };
+        ended?;
+        self.load.verify().await
+    }
+
+    /// The owner is frozen with dirty data and writes under way, loses its volume, and wakes up.
+    async fn take_over(&mut self) -> anyhow::Result<()> {
+        let (old, next) = (self.owner, 1 - self.owner);
+        let operations = self.rng.between(5, 60);
+        self.load.run(operations).await?;
+        self.cluster.process(Who::Writeback(old)).pause();
+        self.load.give_up();
+        self.load.crashed(Crash::SinceFlush);
+        let new = self.client_of(next);
+        new.open("vol1", true).await?;
+        self.load.move_to(new);
+        self.load.verify().await?;
+        self.cluster.process(Who::Writeback(old)).resume();
+        (self.owner, self.zombies, self.takeovers) = (next, self.zombies + 1, self.takeovers + 1);
+        let late = self.client_of(old).with_patience(Duration::from_millis(1));
+        let write = endio_api::writeback::WriteRequest {
+            volume: "vol1".into(),
+            data: Bytes::from(vec![0xFF; 4096]),
+            mode: endio_api::writeback::WriteMode::Direct.into(),
+            ..Default::default()
+        };
+        let written = late.io().write(write).await;
+        anyhow::ensure!(written.is_err(), "the fenced owner has written");
+        self.load.run(operations).await?;
+        self.load.drain().await?;
+        self.load.verify().await
+    }
+}
+
+/// Random processes are frozen at random instants, and wake up; the long form of the tests before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn zombies_at_random_instants_harm_nothing() {
+    let rounds = seed::number("ENDIO_ZOMBIE_ROUNDS", 5);
+    let seed = seed::announce("endio-crash-tests", "zombies_at_random_instants_harm_nothing");
+    let mut rng = Rng::new(seed);
+    let lease = ("ENDIO_CONVERSION_LIMITS__LEASE_MS".to_owned(), SHORT_LEASE_MS.to_string());
+    let options = Options {
+        stores: 3,
+        capacity: "256MiB".to_owned(),
+        env: vec![lease],
+        ..Options::default()
+    };
+    let mut cluster = block_in_place(|| Cluster::start(options)).unwrap();
+    block_in_place(|| cluster.add_writeback()).unwrap();
+    let client = cluster.client().with_patience(PATIENCE);
+    client.create("vol1", VOLUME_BYTES, 2).await.unwrap();
+    let load = Workload::new(client, "vol1", VOLUME_BYTES, rng.fork());
+    let mut all = Rounds { cluster, load, rng, owner: 0, zombies: 0, takeovers: 0 };
+    for round in 0..rounds {
+        let ended = match all.rng.below(8) {
+            0 => all.freeze(Who::Conversion).await,
+            1..4 => {
+                let store = usize::try_from(all.rng.below(3)).unwrap();
+                all.freeze(Who::Store(store)).await
+            }
+            4 => all.freeze(Who::Writeback(all.owner)).await,
+            _ => all.take_over().await,
+        };
+        ended.unwrap_or_else(|error| panic!("round {round} of seed {seed}: {error:#}"));
+    }
+    let client = all.client_of(all.owner);
+    client.fsync("vol1").await.unwrap();
+    client.settles().await.unwrap();
+    all.load.verify().await.unwrap();
+    all.cluster.no_panic().unwrap();
+    let Rounds { zombies, takeovers, load, .. } = all;
+    eprintln!("{zombies} zombies, {takeovers} of them taken over, {} requests", load.done);
+}
+
 /// Scenario 51: a store dies with a segment in its hands. The write succeeds on another try, and
 /// its one trace shows both.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

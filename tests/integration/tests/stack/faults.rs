@@ -1,14 +1,16 @@
 //! Devices that fail, lie, forget and fill up.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
-use endio_api::writeback::{WriteMode, WriteRequest};
+use endio_api::conversion::ListStoresRequest;
+use endio_api::writeback::{ReadRequest, WriteMode, WriteRequest};
 use endio_integration_tests::services::{Conversion, Store};
 use endio_integration_tests::stack::{Stack, Writeback};
 use endio_store::block::DeviceFault;
 use endio_testkit::client::{Client, Refused};
-use endio_testkit::seed::Rng;
+use endio_testkit::seed::{self, Rng};
 use endio_types::{Pblk, Reason};
 
 const VOLUME_BYTES: u64 = 16 << 20;
@@ -120,6 +122,69 @@ async fn a_flipped_bit_is_never_returned() {
     assert!(!check.findings.is_empty(), "a check with data finds it");
     direct(&client, 0, &[6; 4096]).await;
     assert_eq!(client.read("vol1", 0, 4096).await.unwrap(), vec![6; 4096]);
+}
+
+/// A block as one read shows it.
+async fn read_once(client: &Client, offset_bytes: u64) -> Result<Vec<u8>, Refused> {
+    let request = ReadRequest {
+        volume: "vol1".into(),
+        offset_bytes,
+        length_bytes: 4096,
+        ..Default::default()
+    };
+    let mut pieces = client.io().read(request).await?.into_inner();
+    let mut data = Vec::new();
+    while let Some(piece) = pieces.message().await? {
+        data.extend_from_slice(&piece.data);
+        data.resize(data.len() + usize::try_from(piece.zeroes_bytes).unwrap(), 0);
+    }
+    Ok(data)
+}
+
+/// Many random flips, each read back at once: `ENDIO_FLIP_ROUNDS`. With one copy a read is an error,
+/// with two it is the data, and in no case other bytes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_random_flip_is_silent() {
+    let rounds = seed::number("ENDIO_FLIP_ROUNDS", 60);
+    let mut rng = Rng::new(seed::announce("endio-integration-tests", "no_random_flip_is_silent"));
+    for (replicas, share) in [(1, rounds / 2), (2, rounds - rounds / 2)] {
+        let stack = Stack::start(replicas).await;
+        let config = endio_writeback::Config {
+            conversion: stack.conversion.url.clone(),
+            cache_dir: stack.directory.path().join("flips"),
+            // A read reaches the stores.
+            read_cache_bytes: 0,
+            ..Default::default()
+        };
+        let writeback = Writeback::start_with(config).await;
+        let client = writeback.client();
+        client.create("vol1", VOLUME_BYTES, u32::try_from(replicas).unwrap()).await.unwrap();
+        let listed = client.inspect().stores(ListStoresRequest {}).await.unwrap().into_inner();
+        let urls: BTreeMap<u32, String> =
+            listed.stores.into_iter().map(|store| (store.id, store.url)).collect();
+        let mut errors = 0;
+        for round in 0..share {
+            let (block, fill) = (rng.below(64), u8::try_from(round % 255).unwrap() + 1);
+            let data = vec![fill; 4096];
+            direct(&client, block * 4096, &data).await;
+            let places = place_of(&client, block).await;
+            assert_eq!(places.len(), replicas);
+            let victim = usize::try_from(rng.below(places.len() as u64)).unwrap();
+            let (store, pblk) = places[victim];
+            let holder = stack.stores.iter().find(|known| known.url == urls[&store]).unwrap();
+            let bit = usize::try_from(rng.below(4096 * 8)).unwrap();
+            holder.device.memory.flip_bit(Pblk(pblk), bit);
+            match (replicas, read_once(&client, block * 4096).await) {
+                (1, Err(refused)) => {
+                    assert_eq!(refused.reason, Reason::ChecksumMismatch, "{refused}");
+                    errors += 1;
+                }
+                (1, Ok(_)) => panic!("round {round}: a flipped bit in {block} was not told"),
+                (_, read) => assert!(read.unwrap() == data, "round {round}: block {block}"),
+            }
+        }
+        eprintln!("{share} flips with {replicas} copies, {errors} reads failed, none was silent");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
