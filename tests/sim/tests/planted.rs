@@ -41,7 +41,7 @@ impl Plant {
                 Some(&["reuse-after-safe"])
             }
             Self::Pure(Bug::LateCreationCounts | Bug::NamesakeTaken) => {
-                Some(&["deleted_stays_deleted"])
+                Some(&["deleted_stays_deleted", "given_up_is_over"])
             }
             // What is acknowledged beyond the end is lost, if nobody looks at the size before.
             Self::Modelled(Planted::SizeGuessed) => {
