@@ -64,6 +64,7 @@ pub(crate) async fn volume(client: &Client, out: Output, command: VolumeCommand)
                 replicas,
                 in_place,
                 growable,
+                as_of: None,
             };
             volumes.create(request).await.map_err(|e| (format!("create volume {name}"), e))
         }

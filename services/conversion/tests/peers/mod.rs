@@ -283,7 +283,7 @@ impl ScriptedWriteback {
             name: volume.to_owned(),
             writeback: writeback.name.clone(),
             force,
-            if_generation: None,
+            ..Default::default()
         };
         let opened = service.client().open_volume(request).await?.into_inner().volume.unwrap();
         (writeback.volume, writeback.generation) = (opened.id, opened.generation);

@@ -49,7 +49,7 @@ async fn another_certificate_that_says_the_name_of_a_writeback_gets_nothing_of_i
             name: "a".to_owned(),
             writeback: claimed,
             force: true,
-            if_generation: None,
+            ..<_>::default()
         };
         let refused = ConversionClient::new(second.clone()).open_volume(open).await.unwrap_err();
         assert_eq!(refused.code(), tonic::Code::InvalidArgument, "{refused}");
