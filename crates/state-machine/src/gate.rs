@@ -142,13 +142,6 @@ struct Registered {
     is_drained: bool,
 }
 
-impl Registered {
-    fn admits(&self) -> bool {
-        let is_skipped = planted::is(Bug::DrainSkipped) || planted::is(Bug::NothingDrains);
-        self.is_drained || is_skipped
-    }
-}
-
 #[derive(Debug)]
 struct Drain {
     then: Cleared,
@@ -464,7 +457,9 @@ impl Gate {
     fn check_epoch(&self, epoch: ClusterEpoch) -> Result<&Registered, Reason> {
         match &self.registered {
             Some(registered) if epoch < registered.epoch => Err(Reason::OldEpoch),
-            Some(registered) if epoch == registered.epoch && registered.admits() => Ok(registered),
+            Some(registered) if epoch == registered.epoch && registered.is_drained => {
+                Ok(registered)
+            }
             // An epoch that this store has not heard of: conversion is about to register it.
             _ => Err(Reason::NotReady),
         }

@@ -24,10 +24,6 @@ pub enum Bug {
     ReadersIgnored,
     /// After a restart blocks do not wait for stores to drain.
     EpochIgnored,
-    /// A store admits what is of a new epoch before older ones have drained.
-    DrainSkipped,
-    /// Both: neither conversion nor stores wait until older epochs have drained.
-    NothingDrains,
     /// Blocks are free before the record that freed them is durable.
     FreedBeforeDurable,
     /// A range is granted whoever holds it.
@@ -66,8 +62,6 @@ impl Bug {
         Self::AbortedIsFree,
         Self::ReadersIgnored,
         Self::EpochIgnored,
-        Self::DrainSkipped,
-        Self::NothingDrains,
         Self::FreedBeforeDurable,
         Self::LockGrantsAll,
         Self::WholeRequestsOff,

@@ -32,11 +32,6 @@ fn an_io_end_that_converts_with_its_first_release_is_found() {
 }
 
 #[test]
-fn blocks_that_nobody_drains_after_a_restart_of_conversion_are_found() {
-    is_found(Bug::NothingDrains, Budget { conversion_crashes: 1, ..WRITES });
-}
-
-#[test]
 fn aborted_blocks_that_are_free_at_once_are_found() {
     is_found(Bug::AbortedIsFree, Budget { aborts: 1, ..WRITES });
 }

@@ -78,7 +78,7 @@ impl<T: ChunkTable> Machine<T> {
             let mapped = mapped.remove(id).unwrap_or_default();
             let mut rt = StoreRt::new(StoreSpace::recovered(store.capacity_blocks, &mapped));
             rt.wait_epoch = mapped.complement(store.capacity_blocks);
-            if planted::is(Bug::EpochIgnored) || planted::is(Bug::NothingDrains) {
+            if planted::is(Bug::EpochIgnored) {
                 for range in std::mem::take(&mut rt.wait_epoch) {
                     rt.space.release(range, false)?;
                 }
