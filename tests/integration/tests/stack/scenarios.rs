@@ -206,7 +206,7 @@ async fn what_becomes_dirty_after_a_cut_is_written_out_by_itself() {
         client.io().write(write).await.unwrap();
         let name = "vol1".to_owned();
         for size_bytes in [SIZE / 2, SIZE] {
-            let request = ResizeRequest { name: name.clone(), size_bytes };
+            let request = ResizeRequest { name: name.clone(), size_bytes, volume: 0 };
             client.volumes().resize(request).await.unwrap();
         }
         let write = write_of(size_bytes - 8192, &[8; 4096], WriteMode::Buffered);
