@@ -121,6 +121,8 @@ impl Credit {
     /// Held credit is free again: its data was discarded, or a newer version holds its own.
     pub fn put_back(&mut self, blocks: u64) {
         let blocks = self.unexcused(blocks);
+        // A reset wants less now, and may be granted.
+        self.is_reset_full &= blocks == 0;
         if !planted::is(Bug::CreditLeaked) {
             self.held -= blocks.min(self.held);
         }
