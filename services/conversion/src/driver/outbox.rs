@@ -51,7 +51,7 @@ pub(crate) struct Outbox {
 type Calls = BTreeMap<ReplyTo, oneshot::Sender<Result<ReplyBody, Refusal>>>;
 
 impl Outbox {
-    /// Whether nothing waits for the disk.
+    /// Whether nothing waits, neither for the disk nor for a message to ride with.
     pub(crate) fn is_empty(&self) -> bool {
         self.waiting.is_empty() && self.now.is_empty() && self.receipts.is_empty()
     }
