@@ -11,8 +11,8 @@ use endio_types::{
 };
 
 pub use conversion::{
-    call_refused, deletions_to_proto, from_store, from_writeback, io_end_to_proto, lookup_to_proto,
-    map_change, store_to_proto, to_store, to_writeback, volume_to_proto,
+    call_refused, deletions_to_proto, from_store, from_writeback, io_end_to_proto, logged_to_proto,
+    lookup_to_proto, map_change, store_to_proto, to_store, to_writeback, volume_to_proto,
 };
 
 use crate::common;

@@ -159,6 +159,8 @@ pub struct IoEnd {
     pub release_order: u64,
     /// Another io_end in flight overlapped it at some time.
     pub overlapped: bool,
+    /// What the data log has of its blocks up to this number ends with its conversion.
+    pub logged_up_to: u64,
 }
 
 /// The one predicate that says whether an io_end owes conversion: a piece is not written yet, or

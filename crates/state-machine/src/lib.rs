@@ -2,6 +2,7 @@
 
 pub mod chunk;
 mod chunk_codec;
+pub mod data_log;
 pub mod extent_map;
 pub mod gate;
 

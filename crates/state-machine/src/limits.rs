@@ -49,6 +49,11 @@ pub struct Limits {
     /// From so many such blocks on, they are handed out first, where a run suffices. Too small:
     /// neighbours of a volume are scattered. Too large: they wait for their punch.
     pub reuse_blocks: u64,
+    /// Blocks of a volume in the data log. Too small: flushes wait for conversions sooner. Too large:
+    /// who opens the volume next takes longer.
+    pub log_blocks_per_volume_max: u64,
+    /// Blocks of all volumes in the data log: they are in memory and in every checkpoint.
+    pub log_blocks_max: u64,
     /// io_ends that have ended and are remembered, so that a repeated release gets its answer.
     pub ended_max: usize,
     /// Free runs that one search looks at before it takes the best it has seen.
@@ -78,6 +83,8 @@ impl Default for Limits {
             punch_idle_ms: 2_000,
             unpunched_blocks_max: 65_536,
             reuse_blocks: 16_384,
+            log_blocks_per_volume_max: 4_096,
+            log_blocks_max: 32_768,
             ended_max: 65_536,
             search_runs_max: 64,
             retry_after_ms: 20,

@@ -4,11 +4,14 @@
 
 use std::collections::BTreeMap;
 
+use bytes::Bytes;
 use endio_types::{
     ClusterEpoch, Generation, Incarnation, IoEndId, Lblk, LblkRange, MapVersion, Pblk, StoreId,
     VolumeId,
 };
 use serde::{Deserialize, Serialize};
+
+use crate::data_log::{DataLogs, LogEntry};
 
 /// Number of a record in the journal; counts from 1 without gaps.
 pub type Seq = u64;
@@ -79,6 +82,9 @@ pub struct Snapshot {
     /// for it. Not among the fields of the first format: whoever encodes a snapshot puts it behind them.
     #[serde(skip)]
     pub store_names: BTreeMap<StoreId, String>,
+    /// Data of small flushes that is not converted yet. Encoded behind the names.
+    #[serde(skip)]
+    pub logs: DataLogs,
 }
 
 /// How far the numbers of volumes and the generations leap at a restore: more volumes, and more opens
@@ -99,6 +105,7 @@ impl Snapshot {
             volumes: BTreeMap::new(),
             stores: BTreeMap::new(),
             store_names: BTreeMap::new(),
+            logs: DataLogs::default(),
         }
     }
 }
@@ -136,6 +143,17 @@ pub struct ConvertVolume {
     pub credit_used: u64,
     /// The io_ends converted, in the order of release.
     pub io_ends: Vec<IoEndId>,
+}
+
+/// What the data log holds of a range up to a number is converted: it ends.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct LogDone {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The blocks.
+    pub range: LblkRange,
+    /// Newer entries stay.
+    pub up_to: u64,
 }
 
 /// One durable change.
@@ -220,5 +238,32 @@ pub enum Record {
         store: StoreId,
         /// The name.
         name: String,
+    },
+    /// Data of a small flush: durable here until it is converted.
+    Log {
+        /// The volume.
+        volume: VolumeId,
+        /// Under which it was written.
+        generation: Generation,
+        /// Grows with each message of the volume.
+        number: u64,
+        /// The blocks; ascending.
+        entries: Vec<LogEntry>,
+        /// Their data, one behind the other.
+        data: Bytes,
+    },
+    /// As `Convert`; some of it was in the data log, and is no more.
+    ConvertLogged {
+        /// What is converted.
+        volumes: Vec<ConvertVolume>,
+        /// What ends with it, in the order of release.
+        done: Vec<LogDone>,
+    },
+    /// The data log holds nothing of a range any more: it became a hole, or zeroes.
+    ForgetLogged {
+        /// The volume.
+        volume: VolumeId,
+        /// The blocks.
+        range: LblkRange,
     },
 }

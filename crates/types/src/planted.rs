@@ -48,6 +48,12 @@ pub enum Bug {
     ChangeUnnoticed,
     /// A look-up is believed although the map changed while it was under way.
     LateLookUpBelieved,
+    /// What is converted stays in the data log.
+    LoggedForEver,
+    /// A conversion ends what was logged of its blocks after it was picked.
+    LoggedForgottenEarly,
+    /// What comes for the data log after a change of the map is kept, though it is older.
+    LateLogCounts,
 }
 
 impl Bug {
@@ -74,6 +80,9 @@ impl Bug {
         Self::NamesakeTaken,
         Self::ChangeUnnoticed,
         Self::LateLookUpBelieved,
+        Self::LoggedForEver,
+        Self::LoggedForgottenEarly,
+        Self::LateLogCounts,
     ];
 }
 

@@ -339,6 +339,9 @@ impl Driver {
                 let extents = self.machine.extents(&name, range).map_err(DriverError::Machine)?;
                 drop(reply.send(extents));
             }
+            Question::Logged(volume, generation, from, max, reply) => {
+                drop(reply.send(self.machine.logged(volume, generation, from, max)));
+            }
             Question::Volumes(reply) => drop(reply.send(self.machine.volumes())),
             Question::Stores(reply) => drop(reply.send(self.machine.stores(now))),
             Question::IoEnds(volume, limit, reply) => {

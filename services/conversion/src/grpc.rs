@@ -11,7 +11,7 @@ use endio_api::{protocol, status};
 use endio_state_machine::machine::{
     Attempt, Call, Deletions, FromStore, FromWriteback, Input, Refusal, ReplyBody, VolumeInfo,
 };
-use endio_types::{ClusterEpoch, Generation, LblkRange, Reason, VolumeId};
+use endio_types::{ClusterEpoch, Generation, Lblk, LblkRange, Reason, VolumeId};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -26,6 +26,8 @@ const BATCH_MAX: usize = 512;
 const EXTENTS_STEP_BLOCKS: u64 = 1 << 20;
 /// Blocks in one `Lookup`.
 const LOOKUP_BLOCKS_MAX: u32 = 65_536;
+/// Blocks in one answer to `ReadLog`: 1 MiB.
+const LOG_READ_BLOCKS: usize = 256;
 /// io_ends listed where the request sets no limit, and at the most.
 const IO_ENDS_DEFAULT: u32 = 1_000;
 const IO_ENDS_MAX: u32 = 100_000;
@@ -38,6 +40,8 @@ pub(crate) struct Grpc {
     pub(crate) handle: Handle,
     /// The turn of the one backup that may be taken at a time: it keeps files from being dropped.
     pub(crate) backups: Arc<Semaphore>,
+    /// As [`endio_state_machine::limits::Limits::log_blocks_per_volume_max`].
+    pub(crate) log_blocks_max: u64,
 }
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -164,6 +168,7 @@ impl Conversion for Grpc {
             writeback: of_certificate(request.writeback, identity.as_ref())?,
             force: request.force,
             if_generation: request.if_generation.map(Generation),
+            reads_log: request.reads_log,
         };
         match self.handle.call(call).await.map_err(refused)? {
             ReplyBody::Opened(volume, grant, wait_ms) => {
@@ -171,6 +176,9 @@ impl Conversion for Grpc {
                     volume: Some(convert::volume_to_proto(&volume)),
                     read_grant: Some(convert::grant_to_proto(&grant)),
                     wait_ms,
+                    logged_blocks: volume.logged_blocks,
+                    logged_number: volume.logged_number,
+                    log_blocks_max: if volume.in_place { 0 } else { self.log_blocks_max },
                 }))
             }
             _ => Err(unexpected()),
@@ -215,6 +223,23 @@ impl Conversion for Grpc {
             .and_then(|view| view)
             .map_err(refused)?;
         Ok(Response::new(convert::lookup_to_proto(&view)))
+    }
+
+    async fn read_log(
+        &self,
+        request: Request<proto::ReadLogRequest>,
+    ) -> Answer<proto::ReadLogResponse> {
+        let request = request.into_inner();
+        let (volume, generation) = (VolumeId(request.volume), Generation(request.generation));
+        let from = Lblk(request.lblk);
+        let found = self
+            .handle
+            .ask(|reply| Question::Logged(volume, generation, from, LOG_READ_BLOCKS, reply))
+            .await
+            .and_then(|found| found)
+            .map_err(refused)?;
+        let blocks = found.into_iter().map(convert::logged_to_proto).collect();
+        Ok(Response::new(proto::ReadLogResponse { blocks }))
     }
 
     async fn change_map(
@@ -415,6 +440,7 @@ fn writeback_trace(message: &proto::WritebackMessage) -> String {
     match &message.message {
         Some(Message::Begin(begin)) => begin.traceparent.clone(),
         Some(Message::Release(release)) => release.traceparent.clone(),
+        Some(Message::Log(log)) => log.traceparent.clone(),
         _ => String::new(),
     }
 }
@@ -541,6 +567,6 @@ fn deletions(as_of: proto::Deletions) -> Deletions {
 }
 
 fn attempt(attempt: Option<proto::Attempt>) -> Attempt {
-    let proto::Attempt { number, over } = attempt.unwrap_or_default();
-    Attempt { number, over }
+    let proto::Attempt { number, over, logged } = attempt.unwrap_or_default();
+    Attempt { number, over, logged }
 }

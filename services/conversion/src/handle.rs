@@ -1,6 +1,7 @@
 //! What the skin may ask of the driver: events go in, one answer each comes out.
 
 use endio_api::conversion::DescribeResponse;
+use endio_state_machine::data_log::Logged;
 use endio_state_machine::extent_map::MapExtent;
 use endio_state_machine::machine::{
     Call, CheckReport, Deletions, Input, IoEndInfo, MapView, Refusal, ReplyBody, StoreInfo,
@@ -8,7 +9,7 @@ use endio_state_machine::machine::{
 };
 use endio_state_machine::machine::{StoreSession, WritebackSession};
 use endio_store::meta::JournalHandle;
-use endio_types::{Generation, LblkRange, Reason, VolumeId};
+use endio_types::{Generation, Lblk, LblkRange, Reason, VolumeId};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -47,6 +48,9 @@ pub(crate) enum Event {
     Ask(Question),
 }
 
+/// Entries of a data log, or why they are not told.
+pub(crate) type LoggedAnswer = Result<Vec<(Lblk, Logged)>, Refusal>;
+
 pub(crate) enum Question {
     Lookup {
         volume: VolumeId,
@@ -56,6 +60,7 @@ pub(crate) enum Question {
         reply: oneshot::Sender<Result<MapView, Refusal>>,
     },
     Extents(String, LblkRange, oneshot::Sender<Option<Vec<MapExtent>>>),
+    Logged(VolumeId, Generation, Lblk, usize, oneshot::Sender<LoggedAnswer>),
     Volumes(oneshot::Sender<Vec<VolumeInfo>>),
     Stores(oneshot::Sender<Vec<StoreInfo>>),
     IoEnds(Option<VolumeId>, usize, oneshot::Sender<(Vec<IoEndInfo>, u64)>),

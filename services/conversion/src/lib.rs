@@ -129,7 +129,8 @@ pub async fn start(config: Config, deps: Deps) -> Result<Running, StartError> {
     admin::watch("conversion", &readiness);
     let (events, queue) = mpsc::channel(config.input_queue_max);
     let handle = handle::Handle { events, session_queue_max: config.session_queue_max };
-    let grpc = grpc::Grpc { handle, backups: Arc::new(Semaphore::new(1)) };
+    let log_blocks_max = config.limits.log_blocks_per_volume_max;
+    let grpc = grpc::Grpc { handle, backups: Arc::new(Semaphore::new(1)), log_blocks_max };
     let service = ConversionServer::new(grpc)
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);

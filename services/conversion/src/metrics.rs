@@ -82,6 +82,8 @@ impl Metrics {
         let help = "Aborted io_ends that a store has not fenced yet";
         set("endio_conversion_fences_pending", help, &[], gauges.fences);
         set("endio_conversion_volumes", "Volumes", &[], gauges.volumes);
+        let help = "Flushed blocks that are not converted yet";
+        set("endio_conversion_logged_blocks", help, &[], gauges.logged_blocks);
         set("endio_conversion_cluster_epoch", "Grows with each start", &[], epoch);
         let help = "1: the metadata disk is full, writes are refused";
         set("endio_conversion_metadata_full", help, &[], is_full.into());
@@ -96,6 +98,9 @@ impl Metrics {
         count(name, help, &[("end", "aborted")], counters.aborted, told.aborted);
         let help = "io_ends begun";
         count("endio_conversion_io_ends_begun_total", help, &[], counters.begun, told.begun);
+        let (now, before) = (counters.logged_blocks, told.logged_blocks);
+        let help = "Blocks of small flushes that came into the data log";
+        count("endio_conversion_logged_blocks_total", help, &[], now, before);
         let (name, help) = ("endio_conversion_refused_releases_total", "Releases refused");
         count(name, help, &[("why", "forged")], counters.forged, told.forged);
         count(name, help, &[("why", "conflict")], counters.conflicts, told.conflicts);

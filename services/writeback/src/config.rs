@@ -50,6 +50,10 @@ pub struct Config {
     /// How long data stays dirty before it is written out, in ms. Too small: no merging. Too
     /// large: a longer fsync. 1 to 600,000.
     pub write_out_after_ms: u64,
+    /// Most bytes that a flush sends to conversion's data log instead of waiting until they are
+    /// written out. Too small: flushes wait for stores. Too large: much data is written twice. 0: none;
+    /// at most 1 MiB.
+    pub flush_log_bytes: u64,
     /// Most blocks in one write-out. Too small: more conversions. Too large: one failure costs
     /// more. 1 to 1,024.
     pub write_out_blocks: u64,
@@ -142,6 +146,7 @@ impl Default for Config {
             dirty_bytes_max: 256 << 20,
             dirty_delay_max_ms: 20,
             write_out_after_ms: 1_000,
+            flush_log_bytes: 256 << 10,
             write_out_blocks: 256,
             write_outs_per_volume: 16,
             write_out_bytes_in_flight: 64 << 20,
@@ -197,6 +202,7 @@ impl Validate for Config {
         within("dirty_bytes_soft", self.dirty_bytes_soft, 0, self.dirty_bytes_max);
         within("dirty_delay_max_ms", self.dirty_delay_max_ms, 0, 1_000);
         within("write_out_after_ms", self.write_out_after_ms, 1, 600_000);
+        within("flush_log_bytes", self.flush_log_bytes, 0, MIB);
         within("write_out_blocks", self.write_out_blocks, 1, 1_024);
         within("write_outs_per_volume", self.write_outs_per_volume as u64, 1, 1_024);
         within("write_out_bytes_in_flight", self.write_out_bytes_in_flight, 4 * MIB, 1 << 36);

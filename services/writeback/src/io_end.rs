@@ -54,6 +54,8 @@ pub(crate) struct Job {
     pub size_after_bytes: u64,
     /// A caller waits for it.
     pub sync: bool,
+    /// What the data log has of the blocks up to this number is older than the data, or the same.
+    pub logged_up_to: u64,
     /// When to give up; every attempt ends before the answer.
     pub deadline: Instant,
     /// The write's span.
@@ -238,6 +240,7 @@ impl Submitter {
             attempt,
             traceparent: job.span.traceparent(),
             sync: job.sync,
+            logged_up_to: job.logged_up_to,
         };
         let begun = async {
             self.session.up().await;

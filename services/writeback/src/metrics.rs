@@ -67,6 +67,8 @@ pub struct Metrics {
     pub legs: Legs,
     /// Write-outs converted.
     pub write_outs: Counter,
+    /// Flushes whose data went into the data log.
+    pub logged_flushes: Counter,
     /// Requests that had been applied before.
     pub duplicates: Counter,
     /// Questions to conversion about the map of a volume.
@@ -112,6 +114,10 @@ impl Default for Metrics {
                 bio: leg("bio"),
                 complete: leg("complete"),
             },
+            logged_flushes: counter(
+                "endio_writeback_logged_flushes_total",
+                "Flushes whose data went into the data log",
+            ),
             write_outs: counter("endio_writeback_write_outs_total", "Write-outs converted"),
             duplicates: counter(
                 "endio_writeback_duplicates_total",

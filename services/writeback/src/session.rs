@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use endio_api::conversion::{
-    BeginIo, Begun, Completion, ReadConfirm, ReleaseSubmitter, Reserve, Store,
+    BeginIo, Begun, Completion, LogData, ReadConfirm, ReleaseSubmitter, Reserve, Store,
 };
 use endio_chassis::net::Dialer;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -78,6 +78,7 @@ enum Command {
     /// Under the session of that number only.
     Release(u64, ReleaseSubmitter),
     Reserve(Reserve, oneshot::Sender<Result<u64, Failure>>),
+    Log(LogData, oneshot::Sender<Result<(), Failure>>),
 }
 
 /// Handle of the session. Clones share it.
@@ -179,6 +180,16 @@ impl Session {
     pub(crate) async fn reserve(&self, reserve: Reserve) -> Result<u64, Failure> {
         let (reply, answer) = oneshot::channel();
         self.send(Command::Reserve(reserve, reply)).await?;
+        answer.await.unwrap_or_else(|_| Err(Failure::conversion_away()))
+    }
+
+    /// Makes the data of a small flush durable at conversion. `request` is chosen here.
+    ///
+    /// # Errors
+    /// What conversion refused, or that it is away: then nothing is known of the data.
+    pub(crate) async fn log(&self, log: LogData) -> Result<(), Failure> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Command::Log(log, reply)).await?;
         answer.await.unwrap_or_else(|_| Err(Failure::conversion_away()))
     }
 

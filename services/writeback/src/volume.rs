@@ -48,6 +48,8 @@ pub struct Volume {
     pub in_place: bool,
     /// Writes past the end extend it.
     pub growable: bool,
+    /// Most blocks that conversion's data log holds of it; 0: it takes none.
+    pub log_blocks_max: u64,
     /// The order of overlapping requests.
     pub locks: Arc<Locks>,
     /// Writes, trims and zeroings that were acknowledged.
@@ -156,12 +158,20 @@ pub struct Opened {
     pub volume: endio_api::conversion::Volume,
     /// Permission to read.
     pub grant: Option<ReadGrant>,
+    /// Blocks in its data log.
+    pub logged_blocks: u64,
+    /// Newest number in it.
+    pub logged_number: u64,
+    /// Most blocks that the data log may hold of it; 0: it takes none.
+    pub log_blocks_max: u64,
 }
 
 impl Volume {
     /// A volume that was opened just now, with nothing dirty.
     pub fn new(opened: Opened, limits: VolumeLimits) -> Self {
-        let Opened { volume, grant } = opened;
+        let Opened { volume, grant, logged_number, log_blocks_max, .. } = opened;
+        let mut dirty = DirtyMap::new();
+        dirty.log_numbers_from(logged_number);
         let errors = ErrSeq::new();
         let told = errors.sample();
         Self {
@@ -170,12 +180,13 @@ impl Volume {
             generation: volume.generation,
             in_place: volume.in_place,
             growable: volume.growable,
+            log_blocks_max,
             locks: Arc::default(),
             writes: Meter::default(),
             reads: Meter::default(),
             state: Mutex::new(State {
                 view: VolumeView::new(MapVersion(volume.map_version), volume.size_bytes),
-                dirty: DirtyMap::new(),
+                dirty,
                 dirty_since: None,
                 credit: Credit::new(limits.credit),
                 credit_reset: None,
@@ -297,6 +308,11 @@ impl State {
             .into_iter()
             .chain(within)
             .filter_map(move |(start, len)| LblkRange::new(*start, *len).intersection(range))
+    }
+
+    /// What is dirty up to a record is wanted out now.
+    pub fn flush_up_to_at_least(&mut self, lsn: Lsn) {
+        self.flush_up_to = self.flush_up_to.max(lsn);
     }
 
     /// Dirty bytes: versions that wait and versions under writeback.

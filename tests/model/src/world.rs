@@ -424,7 +424,14 @@ impl World {
     fn open(&mut self) {
         let writeback = format!("wb{}", self.writebacks);
         let (name, if_generation) = (VOLUME.to_owned(), None);
-        self.call(Call::OpenVolume { name, volume: None, writeback, force: true, if_generation });
+        self.call(Call::OpenVolume {
+            name,
+            volume: None,
+            writeback,
+            force: true,
+            if_generation,
+            reads_log: true,
+        });
     }
 
     fn call(&mut self, call: Call) {
@@ -454,6 +461,7 @@ impl World {
             attempt: 1,
             traceparent: String::new(),
             sync: false,
+            logged_up_to: 0,
         };
         // Granted or refused, that is decided at once: a refused one may be tried again later.
         self.begun += 1;

@@ -57,6 +57,7 @@ pub const OF_CONVERSION: Table = Table {
         rule("endio.conversion.v1.Conversion/OpenVolume", WRITEBACK),
         rule("endio.conversion.v1.Conversion/CloseVolume", WRITEBACK),
         rule("endio.conversion.v1.Conversion/Lookup", WRITEBACK),
+        rule("endio.conversion.v1.Conversion/ReadLog", WRITEBACK),
         rule("endio.conversion.v1.Conversion/ChangeMap", WRITEBACK),
         rule("endio.conversion.v1.Conversion/WritebackSession", WRITEBACK),
         rule("endio.conversion.v1.Conversion/StoreSession", BLOCK_STORE),

@@ -1,6 +1,7 @@
 //! Messages of the conversion service ⇄ inputs and effects of its machine.
 
 use bytes::Bytes;
+use endio_state_machine::data_log::{LogEntry, Logged};
 use endio_state_machine::machine as domain;
 use endio_state_machine::machine::{FromStore, FromWriteback, Refusal, ToStore, ToWriteback};
 use endio_types::{
@@ -47,7 +48,36 @@ pub fn from_writeback(message: proto::WritebackMessage) -> Result<FromWriteback,
             add_blocks: reserve.add_blocks,
             drop_blocks: reserve.drop_blocks,
         },
+        Message::Log(log) => FromWriteback::Log(domain::LogData {
+            request: log.request,
+            volume: VolumeId(log.volume),
+            generation: Generation(log.generation),
+            number: log.number,
+            entries: log.blocks.iter().map(log_entry).collect(),
+            data: log.data,
+        }),
     })
+}
+
+fn log_entry(block: &proto::LoggedBlock) -> LogEntry {
+    LogEntry {
+        lblk: Lblk(block.lblk),
+        end_bytes: block.end_bytes,
+        crc: block.crc32c,
+        stamp: block.stamp,
+    }
+}
+
+/// A block of the data log for the wire.
+pub fn logged_to_proto((Lblk(lblk), logged): (Lblk, Logged)) -> proto::LoggedBlock {
+    proto::LoggedBlock {
+        lblk,
+        end_bytes: logged.end_bytes,
+        crc32c: logged.crc,
+        generation: logged.generation.0,
+        data: logged.data,
+        stamp: logged.stamp,
+    }
 }
 
 /// The deletions for the wire.
@@ -77,6 +107,7 @@ fn begin_io(begin: proto::BeginIo) -> Result<domain::BeginIo, Malformed> {
         attempt: begin.attempt,
         traceparent: begin.traceparent,
         sync: begin.sync,
+        logged_up_to: begin.logged_up_to,
     })
 }
 
@@ -182,6 +213,7 @@ pub fn to_writeback(
         ToWriteback::Reserved { request, blocks } => {
             Message::Reserved(proto::Reserved { request, blocks })
         }
+        ToWriteback::Logged { request } => Message::Logged(proto::Logged { request }),
     };
     Ok(proto::ConversionMessage { message: Some(message) })
 }

@@ -36,7 +36,7 @@ fn apply_map<T: ChunkTable>(
 ) -> Result<Changes, MachineError<T::Error>> {
     let mut changes = Vec::new();
     match record {
-        Record::Convert(volumes) => {
+        Record::Convert(volumes) | Record::ConvertLogged { volumes, .. } => {
             let mut op = 0;
             for item in volumes {
                 let mut total = Change::default();
@@ -72,6 +72,8 @@ fn apply_map<T: ChunkTable>(
         | Record::Reserve { .. }
         | Record::Store(_)
         | Record::StoreNamed { .. }
+        | Record::Log { .. }
+        | Record::ForgetLogged { .. }
         | Record::Restored { .. } => {}
     }
     Ok(changes)
@@ -130,9 +132,11 @@ fn apply_small(durable: &mut Snapshot, record: &Record) -> Result<(), &'static s
         }
         Record::Resize { volume, size_bytes } => {
             volumes.get_mut(volume).ok_or(UNKNOWN)?.size_bytes = *size_bytes;
+            durable.logs.cut(*volume, *size_bytes);
         }
         Record::DeleteVolume { volume } => {
             let volume = volumes.get_mut(volume).ok_or(UNKNOWN)?;
+            durable.logs.forget(volume.id, WHOLE, u64::MAX);
             volume.deleted = true;
             volume.owner = None;
             volume.promised = 0;
@@ -153,14 +157,24 @@ fn apply_small(durable: &mut Snapshot, record: &Record) -> Result<(), &'static s
             }
             durable.store_names.insert(*store, name.clone());
         }
-        Record::Convert(items) => {
+        Record::Convert(items) | Record::ConvertLogged { volumes: items, .. } => {
             for item in items {
                 let volume = volumes.get_mut(&item.volume).ok_or(UNKNOWN)?;
                 volume.map_version = MapVersion(volume.map_version.0 + 1);
                 volume.size_bytes = volume.size_bytes.max(item.size_after_bytes);
                 volume.promised = volume.promised.saturating_sub(item.credit_used);
             }
+            if let Record::ConvertLogged { done, .. } = record {
+                for done in done {
+                    durable.logs.forget(done.volume, done.range, done.up_to);
+                }
+            }
         }
+        Record::Log { volume, generation, number, entries, data } => {
+            let volume = volumes.get(volume).filter(|volume| !volume.deleted).ok_or(UNKNOWN)?;
+            durable.logs.put(volume.id, (*generation, *number), entries, data)?;
+        }
+        Record::ForgetLogged { volume, range } => durable.logs.forget(*volume, *range, u64::MAX),
         Record::Restored { epoch } => {
             if *epoch <= durable.epoch {
                 return Err("the epoch does not grow");
@@ -191,7 +205,9 @@ pub(super) fn promised_by(record: &Record) -> Vec<VolumeId> {
         | Record::DeleteVolume { volume }
         | Record::ForgetVolume { volume }
         | Record::Reserve { volume, .. } => vec![*volume],
-        Record::Convert(items) => items.iter().map(|item: &ConvertVolume| item.volume).collect(),
+        Record::Convert(items) | Record::ConvertLogged { volumes: items, .. } => {
+            items.iter().map(|item: &ConvertVolume| item.volume).collect()
+        }
         _ => Vec::new(),
     }
 }
@@ -199,7 +215,7 @@ pub(super) fn promised_by(record: &Record) -> Vec<VolumeId> {
 /// The volume whose map a record changes, with the ranges that it maps, for the accounting.
 pub(super) fn mapped_runs(record: &Record) -> Vec<(VolumeId, &Run)> {
     match record {
-        Record::Convert(items) => {
+        Record::Convert(items) | Record::ConvertLogged { volumes: items, .. } => {
             items.iter().flat_map(|item| item.runs.iter().map(|run| (item.volume, run))).collect()
         }
         Record::Allocate { volume, runs } => runs.iter().map(|run| (*volume, run)).collect(),

@@ -354,6 +354,7 @@ impl<T: ChunkTable> Machine<T> {
             released: None,
             release_order: 0,
             overlapped,
+            logged_up_to: begin.logged_up_to,
         }
     }
 

@@ -57,8 +57,9 @@ impl<T: ChunkTable> Machine<T> {
             Call::DeleteVolume { name, volume, generation, attempt } => {
                 self.delete(reply, (&name, volume), (generation, attempt), out)
             }
-            Call::OpenVolume { name, volume, writeback, force, if_generation } => {
-                self.open(reply, (&name, volume), writeback, (force, if_generation), out)
+            Call::OpenVolume { name, volume, writeback, force, if_generation, reads_log } => {
+                let how = (force, if_generation, reads_log);
+                self.open(reply, (&name, volume), writeback, how, out)
             }
             Call::CloseVolume { name, volume, generation } => {
                 self.close(reply, (&name, volume), generation, out)
@@ -203,7 +204,7 @@ impl<T: ChunkTable> Machine<T> {
         reply: ReplyTo,
         named: Named<'_>,
         writeback: String,
-        (force, if_generation): (bool, Option<Generation>),
+        (force, if_generation, reads_log): (bool, Option<Generation>, bool),
         out: &mut Output,
     ) -> Step<T> {
         let found = self.meant(named).cloned();
@@ -214,6 +215,11 @@ impl<T: ChunkTable> Machine<T> {
             None => Some(self.unknown()),
             _ if writeback.is_empty() => {
                 Some(self.refusal(Reason::Malformed, "the writeback has no name"))
+            }
+            Some(volume) if !reads_log && self.durable.logs.blocks_of(volume.id) > 0 => {
+                let message =
+                    "the volume has flushed data in its log, which the caller cannot read";
+                Some(self.refusal(Reason::Protocol, message))
             }
             Some(volume) if if_generation.is_some_and(|seen| seen != volume.generation) => {
                 Some(self.refusal(Reason::OldGeneration, "the volume was opened meanwhile"))
@@ -234,7 +240,8 @@ impl<T: ChunkTable> Machine<T> {
         self.supersede(&volume, generation, out)?;
         let wait_ms = self.owner_before_reads_until(&volume, &writeback).since(self.now);
         self.is_heard_of(&writeback);
-        self.volumes.entry(volume.id).or_default().attempts_over = 0;
+        let rt = self.volumes.entry(volume.id).or_default();
+        (rt.attempts_over, rt.log_over) = (0, 0);
         let owner = writeback;
         self.commit(Record::OpenVolume { volume: volume.id, generation, owner }, out)?;
         self.reads.entry(volume.id).or_default().opened(volume.map_version);
@@ -351,6 +358,7 @@ impl<T: ChunkTable> Machine<T> {
         let rt = self.volumes.entry(volume).or_default();
         let is_late = attempt.number != 0 && attempt.number <= rt.attempts_over;
         rt.attempts_over = rt.attempts_over.max(attempt.over);
+        rt.log_over = rt.log_over.max(attempt.logged);
         !is_late || planted::is(Bug::LateChangeCounts)
     }
 

@@ -98,8 +98,7 @@ impl<T: ChunkTable> Machine<T> {
             }
         };
         let Some(part) = part else {
-            self.reply_changed(volume, change, out);
-            return Ok(true);
+            return self.map_changed(volume, change, kind, out);
         };
         let refused = match kind {
             MapChange::Trim => {
@@ -122,10 +121,27 @@ impl<T: ChunkTable> Machine<T> {
         }
         change.cursor = part.end();
         if change.cursor >= change.range.end() {
-            self.reply_changed(volume, change, out);
-            return Ok(true);
+            return self.map_changed(volume, change, kind, out);
         }
         Ok(false)
+    }
+
+    /// What was logged of a range is forgotten behind its change: the other way round a crash
+    /// between the two would show what the map had before the flush.
+    fn map_changed(
+        &mut self,
+        volume: VolumeId,
+        change: &PendingChange,
+        kind: MapChange,
+        out: &mut Output,
+    ) -> Progress<T::Error> {
+        let is_gone = kind != MapChange::Allocate;
+        let range = change.range;
+        if is_gone && self.durable.logs.has(volume, range, u64::MAX) {
+            self.commit(Record::ForgetLogged { volume, range }, out)?;
+        }
+        self.reply_changed(volume, change, out);
+        Ok(true)
     }
 
     fn unmap(

@@ -27,6 +27,7 @@ impl<T: ChunkTable> Machine<T> {
         self.check_stores(&mapped, &mut report);
         self.check_io_ends(&mut report);
         self.check_credit(&mut report);
+        self.check_logs(&mut report);
         report.findings.truncate(FINDINGS_MAX);
         Ok(report)
     }

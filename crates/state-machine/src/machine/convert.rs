@@ -24,6 +24,7 @@ impl<T: ChunkTable> Machine<T> {
             return Ok(false);
         }
         let mut by_volume: BTreeMap<VolumeId, Draft> = BTreeMap::new();
+        let mut done = Vec::new();
         let mut batch = ConvertedBatch { seq: 0, traceparents: vec![], io_ends: vec![], blocks: 0 };
         for (volume, id) in taken {
             let Some(io_end) = self.ledger.get(id) else { continue };
@@ -35,6 +36,7 @@ impl<T: ChunkTable> Machine<T> {
                 continue;
             }
             self.add_to_batch(&mut by_volume, io_end);
+            self.ends_in_log(io_end, &mut done);
             batch.io_ends.push(id);
             batch.blocks += io_end.durable_blocks();
             if !io_end.traceparent.is_empty() {
@@ -45,7 +47,11 @@ impl<T: ChunkTable> Machine<T> {
             return Ok(true);
         }
         let items = by_volume.into_values().map(|draft| draft.item).collect();
-        self.commit(Record::Convert(items), out)?;
+        let record = match done.is_empty() {
+            true => Record::Convert(items),
+            false => Record::ConvertLogged { volumes: items, done },
+        };
+        self.commit(record, out)?;
         self.counters.batches += 1;
         self.counters.converted += batch.io_ends.len() as u64;
         self.counters.converted_blocks += batch.blocks;

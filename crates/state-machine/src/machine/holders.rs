@@ -32,6 +32,7 @@ impl<T: ChunkTable> Machine<T> {
         match message {
             FromWriteback::Hello { .. } => Ok(()),
             FromWriteback::Begin(begin) => self.begin(session, &name, begin, out),
+            FromWriteback::Log(log) => self.log_data(session, &name, log, out),
             FromWriteback::Release { token, not_submitted, abort } => {
                 let at = out.effects.len();
                 let released = self.release_submitter(&name, &token, &not_submitted, abort, out)?;

@@ -33,6 +33,10 @@ pub struct VolumeInfo {
     pub owner: Option<String>,
     /// Logical blocks promised to buffered data and not in use by an io_end.
     pub credit_blocks: u64,
+    /// Blocks in the data log.
+    pub logged_blocks: u64,
+    /// Newest number in the data log; 0: it is empty.
+    pub logged_number: u64,
 }
 
 /// A store as others see it. The four classes add up to the capacity.
@@ -169,6 +173,8 @@ pub struct Gauges {
     pub fences: u64,
     /// Volumes.
     pub volumes: u64,
+    /// Blocks in the data log.
+    pub logged_blocks: u64,
 }
 
 /// Counters since start, for metrics.
@@ -196,4 +202,6 @@ pub struct Counters {
     pub converted_blocks: u64,
     /// Wake-ups of the converter: queue went from empty to non-empty.
     pub wakeups: u64,
+    /// Blocks that came into the data log.
+    pub logged_blocks: u64,
 }

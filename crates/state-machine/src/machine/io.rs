@@ -1,11 +1,13 @@
 //! What goes into the machine and what comes out of it.
 
+use bytes::Bytes;
 use endio_types::{
     ClusterEpoch, Generation, Incarnation, IoEndId, Lblk, LblkRange, MapVersion, Reason,
     SegmentIndex, StoreId, VolumeId,
 };
 
 use super::inspect::{StoreInfo, VolumeInfo};
+use crate::data_log::LogEntry;
 use crate::record::{Record, Seq};
 use crate::token::{ReadGrant, Token, TokenKey};
 
@@ -100,6 +102,8 @@ pub enum Call {
         force: bool,
         /// Only while this is its generation.
         if_generation: Option<Generation>,
+        /// The caller heeds the data log.
+        reads_log: bool,
     },
     /// Gives a volume up. Idempotent while nobody opens it again.
     CloseVolume {
@@ -133,6 +137,8 @@ pub struct Attempt {
     pub number: u64,
     /// Nobody waits for a try up to this number any more.
     pub over: u64,
+    /// What was sent to the data log up to this number is older than the change.
+    pub logged: u64,
 }
 
 /// How many volumes conversion has been asked to delete, those that there were not included.
@@ -172,6 +178,26 @@ pub struct BeginIo {
     pub traceparent: String,
     /// A caller waits.
     pub sync: bool,
+    /// What the data log has of the blocks up to this number ends with the conversion.
+    pub logged_up_to: u64,
+}
+
+/// Data of a small flush, to be kept until it is converted. Only for volumes that are written by
+/// redirection.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct LogData {
+    /// Comes back in the answer.
+    pub request: u64,
+    /// The volume.
+    pub volume: VolumeId,
+    /// Of the caller.
+    pub generation: Generation,
+    /// Grows with each message of the volume.
+    pub number: u64,
+    /// The blocks; ascending, at least one.
+    pub entries: Vec<LogEntry>,
+    /// Their data, one behind the other.
+    pub data: Bytes,
 }
 
 impl BeginIo {
@@ -227,6 +253,8 @@ pub enum FromWriteback {
         /// Logical blocks to give back.
         drop_blocks: u64,
     },
+    /// Data of a small flush.
+    Log(LogData),
 }
 
 /// How a segment ended on its store.
@@ -404,7 +432,7 @@ pub enum ToWriteback {
         /// Conversion is owed.
         owes_conversion: bool,
     },
-    /// `Begin` or `Reserve` was refused; nothing is held.
+    /// `Begin`, `Reserve` or `Log` was refused; nothing is held.
     Refused {
         /// Of the request.
         request: u64,
@@ -442,6 +470,11 @@ pub enum ToWriteback {
         request: u64,
         /// Available now, in logical blocks.
         blocks: u64,
+    },
+    /// Answer to `Log`: the data is durable.
+    Logged {
+        /// Of the request.
+        request: u64,
     },
 }
 

@@ -16,6 +16,8 @@
 //! * `change-alone`: a change of the map runs while no io_end in flight overlaps its range.
 //! * `deleted-stays-deleted`: after the answer to a deletion, no call that was made before it creates
 //!   the volume again, and none that was meant for it touches another one of its name.
+//! * `logged-until-converted`: what was logged is in the log until this or newer data of the block is
+//!   converted, trimmed or zeroed, and not longer.
 //! * `credit-holds`: promised blocks fit into the free space of the usable stores.
 
 mod apply;
@@ -24,6 +26,7 @@ mod calls;
 mod change;
 mod check;
 mod convert;
+mod data_log;
 mod holders;
 pub mod inspect;
 pub mod io;

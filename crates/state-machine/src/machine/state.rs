@@ -97,6 +97,9 @@ pub(super) struct VolumeRt {
     /// Tries of changes under this generation up to this number are refused. Forgotten with the
     /// epoch, as is every connection on which one could arrive.
     pub(super) attempts_over: u64,
+    /// What comes for the data log under this generation up to this number is older than a change
+    /// of the map, and refused. Forgotten with the epoch, as is the stream on which it comes.
+    pub(super) log_over: u64,
 }
 
 /// Who may still read blocks that the map no longer names. Outlives its volume.

@@ -78,6 +78,8 @@ impl<T: ChunkTable> Machine<T> {
             mapped_blocks: self.volumes.get(&id).map_or(0, |rt| rt.mapped_blocks),
             owner: volume.owner.clone(),
             credit_blocks: self.available_credit(id),
+            logged_blocks: self.durable.logs.blocks_of(id),
+            logged_number: self.durable.logs.newest(id),
         })
     }
 
@@ -113,6 +115,7 @@ impl<T: ChunkTable> Machine<T> {
             writebacks: self.writebacks.values().filter(runs).count() as u64,
             fences: self.stores.values().map(|rt| rt.wait_fence.len() as u64).sum(),
             volumes: self.names.len() as u64,
+            logged_blocks: self.durable.logs.blocks(),
         }
     }
 

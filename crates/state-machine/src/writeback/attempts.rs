@@ -20,12 +20,12 @@ pub struct Attempts {
 }
 
 impl Attempts {
-    /// A try begins.
-    pub fn begin(&mut self) -> Attempt {
+    /// A try begins. `logged`: newest number that was given to a message for the data log.
+    pub fn begin(&mut self, logged: u64) -> Attempt {
         let over = self.over();
         self.last += 1;
         self.under_way.insert(self.last);
-        Attempt { number: self.last, over }
+        Attempt { number: self.last, over, logged }
     }
 
     /// A try was answered, or is given up. Idempotent.
@@ -70,24 +70,24 @@ mod tests {
     #[test]
     fn tries_are_over_up_to_the_oldest_that_is_under_way() {
         let mut attempts = Attempts::default();
-        assert_eq!(attempts.begin(), Attempt { number: 1, over: 0 });
-        assert_eq!(attempts.begin(), Attempt { number: 2, over: 0 });
+        assert_eq!(attempts.begin(0), Attempt { number: 1, over: 0, logged: 0 });
+        assert_eq!(attempts.begin(0), Attempt { number: 2, over: 0, logged: 0 });
         attempts.end(2);
         assert_eq!(attempts.over(), 0);
         attempts.end(1);
         attempts.end(1);
-        assert_eq!(attempts.begin(), Attempt { number: 3, over: 2 });
+        assert_eq!(attempts.begin(0), Attempt { number: 3, over: 2, logged: 0 });
     }
 
     #[test]
     fn a_change_is_over_when_conversion_knows_of_every_try_that_was_not_the_last() {
         let mut tries = Tries::default();
         assert_eq!((tries.left(true), tries.left(false)), (None, None), "nothing was tried");
-        tries.began(Attempt { number: 4, over: 2 });
+        tries.began(Attempt { number: 4, over: 2, logged: 0 });
         assert_eq!((tries.left(true), tries.left(false)), (None, Some(4)));
-        tries.began(Attempt { number: 5, over: 2 });
+        tries.began(Attempt { number: 5, over: 2, logged: 0 });
         assert_eq!(tries.left(true), Some(4), "the third is under way yet");
-        tries.began(Attempt { number: 6, over: 5 });
+        tries.began(Attempt { number: 6, over: 5, logged: 0 });
         assert_eq!((tries.left(true), tries.left(false)), (None, Some(6)));
     }
 }

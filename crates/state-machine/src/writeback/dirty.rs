@@ -11,6 +11,9 @@
 //! an fsync that began before the overwrite still waits for the block, and a block that is written
 //! all the time still becomes the oldest one and is picked.
 //!
+//! A small flush does not wait for its blocks to be converted: conversion keeps them in its data log
+//! until they are (`logged`). Such a block is durable, and as dirty as before.
+//!
 //! # Invariants
 //! * `whole-requests`: waiting blocks that one write covered are picked together, so what an io
 //!   converts is whole requests. Otherwise a takeover between two ios would leave half of a
@@ -18,6 +21,7 @@
 //!   until they are converted; a chain of joined blocks is a *group*. Only a group longer than
 //!   [`GROUP_BLOCKS_MAX`] (many overlapping writes, or one of more than 1 MiB) is cut.
 
+mod logged;
 mod stored;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,6 +30,7 @@ use endio_types::planted::{self, Bug};
 use endio_types::{BLOCK_BYTES, Lblk, LblkRange};
 
 use super::Lsn;
+pub use logged::{LogBlock, LogPick, TooMuch};
 pub use stored::Waiting;
 
 /// Longest group of joined blocks that is picked as a whole: three times the longest write that
@@ -70,6 +75,9 @@ pub struct Picked<D> {
     /// Where the volume's data ends, in bytes, as far as these blocks show: captured now, so a
     /// write that grows the volume later does not leak into the size that this one makes durable.
     pub end_bytes: u64,
+    /// What the data log has of these blocks up to this number is not needed once they are
+    /// converted: nothing newer was logged of them when they were picked.
+    pub logged_up_to: u64,
 }
 
 /// Blocks whose data up to a record is converted.
@@ -137,6 +145,7 @@ struct Version<D> {
     end_bytes: u64,
     /// A write covered this block and the next one.
     joined: bool,
+    log: logged::State,
 }
 
 #[derive(Clone, Debug)]
@@ -158,8 +167,14 @@ pub struct DirtyMap<D> {
     blocks: BTreeMap<u64, Block<D>>,
     /// Blocks that may be picked, by `since`: those with a waiting version and none in flight.
     ready: BTreeSet<(Lsn, u64)>,
-    /// `since` of every version, waiting or in flight, with the block and whether it is in flight.
+    /// `since` of every version, waiting or in flight, with the block and whether it is in flight;
+    /// of one that the data log has, the oldest record that is newer than what it has, if any.
     since: BTreeSet<(Lsn, u64, bool)>,
+    /// `since` of every version of which the data log has something.
+    logged: BTreeSet<(Lsn, u64, bool)>,
+    /// Blocks that are being logged, by number.
+    asks: BTreeMap<u64, Vec<u64>>,
+    log_number: u64,
     write_outs: BTreeMap<WriteOutId, LblkRange>,
     next_io: u64,
     waiting_blocks: u64,
@@ -172,6 +187,9 @@ impl<D> Default for DirtyMap<D> {
             blocks: BTreeMap::new(),
             ready: BTreeSet::new(),
             since: BTreeSet::new(),
+            logged: BTreeSet::new(),
+            asks: BTreeMap::new(),
+            log_number: 0,
             write_outs: BTreeMap::new(),
             next_io: 1,
             waiting_blocks: 0,
@@ -239,9 +257,13 @@ impl<D: Clone> DirtyMap<D> {
             waiting.data = data;
             waiting.lsn = waiting.lsn.max(lsn);
             waiting.end_bytes = waiting.end_bytes.max(end_bytes);
+            if waiting.log.rewritten(lsn) {
+                self.since.insert((lsn, lblk, false));
+            }
             return false;
         }
-        block.waiting = Some(Version { data, lsn, since: lsn, end_bytes, joined: false });
+        let log = logged::State::new(lsn);
+        block.waiting = Some(Version { data, lsn, since: lsn, end_bytes, joined: false, log });
         if block.flight.is_none() {
             self.ready.insert((lsn, lblk));
         }
@@ -278,7 +300,14 @@ impl<D: Clone> DirtyMap<D> {
         let range = self.run_around(group, limit);
         let io = WriteOutId(self.next_io);
         self.next_io += 1;
-        let mut picked = Picked { io, range, data: Vec::new(), max_lsn: Lsn(0), end_bytes: 0 };
+        let mut picked = Picked {
+            io,
+            range,
+            data: Vec::new(),
+            max_lsn: Lsn(0),
+            end_bytes: 0,
+            logged_up_to: self.log_number,
+        };
         for lblk in range.start.0..range.end() {
             let Some(version) = self.launch(lblk, io) else { continue };
             picked.max_lsn = picked.max_lsn.max(version.lsn);
@@ -403,12 +432,12 @@ impl<D: Clone> DirtyMap<D> {
     fn launch(&mut self, lblk: u64, io: WriteOutId) -> Option<Version<D>> {
         let block = self.blocks.get_mut(&lblk)?;
         let version = block.waiting.take()?;
+        block.flight = Some(Flight { version: version.clone(), io, discarded: false });
         self.ready.remove(&(version.since, lblk));
-        self.since.remove(&(version.since, lblk, false));
-        self.since.insert((version.since, lblk, true));
+        self.forget(&version, lblk, false);
+        self.remember(&version, lblk, true);
         self.waiting_blocks -= 1;
         self.in_flight_blocks += 1;
-        block.flight = Some(Flight { version: version.clone(), io, discarded: false });
         Some(version)
     }
 
@@ -457,7 +486,7 @@ impl<D: Clone> DirtyMap<D> {
     fn land(&mut self, lblk: u64, io: WriteOutId) -> Option<Flight<D>> {
         let block = self.blocks.get_mut(&lblk)?;
         let flight = block.flight.take_if(|flight| flight.io == io)?;
-        self.since.remove(&(flight.version.since, lblk, true));
+        self.forget(&flight.version, lblk, true);
         self.in_flight_blocks -= 1;
         Some(flight)
     }
@@ -468,17 +497,19 @@ impl<D: Clone> DirtyMap<D> {
             return false;
         }
         let Some(block) = self.blocks.get_mut(&lblk) else { return false };
-        if let Some(newer) = &mut block.waiting {
-            self.since.remove(&(newer.since, lblk, false));
+        if let Some(mut newer) = block.waiting.take() {
+            self.forget(&newer, lblk, false);
             newer.since = newer.since.min(version.since);
             newer.end_bytes = newer.end_bytes.max(version.end_bytes);
             newer.joined |= version.joined;
-            self.since.insert((newer.since, lblk, false));
+            newer.log.stands_for(&version.log);
+            self.remember(&newer, lblk, false);
+            self.set_waiting(lblk, newer);
             return false;
         }
-        self.since.insert((version.since, lblk, false));
+        self.remember(&version, lblk, false);
         self.waiting_blocks += 1;
-        block.waiting = Some(version);
+        self.set_waiting(lblk, version);
         true
     }
 
@@ -503,10 +534,11 @@ impl<D: Clone> DirtyMap<D> {
             let Some(block) = self.blocks.get_mut(&lblk) else { continue };
             if let Some(version) = block.waiting.take() {
                 self.ready.remove(&(version.since, lblk));
-                self.since.remove(&(version.since, lblk, false));
+                self.forget(&version, lblk, false);
                 self.waiting_blocks -= 1;
                 gone.credit_freed_blocks += 1;
             }
+            let Some(block) = self.blocks.get_mut(&lblk) else { continue };
             match &mut block.flight {
                 Some(flight) => {
                     flight.discarded = true;
@@ -538,12 +570,14 @@ impl<D: Clone> DirtyMap<D> {
     /// Oldest record that something not yet converted may need: the log keeps it and all after it.
     /// `None`: nothing is needed.
     pub fn oldest_lsn(&self) -> Option<Lsn> {
-        self.since.first().map(|(lsn, _, _)| *lsn)
+        let oldest = self.since.first().into_iter().chain(self.logged.first());
+        oldest.map(|(lsn, _, _)| *lsn).min()
     }
 
-    /// Whether something acknowledged with record `lsn` or before is not yet converted.
+    /// Whether something acknowledged with record `lsn` or before is neither converted nor in the
+    /// data log.
     pub fn pending_up_to(&self, lsn: Lsn) -> bool {
-        self.oldest_lsn().is_some_and(|oldest| oldest <= lsn)
+        self.since.first().is_some_and(|(oldest, _, _)| *oldest <= lsn)
     }
 
     /// How many block versions an fsync up to `lsn` has to wait for. Linear in the answer.

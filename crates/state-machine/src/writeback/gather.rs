@@ -47,6 +47,12 @@ impl<D: Clone> Gathered<D> {
         self.picks.iter().map(|picked| picked.end_bytes).max().unwrap_or(0)
     }
 
+    /// What the data log has of the blocks up to this number ends with their conversion: see
+    /// [`Picked::logged_up_to`].
+    pub fn logged_up_to(&self) -> u64 {
+        self.picks.iter().map(|picked| picked.logged_up_to).min().unwrap_or(0)
+    }
+
     /// Where the first block begins in the volume, bytes.
     pub fn start_bytes(&self) -> u64 {
         self.picks.first().map_or(0, |picked| picked.range.start.0 * BLOCK_BYTES)

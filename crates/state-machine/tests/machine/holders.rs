@@ -103,6 +103,7 @@ fn whoever_opens_a_volume_has_a_lease_to_say_hello_before_it_can_be_taken_withou
             writeback: writeback.to_owned(),
             force,
             if_generation: None,
+            reads_log: true,
         };
         rig.call(call).map_err(|refusal| refusal.reason)
     };
@@ -256,7 +257,7 @@ fn a_late_release_of_the_first_attempt_changes_nothing_after_the_second() {
 
 fn open(writeback: &str, force: bool, if_generation: Option<Generation>) -> Call {
     let (name, writeback) = ("v".into(), writeback.into());
-    Call::OpenVolume { name, volume: None, writeback, force, if_generation }
+    Call::OpenVolume { name, volume: None, writeback, force, if_generation, reads_log: true }
 }
 
 /// Scenario 61: what a writeback read of a volume before a takeover does not undo the takeover.

@@ -263,7 +263,7 @@ fn a_creation_that_its_caller_gave_up_does_not_bring_a_deleted_volume_back() {
 fn what_is_meant_for_a_deleted_volume_leaves_the_next_one_of_its_name_alone() {
     let mut rig = Rig::new(1, 100);
     let first = rig.volume("v", 100, 1);
-    let (generation, attempt) = (first.generation, Attempt { number: 1, over: 0 });
+    let (generation, attempt) = (first.generation, Attempt { number: 1, over: 0, logged: 0 });
     let (name, volume) = (|| "v".to_owned(), Some(first.id));
     let delete = Call::DeleteVolume { name: name(), volume, generation, attempt };
     rig.call(delete.clone()).unwrap();
@@ -276,7 +276,14 @@ fn what_is_meant_for_a_deleted_volume_leaves_the_next_one_of_its_name_alone() {
         assert_eq!(rig.call(late).unwrap_err().reason, Reason::UnknownVolume);
     }
     let (writeback, if_generation) = ("wb".to_owned(), Some(generation));
-    let open = Call::OpenVolume { name: name(), volume, writeback, force: true, if_generation };
+    let open = Call::OpenVolume {
+        name: name(),
+        volume,
+        writeback,
+        force: true,
+        if_generation,
+        reads_log: true,
+    };
     assert_eq!(rig.call(open).unwrap_err().reason, Reason::OldGeneration);
     let left = rig.machine.volume("v").unwrap();
     assert_eq!((left.size_bytes, left.owner), (second.size_bytes, second.owner.clone()));
@@ -345,7 +352,7 @@ fn a_change_that_its_caller_gave_up_is_not_carried_out_when_it_arrives_late() {
     let volume = rig.volume("v", 100, 1);
     let numbered = |number, over| match change_call(&volume, MapChange::Trim, 0, 4) {
         Call::ChangeMap { volume, generation, change, range, .. } => {
-            let attempt = Attempt { number, over };
+            let attempt = Attempt { number, over, logged: 0 };
             Call::ChangeMap { volume, generation, change, range, attempt }
         }
         other => other,
@@ -375,7 +382,7 @@ fn a_change_that_its_caller_gave_up_is_not_carried_out_when_it_arrives_late() {
         name: "v".into(),
         volume: Some(volume.id),
         generation: volume.generation,
-        attempt: Attempt { number: 4, over: 3 },
+        attempt: Attempt { number: 4, over: 3, logged: 0 },
     };
     assert_eq!(rig.call(delete).unwrap_err().reason, Reason::WrongState);
     assert_eq!(rig.written(&volume), [0, 1, 2, 3]);

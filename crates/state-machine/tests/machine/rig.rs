@@ -253,8 +253,14 @@ impl Rig {
 
     pub fn open(&mut self, name: &str, writeback: &str) -> VolumeInfo {
         let (name, writeback) = (name.to_owned(), writeback.to_owned());
-        let call =
-            Call::OpenVolume { name, volume: None, writeback, force: true, if_generation: None };
+        let call = Call::OpenVolume {
+            name,
+            volume: None,
+            writeback,
+            force: true,
+            if_generation: None,
+            reads_log: true,
+        };
         match self.call(call).unwrap() {
             ReplyBody::Opened(info, ..) => info,
             other => panic!("{other:?}"),
@@ -445,5 +451,6 @@ pub fn begin_io(volume: &VolumeInfo, lblk: u64, blocks: u32) -> BeginIo {
         attempt: 1,
         traceparent: String::new(),
         sync: false,
+        logged_up_to: 0,
     }
 }

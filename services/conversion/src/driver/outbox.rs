@@ -246,6 +246,10 @@ pub(crate) fn input_span(input: &Input, traceparent: &str) -> Span {
             .with("lblk", begin.lblk.0)
             .with("blocks", begin.blocks)
             .with("attempt", begin.attempt),
+        Input::Writeback { message: FromWriteback::Log(log), .. } => crate::TRACER
+            .leg("log", traceparent)
+            .with("volume", log.volume.0)
+            .with("blocks", log.entries.len()),
         Input::Writeback { message: FromWriteback::Release { token, abort, .. }, .. } => {
             crate::TRACER
                 .leg("release", traceparent)

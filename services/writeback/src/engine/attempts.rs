@@ -64,11 +64,15 @@ impl Engine {
         let outcome = self
             .conversion
             .call(deadline, |client| {
-                let attempt = volume.state().attempts.begin();
+                let attempt = {
+                    let mut state = volume.state();
+                    let logged = state.dirty.log_number();
+                    state.attempts.begin(logged)
+                };
                 let trying = Trying { volume: Arc::clone(volume), number: attempt.number };
                 lock().began(attempt);
-                let (number, over) = (attempt.number, attempt.over);
-                let answer = call(client, Attempt { number, over });
+                let endio_state_machine::machine::Attempt { number, over, logged } = attempt;
+                let answer = call(client, Attempt { number, over, logged });
                 async move {
                     let _trying = trying;
                     answer.await

@@ -237,6 +237,8 @@ impl Engine {
             data,
             size_after_bytes: size_after.unwrap_or(0),
             sync: true,
+            // The caller holds the lock of the blocks, and none of them is dirty.
+            logged_up_to: volume.state().dirty.log_number(),
             deadline,
             span: span.clone(),
         };

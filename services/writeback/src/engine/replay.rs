@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use endio_api::conversion::LoggedBlock;
 use endio_failpoints::{Bug, Point, is_planted, reach};
+use endio_state_machine::writeback::dirty::LogBlock;
 use endio_store::cache_log::{OpenVolume, Replay, ReplayedWrite};
-use endio_types::{BLOCK_BYTES, BLOCK_SIZE, LblkRange, Reason};
+use endio_types::{BLOCK_BYTES, BLOCK_SIZE, Lblk, LblkRange, Reason};
 use tokio::time::{Duration, Instant};
 
 use super::Engine;
@@ -74,8 +76,9 @@ impl Engine {
         };
         let lost = match opened {
             Ok(opened) if opened.volume.id == id => {
+                let logged = self.read_log(&opened).await?;
                 let volume = Arc::new(Volume::new(opened, self.volume_limits()));
-                self.put_back(&volume, &data);
+                self.put_back(&volume, &data, logged);
                 reach(Point::WritebackReplayed);
                 if may_have_lost && !is_planted(Bug::LossUntold) {
                     let detail = "acknowledged writes may be missing since a power loss";
@@ -127,13 +130,32 @@ impl Engine {
         }
     }
 
-    fn put_back(&self, volume: &Volume, data: &[ReplayedWrite]) {
+    /// Makes dirty what the cache log and conversion's data log hold of a volume: of each block the
+    /// newer version.
+    pub(super) fn put_back(
+        &self,
+        volume: &Volume,
+        data: &[ReplayedWrite],
+        mut logged: BTreeMap<u64, LoggedBlock>,
+    ) {
         let mut state = volume.state();
         let mut blocks = 0;
         for write in data {
             for range in &write.live {
-                blocks += insert(&mut state, write, *range);
+                for part in newer_parts(write, *range, &mut logged) {
+                    blocks += insert(&mut state, write, part);
+                }
             }
+        }
+        let lsn = self.log.last();
+        for (lblk, LoggedBlock { end_bytes, data, .. }) in logged {
+            state.view.wrote_up_to(end_bytes);
+            let data = CachedBlock { data, trace: None };
+            let block = LogBlock { lblk: Lblk(lblk), end_bytes, lsn, data };
+            blocks += u64::from(state.dirty.insert_logged(block));
+        }
+        if blocks == 0 {
+            return;
         }
         // Newer writes may have cut a write into pieces; it is still one write.
         for write in data {
@@ -145,8 +167,31 @@ impl Engine {
         drop(state);
         self.dirtied(volume.id, blocks);
         let bytes = blocks * BLOCK_BYTES;
-        tracing::info!(volume = %volume.name, bytes, "replayed from the cache log");
+        tracing::info!(volume = %volume.name, bytes, "replayed from the logs");
     }
+}
+
+/// The parts of a range of a replayed write that are newer than what the data log has; forgets what
+/// that has of them. A power loss may have taken the end of the cache log, and what the data log has is
+/// newer then. Every open has its generation, and within one the records' numbers grow.
+fn newer_parts(
+    write: &ReplayedWrite,
+    range: LblkRange,
+    logged: &mut BTreeMap<u64, LoggedBlock>,
+) -> Vec<LblkRange> {
+    let ours = (write.write.generation.0, write.lsn.0);
+    let is_older = |_: &u64, block: &mut LoggedBlock| (block.generation, block.stamp) <= ours;
+    let lblks = range.start.0..range.end();
+    logged.extract_if(lblks, is_older).for_each(drop);
+    let mut parts = Vec::new();
+    let mut at = range.start.0;
+    for (newer, _) in logged.range(range.start.0..range.end()) {
+        parts.push(LblkRange::new(at, newer - at));
+        at = newer + 1;
+    }
+    parts.push(LblkRange::new(at, range.end() - at));
+    parts.retain(|part| part.len > 0);
+    parts
 }
 
 fn insert(state: &mut crate::volume::State, write: &ReplayedWrite, range: LblkRange) -> u64 {

@@ -31,6 +31,8 @@ impl Engine {
             }
             (state.map.ticket(), runs(state.dirty.waiting()))
         };
+        let is_logged = runs.iter().flatten().filter(|waiting| waiting.is_logged);
+        let is_logged: Vec<u64> = is_logged.map(|waiting| waiting.lblk.0).collect();
         let ends = runs.iter().flatten().map(|waiting| (waiting.lblk.0, waiting.end_bytes));
         let ends: BTreeMap<u64, u64> = ends.collect();
         let mut stored = BTreeMap::new();
@@ -44,6 +46,17 @@ impl Engine {
                 // It stays dirty.
                 Err(error) => {
                     tracing::warn!(volume = %volume.name, %error, "dirty data not compared")
+                }
+            }
+        }
+        // Whoever opens the volume next takes what the data log has, which may be older than what is
+        // dirty here: it ends only with a conversion.
+        if !is_logged.is_empty() {
+            match self.read_log_of(volume.id, volume.generation).await {
+                Ok(logged) => stored.retain(|lblk, _| !logged.contains_key(lblk)),
+                Err(error) => {
+                    tracing::warn!(volume = %volume.name, %error, "the data log was not read");
+                    stored.retain(|lblk, _| !is_logged.contains(lblk));
                 }
             }
         }

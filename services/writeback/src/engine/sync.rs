@@ -85,7 +85,7 @@ impl Engine {
         volume: &Arc<Volume>,
         observer: Option<&Observer>,
     ) -> Result<u64, Failure> {
-        let (lsn, errors, waited_for) = self.want_all_out(volume);
+        let (lsn, errors, waited_for) = self.want_all_out(volume).await;
         let ended = volume.wait(|state| match &state.gone {
             Some(gone) => Some(Err(gone.clone())),
             None if state.error_count != errors => Some(Ok(())),
@@ -130,19 +130,17 @@ impl Engine {
         }
     }
 
-    /// Asks for everything that is dirty now to be written out.
-    fn want_all_out(&self, volume: &Volume) -> (Lsn, u64, u64) {
+    /// Asks for everything that is dirty now to be made durable: in the data log, if that takes it,
+    /// and else on the stores.
+    async fn want_all_out(&self, volume: &Arc<Volume>) -> (Lsn, u64, u64) {
         // What was acknowledged before this has a number up to here.
         let lsn = self.log.last();
-        let mut state = volume.state();
-        let pending = state.dirty.pending_blocks_up_to(lsn);
+        let (pending, errors) = {
+            let state = volume.state();
+            (state.dirty.pending_blocks_up_to(lsn), state.error_count)
+        };
         if pending > 0 {
-            state.flush_up_to = state.flush_up_to.max(lsn);
-        }
-        let errors = state.error_count;
-        drop(state);
-        if pending > 0 {
-            volume.changed();
+            self.log_flush(volume, lsn).await;
         }
         (lsn, errors, pending)
     }

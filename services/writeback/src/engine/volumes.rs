@@ -113,11 +113,19 @@ impl Engine {
             return Err(Failure::new(Reason::Limit, "too many volumes are open here"));
         }
         let opened = self.open_as_it_is(name, force).await?;
+        let logged = match self.read_log(&opened).await {
+            Ok(logged) => logged,
+            Err(failure) => {
+                self.give_back(&opened).await;
+                return Err(failure);
+            }
+        };
         let volume = Arc::new(Volume::new(opened, self.volume_limits()));
         // Data of an earlier generation that was let go must not come back at a replay.
         if self.log.holds(volume.id, LblkRange::new(0, u64::MAX)) {
             self.log.append_closed(volume.id)?;
         }
+        self.put_back(&volume, &[], logged);
         self.adopt(Arc::clone(&volume)).await?;
         Ok(volume)
     }
@@ -158,6 +166,7 @@ impl Engine {
             force: force || is_ours,
             if_generation: Some(described.generation),
             volume: described.id,
+            reads_log: true,
         };
         let call = |mut client: Client| {
             let request = request.clone();
@@ -169,7 +178,9 @@ impl Engine {
         })?;
         // A volume that was taken by force is served when the owner before can serve it no more.
         tokio::time::sleep(std::time::Duration::from_millis(opened.wait_ms)).await;
-        Ok(Opened { volume, grant: opened.read_grant })
+        let (logged_blocks, logged_number) = (opened.logged_blocks, opened.logged_number);
+        let (grant, log_blocks_max) = (opened.read_grant, opened.log_blocks_max);
+        Ok(Opened { volume, grant, logged_blocks, logged_number, log_blocks_max })
     }
 
     /// Closes at conversion what was opened and is not served here. A failure leaves it to the next

@@ -97,6 +97,7 @@ impl Engine {
             data: one_buffer(gathered),
             size_after_bytes: size_after.unwrap_or(0),
             sync,
+            logged_up_to: gathered.logged_up_to(),
             deadline: self.deadline(),
             span,
         }

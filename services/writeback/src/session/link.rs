@@ -64,6 +64,7 @@ fn is_for_people(status: &tonic::Status) -> bool {
 enum Owed {
     Begin(oneshot::Sender<Result<Granted, Failure>>),
     Reserve(oneshot::Sender<Result<u64, Failure>>),
+    Log(oneshot::Sender<Result<(), Failure>>),
     Reset { volume: u64 },
 }
 
@@ -278,6 +279,10 @@ impl Standing<'_> {
                 reserve.request = self.number(Owed::Reserve(reply));
                 self.push(Outgoing::Reserve(reserve));
             }
+            Command::Log(mut log, reply) => {
+                log.request = self.number(Owed::Log(reply));
+                self.push(Outgoing::Log(log));
+            }
         }
     }
 
@@ -320,6 +325,11 @@ impl Standing<'_> {
                 Some(Incoming::Reserved(reserved)) => {
                     self.reserved(reserved.request, Ok(reserved.blocks));
                 }
+                Some(Incoming::Logged(logged)) => match self.owed.remove(&logged.request) {
+                    // A flush that has gone needs no answer.
+                    Some(Owed::Log(reply)) => drop(reply.send(Ok(()))),
+                    _ => tracing::warn!(request = logged.request, "nothing was to be logged"),
+                },
                 Some(Incoming::Welcome(_)) | None => {
                     tracing::warn!("unexpected message in the session with conversion");
                 }
@@ -360,6 +370,9 @@ impl Standing<'_> {
             Some(Owed::Reserve(reply)) => {
                 let _ = reply.send(Err(failure));
             }
+            Some(Owed::Log(reply)) => {
+                let _ = reply.send(Err(failure));
+            }
             Some(Owed::Reset { volume }) => self.events.space_reset(volume, Err(failure)),
             None => tracing::warn!(request = refused.request, "refusal of nothing"),
         }
@@ -371,7 +384,9 @@ impl Standing<'_> {
                 let _ = reply.send(outcome);
             }
             Some(Owed::Reset { volume }) => self.events.space_reset(volume, outcome),
-            Some(Owed::Begin(_)) | None => tracing::warn!(request, "promise to nobody"),
+            Some(Owed::Begin(_) | Owed::Log(_)) | None => {
+                tracing::warn!(request, "promise to nobody")
+            }
         }
     }
 
@@ -382,6 +397,7 @@ impl Standing<'_> {
             match owed {
                 Owed::Begin(reply) => drop(reply.send(Err(Failure::conversion_away()))),
                 Owed::Reserve(reply) => drop(reply.send(Err(Failure::conversion_away()))),
+                Owed::Log(reply) => drop(reply.send(Err(Failure::conversion_away()))),
                 Owed::Reset { .. } => {}
             }
         }
@@ -396,6 +412,7 @@ fn refuse(command: Command) {
     match command {
         Command::Begin(_, reply) => drop(reply.send(Err(Failure::conversion_away()))),
         Command::Reserve(_, reply) => drop(reply.send(Err(Failure::conversion_away()))),
+        Command::Log(_, reply) => drop(reply.send(Err(Failure::conversion_away()))),
         Command::Release(..) => {}
     }
 }

@@ -26,6 +26,7 @@ const EXPECTED: &[(Role, &str, &[Role])] = {
         (Conversion, "endio.conversion.v1.Conversion/OpenVolume", &[Writeback]),
         (Conversion, "endio.conversion.v1.Conversion/CloseVolume", &[Writeback]),
         (Conversion, "endio.conversion.v1.Conversion/Lookup", &[Writeback]),
+        (Conversion, "endio.conversion.v1.Conversion/ReadLog", &[Writeback]),
         (Conversion, "endio.conversion.v1.Conversion/ChangeMap", &[Writeback]),
         (Conversion, "endio.conversion.v1.Conversion/WritebackSession", &[Writeback]),
         (Conversion, "endio.conversion.v1.Conversion/StoreSession", &[BlockStore]),

@@ -23,6 +23,9 @@ pub struct Waiting<D> {
     pub end_bytes: u64,
     /// Its data.
     pub data: D,
+    /// The data log has it, or had it, in this or an older version: what the log still has is put
+    /// back by whoever opens the volume next, so the block must not be taken as clean before.
+    pub is_logged: bool,
 }
 
 impl<D: Clone> DirtyMap<D> {
@@ -36,6 +39,7 @@ impl<D: Clone> DirtyMap<D> {
                     lsn: version.lsn,
                     end_bytes: version.end_bytes,
                     data: version.data.clone(),
+                    is_logged: version.log.is_logged(),
                 })
             },
         )
@@ -96,7 +100,7 @@ impl<D: Clone> DirtyMap<D> {
     fn drop_waiting(&mut self, lblk: u64) -> Option<Lsn> {
         let version = self.blocks.remove(&lblk)?.waiting?;
         self.ready.remove(&(version.since, lblk));
-        self.since.remove(&(version.since, lblk, false));
+        self.forget(&version, lblk, false);
         self.waiting_blocks -= 1;
         Some(version.lsn)
     }

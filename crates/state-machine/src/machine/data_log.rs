@@ -1,0 +1,155 @@
+//! Data of small flushes: kept here until it is converted, and given to who opens the volume next.
+
+use endio_types::planted::{self, Bug};
+use endio_types::{
+    BLOCK_BYTES, BLOCK_SIZE, Generation, IO_END_BLOCKS_MAX, Lblk, Reason, VOLUME_BYTES_MAX,
+    VolumeId,
+};
+
+use super::io::{LogData, Output, Refusal, ToWriteback, WritebackSession};
+use super::{CheckReport, Machine, Step};
+use crate::data_log::{LogEntry, Logged};
+use crate::extent_map::ChunkTable;
+use crate::ledger::IoEnd;
+use crate::record::{LogDone, Record};
+
+impl<T: ChunkTable> Machine<T> {
+    /// Keeps the data of a flush. The answer is sent when it is durable.
+    pub(super) fn log_data(
+        &mut self,
+        session: WritebackSession,
+        name: &str,
+        log: LogData,
+        out: &mut Output,
+    ) -> Step<T> {
+        let request = log.request;
+        let message = match self.may_log(name, &log) {
+            Ok(()) => {
+                let LogData { volume, generation, number, entries, data, .. } = log;
+                self.counters.logged_blocks += entries.len() as u64;
+                self.commit(Record::Log { volume, generation, number, entries, data }, out)?;
+                ToWriteback::Logged { request }
+            }
+            Err(refusal) => ToWriteback::Refused { request, refusal },
+        };
+        self.tell(session, self.when_committed(), message, out);
+        Ok(())
+    }
+
+    fn may_log(&self, name: &str, log: &LogData) -> Result<(), Refusal> {
+        let refuse = |reason, message| Err(self.refusal(reason, message));
+        if self.granting_key().is_none() {
+            return refuse(Reason::NotReady, "recovering");
+        }
+        if self.stopping {
+            return refuse(Reason::Draining, "the service is stopping");
+        }
+        if self.metadata_full {
+            return refuse(Reason::MetadataFull, "the metadata disk is full");
+        }
+        let volume = match self.owned(name, log.volume, log.generation) {
+            Ok(volume) => volume,
+            Err(reason) => return refuse(reason, "the volume is not open here"),
+        };
+        if let Some(message) = log_fault(log) {
+            return refuse(Reason::Malformed, message);
+        }
+        if volume.in_place {
+            return refuse(Reason::Malformed, "data of volumes written in place is not logged");
+        }
+        let size = if volume.growable { VOLUME_BYTES_MAX } else { volume.size_bytes };
+        if log.entries.iter().any(|entry| entry.lblk.0 >= size.div_ceil(BLOCK_BYTES)) {
+            return refuse(Reason::OutOfRange, "beyond the end of the volume");
+        }
+        let over = self.volumes.get(&volume.id).map_or(0, |rt| rt.log_over);
+        if log.number <= over && !planted::is(Bug::LateLogCounts) {
+            return refuse(Reason::WrongState, "the map was changed since");
+        }
+        let (logs, more) = (&self.durable.logs, log.entries.len() as u64);
+        let is_full = logs.blocks_of(volume.id) + more > self.limits.log_blocks_per_volume_max
+            || logs.blocks() + more > self.limits.log_blocks_max;
+        match is_full {
+            true => refuse(Reason::Limit, "the data log is full"),
+            false => Ok(()),
+        }
+    }
+
+    /// What of the data log ends with the conversion of an io_end.
+    pub(super) fn ends_in_log(&self, io_end: &IoEnd, done: &mut Vec<LogDone>) {
+        if self.durable.logs.is_empty() || planted::is(Bug::LoggedForEver) {
+            return;
+        }
+        let volume = io_end.volume;
+        let up_to = match planted::is(Bug::LoggedForgottenEarly) {
+            true => u64::MAX,
+            false => io_end.logged_up_to,
+        };
+        let ranges = io_end.durable_ranges().into_iter();
+        let ends = ranges.filter(|range| self.durable.logs.has(volume, *range, up_to));
+        done.extend(ends.map(|range| LogDone { volume, range, up_to }));
+    }
+
+    /// Entries of a volume from a block on, at most `blocks_max`, for its owner. Everything in the log
+    /// when the volume was opened was durable before the answer to that.
+    ///
+    /// # Errors
+    /// The volume is not open under that generation.
+    pub fn logged(
+        &self,
+        volume: VolumeId,
+        generation: Generation,
+        from: Lblk,
+        blocks_max: usize,
+    ) -> Result<Vec<(Lblk, Logged)>, Refusal> {
+        let state = self.durable.volumes.get(&volume).filter(|volume| !volume.deleted);
+        match state {
+            None => Err(self.unknown()),
+            Some(state) if state.owner.is_none() || state.generation != generation => {
+                Err(self.refusal(Reason::OldGeneration, "the volume is not open under that"))
+            }
+            Some(_) => {
+                let found = self.durable.logs.from(volume, from).take(blocks_max);
+                Ok(found.map(|(lblk, logged)| (lblk, logged.clone())).collect())
+            }
+        }
+    }
+
+    pub(super) fn check_logs(&self, report: &mut CheckReport) {
+        let mut blocks = 0;
+        for (id, lblk, logged) in self.durable.logs.iter() {
+            blocks += 1;
+            let volume = self.durable.volumes.get(&id).filter(|volume| !volume.deleted);
+            let is_inside = volume.is_some_and(|volume| {
+                volume.growable || lblk.0 < volume.size_bytes.div_ceil(BLOCK_BYTES)
+            });
+            if !is_inside {
+                report.findings.push(format!("logged-inside: volume {id} block {lblk}"));
+            }
+            if logged.data.len() != BLOCK_SIZE || crc32c::crc32c(&logged.data) != logged.crc {
+                report.findings.push(format!("logged-intact: volume {id} block {lblk}"));
+            }
+        }
+        if blocks != self.durable.logs.blocks() {
+            let counted = self.durable.logs.blocks();
+            report.findings.push(format!("logged-counted: {blocks} blocks, {counted} counted"));
+        }
+    }
+}
+
+fn log_fault(log: &LogData) -> Option<&'static str> {
+    let entries = &log.entries;
+    if entries.is_empty() || entries.len() > IO_END_BLOCKS_MAX as usize {
+        return Some("no blocks, or more than an io_end may have");
+    }
+    if log.data.len() != entries.len() * BLOCK_SIZE {
+        return Some("4096 bytes for each block");
+    }
+    if !entries.windows(2).all(|pair| pair[0].lblk < pair[1].lblk) {
+        return Some("blocks ascend");
+    }
+    let is_damaged = |(entry, data): (&LogEntry, &[u8])| crc32c::crc32c(data) != entry.crc;
+    match entries.iter().zip(log.data.chunks_exact(BLOCK_SIZE)).any(is_damaged) {
+        true => Some("the data does not match its checksum"),
+        false => None,
+    }
+}

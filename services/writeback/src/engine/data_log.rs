@@ -1,0 +1,155 @@
+//! Small flushes: conversion keeps their data until it is written out, with more of its kind.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use endio_api::conversion::{LogData, LoggedBlock, ReadLogRequest};
+use endio_state_machine::writeback::Lsn;
+use endio_state_machine::writeback::dirty::LogPick;
+use endio_types::{BLOCK_BYTES, BLOCK_SIZE, Reason};
+
+use super::Engine;
+use crate::conversion::Client;
+use crate::failure::Failure;
+use crate::volume::{CachedBlock, Opened, Volume};
+
+/// A message to the data log. Dropped without a good answer, its blocks are written out instead: other
+/// flushes may wait for them, too.
+struct Logging {
+    volume: Arc<Volume>,
+    number: u64,
+    up_to: Lsn,
+    is_logged: bool,
+}
+
+impl Drop for Logging {
+    fn drop(&mut self) {
+        let mut state = self.volume.state();
+        state.dirty.log_ended(self.number, self.is_logged);
+        if !self.is_logged {
+            state.flush_up_to_at_least(self.up_to);
+        }
+        drop(state);
+        match self.is_logged {
+            true => self.volume.changed_for_waiters(),
+            false => self.volume.changed(),
+        }
+    }
+}
+
+impl Engine {
+    /// Makes what is dirty up to a record durable at conversion, without writing it out. What is too
+    /// much, or refused there, is written out. The caller waits for that, and for what is under
+    /// write-out, which is not logged.
+    pub(super) async fn log_flush(&self, volume: &Arc<Volume>, up_to: Lsn) {
+        let (pick, is_much) = {
+            let mut state = volume.state();
+            let room = volume.log_blocks_max.saturating_sub(state.dirty.logged_blocks());
+            // Without a promise of space it could not be written out afterwards.
+            let limit = match state.credit.is_reset_pending() {
+                true => 0,
+                false => room.min(self.config.flush_log_bytes / BLOCK_BYTES),
+            };
+            let pick = state.dirty.gather_for_log(up_to, limit);
+            // Before the log is full, so that there is room again in time.
+            let is_much = pick.is_err() || state.dirty.logged_blocks() > volume.log_blocks_max / 2;
+            if is_much {
+                state.flush_up_to_at_least(up_to);
+            }
+            (pick, is_much)
+        };
+        if is_much {
+            volume.changed();
+        }
+        let Ok(Some(pick)) = pick else { return };
+        let number = pick.number;
+        let mut logging = Logging { volume: Arc::clone(volume), number, up_to, is_logged: false };
+        match self.session.log(message(volume, pick)).await {
+            Ok(()) => {
+                logging.is_logged = true;
+                self.metrics.logged_flushes.inc();
+            }
+            Err(error) => {
+                tracing::debug!(volume = %volume.name, %error, "a flush was not logged");
+            }
+        }
+    }
+
+    /// What the data log holds of a volume that was opened just now.
+    ///
+    /// # Errors
+    /// Conversion is away, or something in the log is damaged.
+    pub(super) async fn read_log(
+        &self,
+        opened: &Opened,
+    ) -> Result<BTreeMap<u64, LoggedBlock>, Failure> {
+        match opened.logged_blocks {
+            0 => Ok(BTreeMap::new()),
+            _ => self.read_log_of(opened.volume.id, opened.volume.generation).await,
+        }
+    }
+
+    /// What the data log holds of a volume that is open here.
+    ///
+    /// # Errors
+    /// As [`Self::read_log`].
+    pub(super) async fn read_log_of(
+        &self,
+        volume: u64,
+        generation: u64,
+    ) -> Result<BTreeMap<u64, LoggedBlock>, Failure> {
+        let deadline = self.deadline();
+        let mut all = BTreeMap::new();
+        let mut lblk = 0;
+        loop {
+            let request = ReadLogRequest { volume, generation, lblk };
+            let call = |mut client: Client| async move { client.read_log(request).await };
+            let blocks = self.conversion.call(deadline, call).await?.blocks;
+            let Some(last) = blocks.last() else { return Ok(all) };
+            if last.lblk < lblk {
+                return Err(Failure::new(Reason::Malformed, "the data log goes back"));
+            }
+            lblk = last.lblk + 1;
+            for block in blocks {
+                let is_whole = block.data.len() == BLOCK_SIZE;
+                if !is_whole || crc32c::crc32c(&block.data) != block.crc32c {
+                    let detail = format!("block {} of the data log is damaged", block.lblk);
+                    return Err(Failure::new(Reason::ChecksumMismatch, detail));
+                }
+                all.insert(block.lblk, block);
+            }
+        }
+    }
+}
+
+fn message(volume: &Volume, pick: LogPick<CachedBlock>) -> LogData {
+    let blocks = pick.blocks.iter().map(|block| LoggedBlock {
+        lblk: block.lblk.0,
+        end_bytes: block.end_bytes,
+        crc32c: crc32c::crc32c(&block.data.data),
+        stamp: block.lsn.0,
+        ..LoggedBlock::default()
+    });
+    LogData {
+        request: 0,
+        volume: volume.id,
+        generation: volume.generation,
+        number: pick.number,
+        blocks: blocks.collect(),
+        data: one_buffer(&pick),
+        traceparent: endio_chassis::trace::Span::current().traceparent(),
+    }
+}
+
+/// Without a copy if there is only one block.
+fn one_buffer(pick: &LogPick<CachedBlock>) -> Bytes {
+    if let [only] = &pick.blocks[..] {
+        return only.data.data.clone();
+    }
+    let mut whole = BytesMut::with_capacity(pick.blocks.len() * BLOCK_SIZE);
+    for block in &pick.blocks {
+        whole.extend_from_slice(&block.data.data);
+    }
+    whole.freeze()
+}
