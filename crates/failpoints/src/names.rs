@@ -53,7 +53,11 @@ named! {
         WritebackCompleted = "writeback-completed",
         /// What was written out is clean in memory and in the log.
         WritebackClean = "writeback-clean",
-        /// Everything that an fsync covers is converted; the caller does not know.
+        /// The data of a small flush is about to be sent to the data log.
+        WritebackFlushGathered = "writeback-flush-gathered",
+        /// It is durable in the data log; the flush is not answered.
+        WritebackFlushLogged = "writeback-flush-logged",
+        /// Everything that an fsync covers is durable; the caller does not know.
         WritebackFsynced = "writeback-fsynced",
         // --- writeback: start
         /// The log is read; no volume is open.
@@ -175,6 +179,8 @@ named! {
         LossUntold = "loss-untold",
         /// A direct write goes around the cache without making it forget the range.
         ForgetSkipped = "forget-skipped",
+        /// Who opens a volume does not ask for its data log.
+        DataLogUnread = "data-log-unread",
         /// The log drops segments whose data is still dirty.
         TrimTooMuch = "trim-too-much",
     }

@@ -176,7 +176,6 @@ impl Conversion for Grpc {
                     volume: Some(convert::volume_to_proto(&volume)),
                     read_grant: Some(convert::grant_to_proto(&grant)),
                     wait_ms,
-                    logged_blocks: volume.logged_blocks,
                     logged_number: volume.logged_number,
                     log_blocks_max: if volume.in_place { 0 } else { self.log_blocks_max },
                 }))

@@ -158,9 +158,7 @@ pub struct Opened {
     pub volume: endio_api::conversion::Volume,
     /// Permission to read.
     pub grant: Option<ReadGrant>,
-    /// Blocks in its data log.
-    pub logged_blocks: u64,
-    /// Newest number in it.
+    /// Newest number in its data log.
     pub logged_number: u64,
     /// Most blocks that the data log may hold of it; 0: it takes none.
     pub log_blocks_max: u64,

@@ -307,6 +307,7 @@ pub fn volume_to_proto(volume: &domain::VolumeInfo) -> proto::Volume {
         map_version: volume.map_version.0,
         mapped_blocks: volume.mapped_blocks,
         owner: volume.owner.clone().unwrap_or_default(),
+        logged_blocks: volume.logged_blocks,
     }
 }
 

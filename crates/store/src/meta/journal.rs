@@ -4,6 +4,10 @@
 //! `commit`. A failed write or sync closes the journal for good: what the disk holds then is found
 //! out by a restart, never guessed.
 //!
+//! A segment is lengthened with zeroes ahead of its records, so that most commits change no size and
+//! no block of the file: the file system then has nothing of its own to make durable (measured:
+//! docs/PERFORMANCE.md).
+//!
 //! # Invariants
 //! * `journal-gapless`: records are numbered without gaps; a missing one is damage, not an end.
 //! * `no-retry-of-a-failed-sync`: after an error nothing is promised any more.
@@ -27,8 +31,10 @@ pub struct Journal {
     shared: Arc<Shared>,
     file: Box<dyn VfsFile>,
     name: String,
-    /// Length of the current segment.
+    /// Where the records of the current segment end, in bytes.
     len: u64,
+    /// Length of its file: zeroes follow the records.
+    room: u64,
     mark: Box<dyn VfsFile>,
     buffer: Vec<u8>,
     /// Last record appended.
@@ -57,6 +63,7 @@ impl Journal {
             file,
             name,
             len: SEGMENT_HEADER as u64,
+            room: SEGMENT_HEADER as u64,
             mark,
             buffer: Vec::new(),
             last,
@@ -150,7 +157,9 @@ impl Journal {
     }
 
     fn write_group(&mut self) -> Result<(), MetaError> {
-        append_all(&self.shared, self.file.as_mut(), &self.name, &self.buffer)?;
+        self.make_room(self.buffer.len() as u64)?;
+        let written = self.file.write_at(self.len, &self.buffer);
+        written.map_err(|error| self.shared.fail("write", &self.name, error))?;
         let fail = |error| self.shared.fail("sync", &self.name, error);
         reach_io(Point::JournalWritten).map_err(fail)?;
         if !is_planted(Bug::JournalSkipsSync) {
@@ -167,13 +176,42 @@ impl Journal {
         Ok(())
     }
 
+    /// Lengthens the file so that `bytes` more fit behind the records.
+    fn make_room(&mut self, bytes: u64) -> Result<(), MetaError> {
+        let end = self.len + bytes;
+        if end <= self.room {
+            return Ok(());
+        }
+        let segment = self.shared.options.segment_bytes;
+        let ahead = ZEROES.len() as u64;
+        // Never far beyond where the next segment begins, and never for longer than the disk has room.
+        let wanted = end.max((end + ahead).min(segment));
+        while self.room < wanted {
+            let zeroes = &ZEROES[..usize::try_from((wanted - self.room).min(ahead)).unwrap_or(0)];
+            match self.file.append(zeroes) {
+                Ok(count) => self.room += count as u64,
+                Err(error) if is_full(&error) && self.room >= end => return Ok(()),
+                Err(error) if is_full(&error) && self.shared.drop_ballast() => {}
+                Err(error) => return Err(self.shared.fail("append to", &self.name, error)),
+            }
+        }
+        Ok(())
+    }
+
     fn next_segment(&mut self) -> Result<(), MetaError> {
+        // Space that nobody uses. Where it stays, after a power cut say, it is zeroes and says nothing.
+        let _ = self.shared.vfs.truncate(&self.name, self.len);
         let (file, name) = new_segment(&self.shared, self.durable + 1)?;
         (self.file, self.name) = (file, name);
         self.len = SEGMENT_HEADER as u64;
+        self.room = self.len;
         Ok(())
     }
 }
+
+/// How far a segment is lengthened ahead of its records. Too small: the file system's own commit is paid
+/// for often. Too large: one commit in so many waits for all of it.
+static ZEROES: [u8; 512 << 10] = [0; 512 << 10];
 
 /// Appends everything; gives the ballast up, once, if the disk is full.
 fn append_all(
@@ -326,7 +364,7 @@ fn check_segment(
         Tail::Clean if !is_last => Ok(true),
         Tail::Clean | Tail::Torn if is_last && found.last >= marked => {
             let len = bytes.len() as u64;
-            if scan.good_len < len {
+            if scan.tail == Tail::Torn && scan.good_len < len {
                 tracing::info!(file = name, offset = scan.good_len, "cut off a torn tail");
             }
             settle(vfs, name, &bytes[..scan.good_len as usize])

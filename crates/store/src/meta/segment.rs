@@ -104,7 +104,7 @@ pub(crate) struct Scan {
 /// How a segment ends.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) enum Tail {
-    /// With its last record.
+    /// With its last record; zeroes may follow, of the file that was lengthened ahead.
     Clean,
     /// In the middle of a group that was never durable.
     Torn,
@@ -133,7 +133,10 @@ pub(crate) fn scan(bytes: &Bytes, database: u64, first: u64, epoch: u64) -> Scan
     while at < bytes.len() {
         let good = parse_record(bytes, at).filter(|parsed| parsed.record.seq == expected);
         let Some(parsed) = good else {
-            scan.tail = tail(bytes, at, expected);
+            // Of a record that is gone altogether nothing is seen here: who knows how far the journal
+            // was durable compares its end.
+            let is_unused = bytes[at..].iter().all(|byte| *byte == 0);
+            scan.tail = if is_unused { Tail::Clean } else { tail(bytes, at, expected) };
             break;
         };
         if parsed.record.epoch < epoch {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use endio_api::conversion::{LogData, LoggedBlock, ReadLogRequest};
+use endio_failpoints::{Bug, Point, is_planted, reach};
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::dirty::LogPick;
 use endio_types::{BLOCK_BYTES, BLOCK_SIZE, Reason};
@@ -65,8 +66,10 @@ impl Engine {
         let Ok(Some(pick)) = pick else { return };
         let number = pick.number;
         let mut logging = Logging { volume: Arc::clone(volume), number, up_to, is_logged: false };
+        reach(Point::WritebackFlushGathered);
         match self.session.log(message(volume, pick)).await {
             Ok(()) => {
+                reach(Point::WritebackFlushLogged);
                 logging.is_logged = true;
                 self.metrics.logged_flushes.inc();
             }
@@ -84,7 +87,8 @@ impl Engine {
         &self,
         opened: &Opened,
     ) -> Result<BTreeMap<u64, LoggedBlock>, Failure> {
-        match opened.logged_blocks {
+        match opened.volume.logged_blocks {
+            _ if is_planted(Bug::DataLogUnread) => Ok(BTreeMap::new()),
             0 => Ok(BTreeMap::new()),
             _ => self.read_log_of(opened.volume.id, opened.volume.generation).await,
         }

@@ -178,9 +178,9 @@ impl Engine {
         })?;
         // A volume that was taken by force is served when the owner before can serve it no more.
         tokio::time::sleep(std::time::Duration::from_millis(opened.wait_ms)).await;
-        let (logged_blocks, logged_number) = (opened.logged_blocks, opened.logged_number);
-        let (grant, log_blocks_max) = (opened.read_grant, opened.log_blocks_max);
-        Ok(Opened { volume, grant, logged_blocks, logged_number, log_blocks_max })
+        let endio_api::conversion::OpenVolumeResponse { logged_number, log_blocks_max, .. } =
+            opened;
+        Ok(Opened { volume, grant: opened.read_grant, logged_number, log_blocks_max })
     }
 
     /// Closes at conversion what was opened and is not served here. A failure leaves it to the next

@@ -1,6 +1,7 @@
 //! The real stack in one process says what the contract says.
 #![allow(clippy::unwrap_used)]
 
+mod data_log;
 mod faults;
 mod history;
 mod hostile_block_store;
