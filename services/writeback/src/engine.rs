@@ -40,7 +40,7 @@ pub use read::{Piece, ReadOp};
 pub use started::Started;
 pub use status::Meter;
 pub use sync::Observer;
-pub use write::{Acked, WriteOp};
+pub use write::{Acked, Mode, WriteOp};
 
 use crate::clean::CleanBlocks;
 use crate::config::Config;

@@ -2,7 +2,7 @@
 //!
 //! | NBD | engine |
 //! |---|---|
-//! | WRITE | buffered once this connection has sent a FLUSH; before that, and with FUA, direct |
+//! | WRITE | buffered once this connection has sent a FLUSH; before that, and with FUA, durable |
 //! | FLUSH | fsync of the volume: what any client was told is done |
 //! | TRIM, WRITE_ZEROES | a change of the map, durable on return |
 //! | BLOCK_STATUS | the states of extents, delayed data over them |
@@ -36,7 +36,7 @@ pub use tls::NbdTls;
 
 use crate::access::Access;
 use crate::config::Config;
-use crate::engine::{Engine, Observer, RangeKind, RangeOp, Ranged, ReadOp, Started, WriteOp};
+use crate::engine::{Engine, Mode, Observer, RangeKind, RangeOp, Ranged, ReadOp, Started, WriteOp};
 use crate::failure::Failure;
 use crate::volume::Volume;
 use name::How;
@@ -335,7 +335,10 @@ impl Export for VolumeExport {
 
     async fn write(&self, offset: u64, mut data: Bytes, fua: bool) -> Result<(), Fault> {
         let volume = self.volume()?;
-        let direct = fua || !self.has_flushed.load(Ordering::SeqCst);
+        let mode = match fua || !self.has_flushed.load(Ordering::SeqCst) {
+            true => Mode::Durable,
+            false => Mode::Buffered,
+        };
         let mut writes = Vec::new();
         let mut offset_bytes = offset;
         // All parts take their places in the order of the volume before anything is waited for.
@@ -343,7 +346,7 @@ impl Export for VolumeExport {
             let part = data.split_to(data.len().min(WRITE_BYTES));
             let length = part.len() as u64;
             let traceparent = String::new();
-            let op = WriteOp { offset_bytes, data: part, direct, retry: None, traceparent };
+            let op = WriteOp { offset_bytes, data: part, mode, retry: None, traceparent };
             writes.push(self.engine.start_write(volume, op));
             offset_bytes += length;
         }

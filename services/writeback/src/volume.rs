@@ -97,6 +97,10 @@ pub struct State {
     pub settling: usize,
     /// Write-outs under way.
     pub write_outs: usize,
+    /// Messages to the data log under way.
+    pub logging: usize,
+    /// Somebody waits until everything up to this record is durable.
+    pub log_wanted: Lsn,
     /// The newest record that says that blocks of this volume are converted.
     pub last_clean: Lsn,
     /// Write-out rests until then, after a failure.
@@ -199,6 +203,8 @@ impl Volume {
                 attempts: Attempts::default(),
                 settling: 0,
                 write_outs: 0,
+                logging: 0,
+                log_wanted: Lsn(0),
                 last_clean: Lsn(0),
                 rest_until: None,
                 grant,

@@ -7,13 +7,18 @@ use bytes::{Bytes, BytesMut};
 use endio_api::conversion::{LogData, LoggedBlock, ReadLogRequest};
 use endio_failpoints::{Bug, Point, is_planted, reach};
 use endio_state_machine::writeback::Lsn;
-use endio_state_machine::writeback::dirty::LogPick;
+use endio_state_machine::writeback::dirty::{LogPick, TooMuch};
 use endio_types::{BLOCK_BYTES, BLOCK_SIZE, Reason};
+use tokio::time::Instant;
 
 use super::Engine;
 use crate::conversion::Client;
 use crate::failure::Failure;
-use crate::volume::{CachedBlock, Opened, Volume};
+use crate::volume::{CachedBlock, Opened, State, Volume};
+
+/// Messages of a volume to the data log under way. One: conversion idles while the answer travels. More
+/// than a few: each carries little, and costs what a large one costs.
+const LOGGING_MAX: usize = 2;
 
 /// A message to the data log. Dropped without a good answer, its blocks are written out instead: other
 /// flushes may wait for them, too.
@@ -27,6 +32,7 @@ struct Logging {
 impl Drop for Logging {
     fn drop(&mut self) {
         let mut state = self.volume.state();
+        state.logging -= 1;
         state.dirty.log_ended(self.number, self.is_logged);
         if !self.is_logged {
             state.flush_up_to_at_least(self.up_to);
@@ -39,44 +45,113 @@ impl Drop for Logging {
     }
 }
 
+/// What comes next for whoever wants data in the log.
+enum Next {
+    Send(LogPick<CachedBlock>, Logging),
+    /// Enough messages are under way: what waits meanwhile goes together.
+    Wait,
+    /// Everything is on its way into the log, or to the stores.
+    Nothing,
+}
+
 impl Engine {
+    /// Whether a write of so many blocks may become durable in the data log.
+    pub(super) fn is_loggable(&self, volume: &Volume, blocks: u64) -> bool {
+        let most = (self.config.flush_log_bytes / BLOCK_BYTES).min(volume.log_blocks_max);
+        !volume.in_place && blocks <= most
+    }
+
+    /// Waits until everything acknowledged before is durable. Tells no errors of others.
+    ///
+    /// # Errors
+    /// The volume is gone, or `TIMED_OUT`.
+    pub(super) async fn make_durable(
+        &self,
+        volume: &Arc<Volume>,
+        deadline: Instant,
+    ) -> Result<(), Failure> {
+        let lsn = self.log.last();
+        self.log_flush(volume, lsn).await;
+        let ended = volume.wait(|state| match &state.gone {
+            Some(gone) => Some(Err(gone.clone())),
+            None => (!state.dirty.pending_up_to(lsn)).then_some(Ok(())),
+        });
+        match tokio::time::timeout_at(deadline, ended).await {
+            Ok(ended) => ended,
+            Err(_) => Err(Failure::new(Reason::TimedOut, "the data could not be made durable")),
+        }
+    }
+
     /// Makes what is dirty up to a record durable at conversion, without writing it out. What is too
     /// much, or refused there, is written out. The caller waits for that, and for what is under
     /// write-out, which is not logged.
     pub(super) async fn log_flush(&self, volume: &Arc<Volume>, up_to: Lsn) {
-        let (pick, is_much) = {
-            let mut state = volume.state();
-            let room = volume.log_blocks_max.saturating_sub(state.dirty.logged_blocks());
-            // Without a promise of space it could not be written out afterwards.
-            let limit = match state.credit.is_reset_pending() {
-                true => 0,
-                false => room.min(self.config.flush_log_bytes / BLOCK_BYTES),
+        loop {
+            let (pick, mut logging) = match self.next_log(volume, up_to) {
+                Next::Send(pick, logging) => (pick, logging),
+                Next::Wait => {
+                    let is_next = |state: &mut State| {
+                        let is_over = state.gone.is_some() || !state.dirty.pending_up_to(up_to);
+                        (state.logging < LOGGING_MAX || is_over).then_some(())
+                    };
+                    volume.wait(is_next).await;
+                    continue;
+                }
+                Next::Nothing => return,
             };
-            let pick = state.dirty.gather_for_log(up_to, limit);
-            // Before the log is full, so that there is room again in time.
-            let is_much = pick.is_err() || state.dirty.logged_blocks() > volume.log_blocks_max / 2;
-            if is_much {
-                state.flush_up_to_at_least(up_to);
+            reach(Point::WritebackFlushGathered);
+            match self.session.log(message(volume, pick)).await {
+                Ok(()) => {
+                    reach(Point::WritebackFlushLogged);
+                    logging.is_logged = true;
+                    self.metrics.logged_flushes.inc();
+                }
+                Err(error) => {
+                    tracing::debug!(volume = %volume.name, %error, "a flush was not logged");
+                    return;
+                }
             }
-            (pick, is_much)
+        }
+    }
+
+    fn next_log(&self, volume: &Arc<Volume>, up_to: Lsn) -> Next {
+        let mut state = volume.state();
+        if state.gone.is_some() || !state.dirty.pending_up_to(up_to) {
+            return Next::Nothing;
+        }
+        state.log_wanted = state.log_wanted.max(up_to);
+        if state.logging >= LOGGING_MAX {
+            return Next::Wait;
+        }
+        let room = volume.log_blocks_max.saturating_sub(state.dirty.logged_blocks());
+        // Without a promise of space it could not be written out afterwards.
+        let limit = match state.credit.is_reset_pending() {
+            true => 0,
+            false => room.min(self.config.flush_log_bytes / BLOCK_BYTES),
         };
+        let wanted = state.log_wanted;
+        let pick = match state.dirty.gather_for_log(wanted, limit) {
+            Err(TooMuch) if wanted > up_to => state.dirty.gather_for_log(up_to, limit),
+            pick => pick,
+        };
+        // Before the log is full, so that there is room again in time.
+        let is_much = pick.is_err() || state.dirty.logged_blocks() > volume.log_blocks_max / 2;
+        if is_much {
+            state.flush_up_to_at_least(up_to);
+        }
+        let next = match pick {
+            Ok(Some(pick)) => {
+                state.logging += 1;
+                let (volume, number) = (Arc::clone(volume), pick.number);
+                Next::Send(pick, Logging { volume, number, up_to: wanted, is_logged: false })
+            }
+            Ok(None) | Err(TooMuch) => Next::Nothing,
+        };
+        drop(state);
         if is_much {
             volume.changed();
         }
-        let Ok(Some(pick)) = pick else { return };
-        let number = pick.number;
-        let mut logging = Logging { volume: Arc::clone(volume), number, up_to, is_logged: false };
-        reach(Point::WritebackFlushGathered);
-        match self.session.log(message(volume, pick)).await {
-            Ok(()) => {
-                reach(Point::WritebackFlushLogged);
-                logging.is_logged = true;
-                self.metrics.logged_flushes.inc();
-            }
-            Err(error) => {
-                tracing::debug!(volume = %volume.name, %error, "a flush was not logged");
-            }
-        }
+        next
     }
 
     /// What the data log holds of a volume that was opened just now.

@@ -19,6 +19,17 @@ use crate::locks::Held;
 use crate::metrics::Kind;
 use crate::volume::{CachedBlock, Volume};
 
+/// When a write is acknowledged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// From the dirty cache.
+    Buffered,
+    /// Durable: small ones from the dirty cache and conversion's data log, others converted.
+    Durable,
+    /// Converted.
+    Direct,
+}
+
 /// A write as it was asked for.
 #[derive(Debug, Clone)]
 pub struct WriteOp {
@@ -26,8 +37,8 @@ pub struct WriteOp {
     pub offset_bytes: u64,
     /// The bytes; at most 3 MiB.
     pub data: Bytes,
-    /// Acknowledge after the conversion.
-    pub direct: bool,
+    /// When to acknowledge it.
+    pub mode: Mode,
     /// Makes a retry safe.
     pub retry: Option<Retry>,
     /// W3C traceparent of the caller; empty: none.
@@ -65,6 +76,16 @@ struct Write {
     span: Span,
 }
 
+impl Mode {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Buffered => "buffered",
+            Self::Durable => "durable",
+            Self::Direct => "direct",
+        }
+    }
+}
+
 impl Engine {
     /// Starts a write and takes its place in the order of its blocks before this returns. The
     /// write goes on when the handle is dropped.
@@ -97,7 +118,7 @@ impl Engine {
             .with("volume", &volume.name)
             .with("offset", op.offset_bytes)
             .with("length", op.data.len())
-            .with("mode", if op.direct { "direct" } else { "buffered" })
+            .with("mode", op.mode.name())
             .with("attempt", 1_u32);
         let bytes = ByteRange { offset: op.offset_bytes, len: op.data.len() as u64 };
         let blocks = volume.check(bytes, true)?;
@@ -188,7 +209,7 @@ impl Engine {
 
 impl Write {
     fn kind(&self) -> Kind {
-        if self.op.direct { Kind::WriteDirect } else { Kind::WriteBuffered }
+        if self.op.mode == Mode::Buffered { Kind::WriteBuffered } else { Kind::WriteDirect }
     }
 
     async fn run(self, mut admitted: Admitted, held: Option<Held>) -> Result<Acked, Failure> {
@@ -220,13 +241,16 @@ impl Write {
             // Nothing to convert: it completes inline, like an io_end of size zero.
             self.note_done(admission);
             0
-        } else if self.op.direct {
+        } else if self.goes_around() {
             let convert_us = self.direct().await?;
             reach(Point::WritebackDirectDone);
             self.note_done(admission);
             convert_us
         } else {
             self.buffered(admission).await?;
+            if self.op.mode == Mode::Durable {
+                self.engine.make_durable(&self.volume, self.deadline).await?;
+            }
             0
         };
         // A write that had to be tried again is recorded from then on.
@@ -251,6 +275,15 @@ impl Write {
 
     fn end_bytes(&self) -> u64 {
         self.op.offset_bytes + self.op.data.len() as u64
+    }
+
+    /// Whether it goes around the cache.
+    fn goes_around(&self) -> bool {
+        match self.op.mode {
+            Mode::Buffered => false,
+            Mode::Durable => !self.engine.is_loggable(&self.volume, self.blocks.len),
+            Mode::Direct => true,
+        }
     }
 
     async fn direct(&self) -> Result<u64, Failure> {

@@ -19,7 +19,7 @@ use super::caller::Caller;
 use super::submit::Origin;
 use crate::access::Access;
 use crate::dedupe::Retry;
-use crate::engine::{Engine, Piece, RangeKind, RangeOp, ReadOp, WriteOp};
+use crate::engine::{Engine, Mode, Piece, RangeKind, RangeOp, ReadOp, WriteOp};
 use crate::failure::Failure;
 
 /// Largest write, bytes: it fits into one io_end with its edges.
@@ -46,8 +46,11 @@ pub(super) fn write_op(request: WriteRequest, parent: &str) -> Result<WriteOp, F
     Ok(WriteOp {
         offset_bytes: request.offset_bytes,
         data: request.data,
-        // Durable before it is acknowledged: through the cache would only be a detour.
-        direct: mode == WriteMode::Direct || request.dsync,
+        // dsync promises the conversion, too.
+        mode: match mode == WriteMode::Direct || request.dsync {
+            true => Mode::Direct,
+            false => Mode::Buffered,
+        },
         retry: Retry::from_wire(request.retry.as_ref())?,
         traceparent: or_parent(request.traceparent, parent),
     })

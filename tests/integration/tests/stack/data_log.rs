@@ -92,14 +92,14 @@ async fn a_small_flush_waits_for_no_store_and_is_found_by_the_next_owner() {
     write(&client, 0, 1, 4).await;
     client.fsync(NAME).await.unwrap();
     assert_eq!((logged(&stack).await, volume(&stack).await.mapped_blocks), (4, 0));
-    stack.stores[0].stop().await;
+    stack.stores[0].device.close();
     write(&client, 2, 2, 1).await;
     client.fsync(NAME).await.unwrap();
     // Not flushed: a takeover may lose it.
     write(&client, 3, 3, 1).await;
     stack.conversion.restart().await;
     assert_eq!(logged(&stack).await, 4);
-    stack.stores[0].restart().await;
+    stack.stores[0].device.open();
     let (mut other, client) = take(&stack, "other").await;
     assert_eq!(first_bytes(&client, 5).await, [1, 1, 2, 1, 0]);
     is_written_out(&stack).await;

@@ -171,6 +171,7 @@ async fn malformed_volume_calls_are_refused_with_a_reason() {
         force,
         if_generation,
         volume: 0,
+        reads_log: true,
     };
     refused("open by nobody", client.open_volume(open("", true, None)).await);
     let busy = client.open_volume(open("other", false, None)).await;
