@@ -51,10 +51,19 @@ impl State {
         was_logged
     }
 
-    /// The newer version that stays stands for an older one, too.
-    pub(super) fn stands_for(&mut self, older: &Self) {
-        self.unlogged = self.unlogged.into_iter().chain(older.unlogged).min();
-        self.logged = self.logged.into_iter().chain(older.logged).min();
+    /// The newer version, whose own oldest record is `from`, stays and stands for an older one, too:
+    /// both together for records since `since`.
+    pub(super) fn stands_for(&mut self, older: &Self, (since, from): (Lsn, Lsn)) {
+        // What the log has of the newer version is newer than all of the older one.
+        if self.logged.is_none() {
+            self.unlogged = self.unlogged.into_iter().chain(older.unlogged).min();
+            let newer = |asked: Asked| Some(asked.newer.map_or(from, |newer| newer.min(from)));
+            let asked = older.asked.map(|asked| Asked { newer: newer(asked), ..asked });
+            self.asked = self.asked.or(asked);
+        }
+        if self.logged.is_some() || older.logged.is_some() {
+            self.logged = Some(since);
+        }
     }
 
     pub(super) fn is_logged(&self) -> bool {
@@ -235,3 +244,7 @@ impl<D: Clone> DirtyMap<D> {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "logged_tests.rs"]
+mod tests;
