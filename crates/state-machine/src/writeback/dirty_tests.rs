@@ -383,7 +383,7 @@ impl Oracle {
         assert_eq!(map.logged_blocks(), (logged + asked) as u64);
         let told = map.waiting().map(|waiting| (waiting.lblk.0, waiting.data, waiting.is_logged));
         let waits = self.0.iter().filter(|(_, slow)| slow.io.is_none());
-        let is_logged = |slow: &Slow| slow.waiting.logged_to > 0;
+        let is_logged = |slow: &Slow| slow.waiting.sent || slow.waiting.logged_to > 0;
         let waits =
             waits.map(|(lblk, slow)| (*lblk, slow.writes[slow.writes.len() - 1], is_logged(slow)));
         assert_eq!(told.collect::<Vec<_>>(), waits.collect::<Vec<_>>());

@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 
 use endio_types::{BLOCK_BYTES, Lblk, LblkRange};
 
-use super::super::{PickLimit, Picked};
+use super::super::{PickLimit, Picked, WriteOutId};
 use super::*;
 
 fn range(start: u64, len: u64) -> LblkRange {
@@ -321,4 +321,33 @@ fn what_is_stored_leaves_the_log_s_books_as_well() {
     assert_eq!(map.take_stored(&stored).len(), 2);
     assert!(map.is_clean() && map.oldest_lsn().is_none());
     assert_eq!((pending(&map, 3), map.logged_blocks()), (vec![0, 0, 0], 0));
+}
+
+/// Data that the map shows was written over it, but what was sent between the two may be in the log,
+/// and would come back.
+#[test]
+fn what_may_be_in_the_log_is_told_although_no_answer_said_so() {
+    let mut unknown = map(&[(0, 1)]);
+    let (number, _) = message(&mut unknown, 1);
+    assert!(is_logged(&unknown, 0), "it is on its way");
+    unknown.log_ended(number, false);
+    put(&mut unknown, 0, 1, 2);
+    assert!(is_logged(&unknown, 0), "nobody knows whether it arrived");
+
+    let mut overtaken = map(&[(0, 1)]);
+    let (old, _) = message(&mut overtaken, 1);
+    put(&mut overtaken, 0, 1, 2);
+    let (new, _) = message(&mut overtaken, 2);
+    overtaken.log_ended(old, true);
+    overtaken.log_ended(new, false);
+    assert!(is_logged(&overtaken, 0), "the log has the first one");
+
+    let mut put_back = map(&[(0, 1)]);
+    let (number, _) = message(&mut put_back, 1);
+    let picked = pick(&mut put_back, 0);
+    assert_eq!(picked.io, WriteOutId(1));
+    put(&mut put_back, 0, 1, 2);
+    put_back.log_ended(number, false);
+    put_back.fail(picked.io).unwrap();
+    assert!(is_logged(&put_back, 0), "under the newer one");
 }
