@@ -337,6 +337,24 @@ fn a_volume_that_shrinks_ends_what_was_logged_behind_its_new_end() {
     rig.assert_sound();
 }
 
+/// A file was appended to and flushed, and is cut off again before anything of it was converted: its
+/// size in the map is the one that it is cut to.
+#[test]
+fn what_was_logged_behind_the_end_ends_although_the_size_does_not_change() {
+    for size in [0, 9 * BLOCK_BYTES] {
+        let mut rig = Rig::new(1, 100);
+        rig.create("v", size, 1, false, true);
+        let volume = rig.open("v", "wb");
+        rig.log(&volume, 1, &[(9, 1), (10, 1)]).unwrap();
+        rig.call(resize(&volume, size, 1)).unwrap();
+        assert_eq!(logged(&rig, &volume), [], "size {size}");
+        let next = next_owner(&mut rig);
+        assert_eq!(logged(&rig, &next), [], "size {size}");
+        assert_eq!(next.size_bytes, size);
+        rig.assert_sound();
+    }
+}
+
 /// It is cut off above what the map knows of: for the map it grows.
 #[test]
 fn what_was_logged_behind_the_end_ends_although_the_size_grows() {
