@@ -455,6 +455,22 @@ fn what_comes_for_the_log_behind_a_change_of_the_map_and_is_older_is_refused() {
     rig.assert_sound();
 }
 
+/// The task that gathered it was held up, and a write-out that was picked later overtook it.
+#[test]
+fn what_comes_for_the_log_behind_a_conversion_of_newer_data_is_refused() {
+    let mut rig = Rig::new(1, 100);
+    let volume = rig.volume("v", 100, 1);
+    let begun = rig.try_begin(newer_than(&volume, 3, 1, 5)).unwrap();
+    rig.log(&volume, 4, &[(3, 1), (8, 1)]).unwrap();
+    assert_eq!(rig.finish(&begun).failed, None);
+    assert_eq!(logged(&rig, &volume), [(8, 1)]);
+    let late = rig.log(&volume, 5, &[(3, 2)]).unwrap_err();
+    assert_eq!((late.reason, logged(&rig, &volume)), (Reason::WrongState, vec![(8, 1)]));
+    rig.log(&volume, 6, &[(3, 3)]).unwrap();
+    assert_eq!(logged(&rig, &volume), [(3, 3), (8, 1)]);
+    rig.assert_sound();
+}
+
 /// It counts from its arrival on, also while it waits for a write-out.
 #[test]
 fn a_change_that_waits_in_line_refuses_what_is_older_already() {

@@ -142,9 +142,9 @@ impl World {
         }
     }
 
-    /// One or two ranges of what waits, behind everything that was sent before.
+    /// Some of what waits. Now and then it overtakes what was gathered for the log before.
     fn begin(&mut self, a: u16, b: u16) {
-        while !self.stream.is_empty() {
+        while !self.stream.is_empty() && b & 64 == 0 {
             self.arrive();
         }
         let mut ranges: Vec<LblkRange> = Vec::new();
