@@ -141,6 +141,13 @@ impl DataLogs {
         });
     }
 
+    /// Whether [`Self::cut`] would change something.
+    pub fn reaches_behind(&self, volume: VolumeId, size_bytes: u64) -> bool {
+        let mut behind = self.from(volume, Lblk(size_bytes / BLOCK_BYTES));
+        let end = size_bytes.div_ceil(BLOCK_BYTES);
+        behind.any(|(lblk, logged)| lblk.0 >= end || logged.end_bytes > size_bytes)
+    }
+
     /// The volume ends here now, in bytes: nothing that is logged lies behind it.
     pub fn cut(&mut self, volume: VolumeId, size_bytes: u64) {
         self.change(volume, |blocks| {

@@ -211,7 +211,8 @@ impl<T: ChunkTable> Machine<T> {
             }
         }
         let old = self.durable.volumes.get(&volume).map(|state| state.size_bytes);
-        if old != Some(size) {
+        // What is not converted may lie behind an end that stays where it is.
+        if old != Some(size) || self.durable.logs.reaches_behind(volume, size) {
             self.commit(Record::Resize { volume, size_bytes: size }, out)?;
         }
         self.reply_volume(change.reply, volume, out);

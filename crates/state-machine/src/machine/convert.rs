@@ -56,6 +56,7 @@ impl<T: ChunkTable> Machine<T> {
         self.counters.converted += batch.io_ends.len() as u64;
         self.counters.converted_blocks += batch.blocks;
         for id in &batch.io_ends {
+            self.older_is_late(*id);
             self.complete(*id, out)?;
         }
         batch.seq = self.durable.seq;

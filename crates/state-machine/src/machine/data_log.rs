@@ -2,8 +2,8 @@
 
 use endio_types::planted::{self, Bug};
 use endio_types::{
-    BLOCK_BYTES, BLOCK_SIZE, Generation, IO_END_BLOCKS_MAX, Lblk, Reason, VOLUME_BYTES_MAX,
-    VolumeId,
+    BLOCK_BYTES, BLOCK_SIZE, Generation, IO_END_BLOCKS_MAX, IoEndId, Lblk, Reason,
+    VOLUME_BYTES_MAX, VolumeId,
 };
 
 use super::io::{LogData, Output, Refusal, ToWriteback, WritebackSession};
@@ -63,7 +63,7 @@ impl<T: ChunkTable> Machine<T> {
         }
         let over = self.volumes.get(&volume.id).map_or(0, |rt| rt.log_over);
         if log.number <= over && !planted::is(Bug::LateLogCounts) {
-            return refuse(Reason::WrongState, "the map was changed since");
+            return refuse(Reason::WrongState, "newer data was converted or the map changed since");
         }
         let (logs, more) = (&self.durable.logs, log.entries.len() as u64);
         let is_full = logs.blocks_of(volume.id) + more > self.limits.log_blocks_per_volume_max
@@ -87,6 +87,15 @@ impl<T: ChunkTable> Machine<T> {
         let ranges = io_end.durable_ranges().into_iter();
         let ends = ranges.filter(|range| self.durable.logs.has(volume, *range, up_to));
         done.extend(ends.map(|range| LogDone { volume, range, up_to }));
+    }
+
+    /// What was gathered for the log before the blocks of a write-out that is converted now would
+    /// hide its newer data, if it came only after that.
+    pub(super) fn older_is_late(&mut self, id: IoEndId) {
+        let Some(io_end) = self.ledger.get(id) else { return };
+        if let Some(rt) = self.volumes.get_mut(&io_end.volume) {
+            rt.log_over = rt.log_over.max(io_end.logged_up_to);
+        }
     }
 
     /// Entries of a volume from a block on, at most `blocks_max`, for its owner. Everything in the log

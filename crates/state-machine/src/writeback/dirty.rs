@@ -499,10 +499,11 @@ impl<D: Clone> DirtyMap<D> {
         let Some(block) = self.blocks.get_mut(&lblk) else { return false };
         if let Some(mut newer) = block.waiting.take() {
             self.forget(&newer, lblk, false);
+            let from = newer.since;
             newer.since = newer.since.min(version.since);
             newer.end_bytes = newer.end_bytes.max(version.end_bytes);
             newer.joined |= version.joined;
-            newer.log.stands_for(&version.log);
+            newer.log.stands_for(&version.log, (newer.since, from));
             self.remember(&newer, lblk, false);
             self.set_waiting(lblk, newer);
             return false;

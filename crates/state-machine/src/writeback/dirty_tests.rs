@@ -199,6 +199,10 @@ enum Op {
     Fail(usize),
     Discard(u64, u64),
     Stored(u64, u64),
+    /// How far back, and at most so many blocks.
+    Log(u64, u64),
+    Answer(usize, bool),
+    Restored(u64),
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -210,7 +214,32 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (0usize..4).prop_map(Op::Fail),
         1 => (0u64..24, 1u64..8).prop_map(|(s, l)| Op::Discard(s, l)),
         1 => (0u64..24, 1u64..12).prop_map(|(s, l)| Op::Stored(s, l)),
+        4 => (0u64..4, 1u64..16).prop_map(|(back, n)| Op::Log(back, n)),
+        3 => (0usize..4, any::<bool>()).prop_map(|(at, ok)| Op::Answer(at, ok)),
+        1 => (0u64..24).prop_map(Op::Restored),
     ]
+}
+
+/// What is known of a version of a block besides its writes.
+#[derive(Clone, Debug, Default)]
+struct Part {
+    /// Newest message that carries it, and the newest write that this has.
+    ask: Option<(u64, u64)>,
+    /// The log has all writes up to this one; 0: none.
+    logged_to: u64,
+    /// Some message carried it.
+    sent: bool,
+    joined: bool,
+}
+
+impl Part {
+    /// It waits, and stands for an older one, too.
+    fn absorb(&mut self, older: Self) {
+        self.logged_to = self.logged_to.max(older.logged_to);
+        self.ask = self.ask.or(older.ask).filter(|(_, newest)| *newest > self.logged_to);
+        self.sent |= older.sent;
+        self.joined |= older.joined;
+    }
 }
 
 /// A block of the oracle: every write to it that is not converted, oldest first, and how many of
@@ -221,6 +250,8 @@ struct Slow {
     carried: usize,
     io: Option<WriteOutId>,
     discarded: bool,
+    waiting: Part,
+    flight: Part,
 }
 
 impl Slow {
@@ -233,10 +264,29 @@ impl Slow {
     fn seen(&self) -> Option<u64> {
         if self.waits() || !self.discarded { self.writes.last().copied() } else { None }
     }
+    fn launch(&mut self, io: WriteOutId) {
+        (self.io, self.carried) = (Some(io), self.writes.len());
+        self.flight = std::mem::take(&mut self.waiting);
+    }
+    /// Of each version: the oldest write that is not in the log.
+    fn unlogged(&self) -> [Option<u64>; 2] {
+        let (carried, waiting) = self.writes.split_at(self.carried);
+        let oldest = |writes: &[u64], part: &Part| {
+            writes.iter().copied().find(|write| *write > part.logged_to)
+        };
+        [oldest(waiting, &self.waiting), oldest(carried, &self.flight)]
+    }
+    /// Something that is waited for is neither in the log nor on its way there.
+    fn wants_log(&self, up_to: u64) -> bool {
+        let is_late = |(_, newest)| Some(&newest) != self.writes.last();
+        self.unlogged()[0].is_some_and(|oldest| oldest <= up_to)
+            && self.waiting.ask.is_none_or(is_late)
+    }
 }
 
+/// Blocks, and the messages to the log that are not answered.
 #[derive(Default)]
-struct Oracle(BTreeMap<u64, Slow>);
+struct Oracle(BTreeMap<u64, Slow>, BTreeMap<u64, Vec<u64>>);
 
 impl Oracle {
     fn end(&mut self, picked: &Picked<u64>, converted: bool) {
@@ -244,12 +294,99 @@ impl Oracle {
             let slow = self.0.get_mut(&lblk).unwrap();
             assert_eq!(slow.io.take(), Some(picked.io));
             let carried = std::mem::take(&mut slow.carried);
+            let flight = std::mem::take(&mut slow.flight);
             if converted || std::mem::take(&mut slow.discarded) {
                 slow.writes.drain(..carried);
+            } else if slow.writes.len() == carried {
+                slow.waiting = flight;
+            } else {
+                slow.waiting.absorb(flight);
             }
             slow.discarded = false;
         }
         self.0.retain(|_, slow| !slow.is_empty());
+    }
+
+    /// Waiting blocks that writes have joined to this one, directly or over others.
+    fn chain(&self, seed: u64) -> std::ops::Range<u64> {
+        let waiting = |lblk: u64| self.0.get(&lblk).filter(|slow| slow.waits());
+        let is_joined = |lblk: u64| waiting(lblk).is_some_and(|slow| slow.waiting.joined);
+        let (mut start, mut end) = (seed, seed + 1);
+        while start > 0 && is_joined(start - 1) {
+            start -= 1;
+        }
+        while is_joined(end - 1) && waiting(end).is_some() {
+            end += 1;
+        }
+        start..end
+    }
+
+    /// What a message to the log has to carry.
+    fn for_log(&self, up_to: u64) -> BTreeSet<u64> {
+        let seeds = self.0.iter().filter(|(_, slow)| slow.wants_log(up_to));
+        let whole = seeds.flat_map(|(seed, _)| self.chain(*seed));
+        whole.filter(|lblk| self.0[lblk].unlogged()[0].is_some()).collect()
+    }
+
+    fn log(&mut self, map: &mut DirtyMap<u64>, up_to: u64, blocks_max: u64) {
+        let wanted = self.for_log(up_to);
+        let before = (map.log_number(), map.logged_blocks());
+        let pick = match map.gather_for_log(Lsn(up_to), blocks_max) {
+            Ok(Some(pick)) => pick,
+            other => {
+                let is_much = wanted.len() as u64 > blocks_max;
+                assert_eq!(other, if is_much { Err(TooMuch) } else { Ok(None) });
+                assert!(is_much || wanted.is_empty(), "{wanted:?} were left out");
+                assert_eq!((map.log_number(), map.logged_blocks()), before);
+                return;
+            }
+        };
+        assert_eq!((pick.number, map.log_number()), (before.0 + 1, before.0 + 1));
+        assert!(wanted.len() as u64 <= blocks_max);
+        let picked: Vec<u64> = pick.blocks.iter().map(|block| block.lblk.0).collect();
+        assert_eq!(picked, wanted.into_iter().collect::<Vec<_>>());
+        for block in pick.blocks {
+            let slow = self.0.get_mut(&block.lblk.0).unwrap();
+            let newest = *slow.writes.last().unwrap();
+            assert_eq!((block.data, block.lsn), (newest, Lsn(newest)));
+            slow.waiting.ask = Some((pick.number, newest));
+            slow.waiting.sent = true;
+        }
+        self.1.insert(pick.number, picked);
+    }
+
+    fn answered(&mut self, number: u64, is_logged: bool) {
+        if self.1.remove(&number).is_none() {
+            return;
+        }
+        for slow in self.0.values_mut() {
+            for part in [&mut slow.waiting, &mut slow.flight] {
+                if let Some((_, newest)) = part.ask.take_if(|(asked, _)| *asked == number)
+                    && is_logged
+                {
+                    part.logged_to = newest;
+                }
+            }
+        }
+    }
+
+    fn check_log(&self, map: &DirtyMap<u64>, lsn: u64) {
+        let unlogged = || self.0.values().flat_map(Slow::unlogged).flatten();
+        for cursor in 0..=lsn {
+            let pending = unlogged().filter(|oldest| *oldest <= cursor).count() as u64;
+            assert_eq!(map.pending_up_to(Lsn(cursor)), pending > 0, "up to {cursor}");
+            assert_eq!(map.pending_blocks_up_to(Lsn(cursor)), pending, "up to {cursor}");
+        }
+        let parts = self.0.values().flat_map(|slow| [&slow.waiting, &slow.flight]);
+        let logged = parts.filter(|part| part.logged_to > 0).count();
+        let asked: usize = self.1.values().map(Vec::len).sum();
+        assert_eq!(map.logged_blocks(), (logged + asked) as u64);
+        let told = map.waiting().map(|waiting| (waiting.lblk.0, waiting.data, waiting.is_logged));
+        let waits = self.0.iter().filter(|(_, slow)| slow.io.is_none());
+        let is_logged = |slow: &Slow| slow.waiting.sent || slow.waiting.logged_to > 0;
+        let waits =
+            waits.map(|(lblk, slow)| (*lblk, slow.writes[slow.writes.len() - 1], is_logged(slow)));
+        assert_eq!(told.collect::<Vec<_>>(), waits.collect::<Vec<_>>());
     }
 
     /// Nothing of a write that is picked stays behind, unless a discard cut the write before.
@@ -270,10 +407,7 @@ impl Oracle {
         }
         let oldest = self.0.values().filter_map(|s| s.writes.first()).min().copied();
         assert_eq!(map.oldest_lsn(), oldest.map(Lsn));
-        for cursor in 0..=lsn {
-            let pending = self.0.values().any(|s| s.writes.iter().any(|w| *w <= cursor));
-            assert_eq!(map.pending_up_to(Lsn(cursor)), pending);
-        }
+        self.check_log(map, lsn);
         let waiting = self.0.values().filter(|s| s.waits()).count() as u64;
         let flying = self.0.values().filter(|s| s.io.is_some()).count() as u64;
         assert_eq!((map.waiting_blocks(), map.in_flight_blocks()), (waiting, flying));
@@ -288,6 +422,7 @@ fn run(ops: Vec<Op>) {
     let mut flying: Vec<Picked<u64>> = Vec::new();
     let (mut lsn, mut credit) = (0u64, 0i64);
     let mut cut = BTreeSet::new();
+    let mut messages: Vec<u64> = Vec::new();
     for op in ops {
         match op {
             Op::Write(start, len) => {
@@ -296,7 +431,9 @@ fn run(ops: Vec<Op>) {
                 assert_eq!(put(&mut map, start, len, lsn), needed);
                 credit += needed as i64;
                 for lblk in start..start + len {
-                    oracle.0.entry(lblk).or_default().writes.push(lsn);
+                    let slow = oracle.0.entry(lblk).or_default();
+                    slow.writes.push(lsn);
+                    slow.waiting.joined |= lblk + 1 < start + len;
                 }
             }
             Op::Pick(blocks_max, within, recent) => {
@@ -306,6 +443,7 @@ fn run(ops: Vec<Op>) {
                     continue;
                 };
                 assert!(picked.range.len >= 1);
+                assert_eq!(picked.logged_up_to, messages.last().copied().unwrap_or(0));
                 assert_eq!(picked.data.len() as u64, picked.range.len);
                 oracle.check_whole(&picked, &cut);
                 let mut oldest = u64::MAX;
@@ -315,8 +453,7 @@ fn run(ops: Vec<Op>) {
                     assert_eq!(slow.writes.last(), Some(data));
                     assert!(Lsn(*data) <= picked.max_lsn);
                     oldest = oldest.min(slow.writes[0]);
-                    slow.io = Some(picked.io);
-                    slow.carried = slow.writes.len();
+                    slow.launch(picked.io);
                 }
                 // With nothing in flight every group is whole, so the oldest one must go.
                 if within.is_none() && flying.is_empty() {
@@ -350,6 +487,7 @@ fn run(ops: Vec<Op>) {
                     let Some(slow) = oracle.0.get_mut(&lblk) else { continue };
                     cut.extend(slow.writes.iter().copied());
                     slow.writes.truncate(slow.carried);
+                    slow.waiting = Part::default();
                     slow.discarded = slow.io.is_some();
                 }
                 oracle.0.retain(|_, slow| !slow.is_empty());
@@ -363,7 +501,36 @@ fn run(ops: Vec<Op>) {
                         assert_eq!((slow.io, slow.writes.last()), (None, Some(&clean.up_to.0)));
                         assert_eq!(told.get(&lblk), Some(&clean.up_to));
                         credit -= 1;
+                        // What comes next to it since is a write of its own.
+                        if let Some(before) = lblk.checked_sub(1).and_then(|b| oracle.0.get_mut(&b))
+                        {
+                            before.waiting.joined = false;
+                        }
                     }
+                }
+            }
+            Op::Log(back, blocks_max) => {
+                oracle.log(&mut map, lsn.saturating_sub(back), blocks_max);
+                if map.log_number() > messages.last().copied().unwrap_or(0) {
+                    messages.push(map.log_number());
+                }
+            }
+            Op::Answer(back, is_logged) => {
+                // The newest ones; some of them were answered before.
+                let Some(number) = messages.iter().rev().nth(back).copied() else { continue };
+                map.log_ended(number, is_logged);
+                oracle.answered(number, is_logged);
+            }
+            Op::Restored(lblk) => {
+                lsn += 1;
+                let end_bytes = (lblk + 1) * BLOCK_BYTES;
+                let block = LogBlock { lblk: Lblk(lblk), end_bytes, lsn: Lsn(lsn), data: lsn };
+                let was_clean = !oracle.0.contains_key(&lblk);
+                assert_eq!(map.insert_logged(block), was_clean);
+                if was_clean {
+                    let waiting = Part { logged_to: lsn, ..Part::default() };
+                    oracle.0.insert(lblk, Slow { writes: vec![lsn], waiting, ..Slow::default() });
+                    credit += 1;
                 }
             }
             Op::Complete(_) | Op::Fail(_) => {}

@@ -1,7 +1,9 @@
 //! A machine with a journal in memory, and peers that do what a test says.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use endio_state_machine::data_log::LogEntry;
 use endio_state_machine::limits::Limits;
 use endio_state_machine::machine::*;
 use endio_state_machine::record::{Record, Seq, Snapshot};
@@ -86,15 +88,40 @@ impl Rig {
     }
 
     fn start(&mut self) {
+        self.begin_epoch();
+        self.commit();
+    }
+
+    fn begin_epoch(&mut self) {
         let mut out = Output::default();
         let key = TokenKey::new([self.epoch_no; 32]);
         self.machine.finish_recovery(key, self.now, &mut out).unwrap();
         self.absorb(out);
-        self.commit();
     }
 
     /// The process dies; only durable records remain. Chunks are replayed from nothing.
     pub fn crash(&mut self) {
+        self.replay();
+        self.start();
+    }
+
+    /// As [`Self::crash`]; nothing is committed after it.
+    pub fn crash_before_epoch(&mut self) {
+        self.replay();
+        self.auto_commit = false;
+        self.begin_epoch();
+    }
+
+    /// The process ends and starts again from a checkpoint of all that is durable.
+    pub fn restart_from_snapshot(&mut self) {
+        self.commit();
+        self.epoch_no = self.epoch_no.wrapping_add(1);
+        let (snapshot, table) = (self.machine.snapshot(), self.machine.table_mut().clone());
+        self.machine = Machine::recover(self.limits.clone(), table, snapshot);
+        self.start();
+    }
+
+    fn replay(&mut self) {
         self.journal.truncate(self.durable);
         self.waiting.clear();
         self.epoch_no = self.epoch_no.wrapping_add(1);
@@ -103,7 +130,6 @@ impl Rig {
         for (seq, record) in &self.journal {
             self.machine.apply(*seq, record).unwrap();
         }
-        self.start();
     }
 
     fn absorb(&mut self, out: Output) {
@@ -309,6 +335,49 @@ impl Rig {
         panic!("BeginIo was not answered")
     }
 
+    /// The answer to a message to the data log, if there is one yet.
+    pub fn log_answer(&self, request: u64) -> Option<Result<(), Refusal>> {
+        self.sent.iter().find_map(|kind| match kind {
+            EffectKind::Writeback(_, ToWriteback::Logged { request: r }) if *r == request => {
+                Some(Ok(()))
+            }
+            EffectKind::Writeback(_, ToWriteback::Refused { request: r, refusal })
+                if *r == request =>
+            {
+                Some(Err(refusal.clone()))
+            }
+            _ => None,
+        })
+    }
+
+    /// Under a request's number of its own.
+    pub fn try_log(&mut self, mut log: LogData) -> Result<(), Refusal> {
+        let request = log_request();
+        log.request = request;
+        self.say(FromWriteback::Log(log));
+        self.log_answer(request).expect("LogData was answered")
+    }
+
+    /// Logs blocks that are full of a byte.
+    pub fn log(
+        &mut self,
+        volume: &VolumeInfo,
+        number: u64,
+        blocks: &[(u64, u8)],
+    ) -> Result<(), Refusal> {
+        self.try_log(log_data(volume, number, blocks))
+    }
+
+    /// What the data log has for the owner of a volume: block, number, byte that it is full of.
+    pub fn logged(&self, volume: &VolumeInfo) -> Vec<(u64, u64, u8)> {
+        let all = self.machine.logged(volume.id, volume.generation, Lblk(0), usize::MAX).unwrap();
+        let plain = all.iter().map(|(lblk, logged)| {
+            assert_eq!(logged.data, vec![logged.data[0]; BLOCK_SIZE]);
+            (lblk.0, logged.number, logged.data[0])
+        });
+        plain.collect()
+    }
+
     pub fn begin(&mut self, volume: &VolumeInfo, lblk: u64, blocks: u32) -> Begun {
         self.try_begin(begin_io(volume, lblk, blocks)).unwrap()
     }
@@ -427,7 +496,7 @@ impl Rig {
     }
 
     pub fn conversions(&self) -> usize {
-        self.journal.iter().filter(|(_, record)| matches!(record, Record::Convert(_))).count()
+        self.journal.iter().filter(|(_, record)| is_conversion(record)).count()
     }
 }
 
@@ -452,5 +521,36 @@ pub fn begin_io(volume: &VolumeInfo, lblk: u64, blocks: u32) -> BeginIo {
         traceparent: String::new(),
         sync: false,
         logged_up_to: 0,
+    }
+}
+
+fn is_conversion(record: &Record) -> bool {
+    matches!(record, Record::Convert(_) | Record::ConvertLogged { .. })
+}
+
+/// A number that no other request has.
+fn log_request() -> u64 {
+    static REQUEST: AtomicU64 = AtomicU64::new(1 << 32);
+    REQUEST.fetch_add(1, Ordering::Relaxed)
+}
+
+/// A message to the data log: blocks, each full of a byte.
+pub fn log_data(volume: &VolumeInfo, number: u64, blocks: &[(u64, u8)]) -> LogData {
+    let mut data = Vec::new();
+    let mut entries = Vec::new();
+    for (lblk, fill) in blocks {
+        let block = vec![*fill; BLOCK_SIZE];
+        let end_bytes = lblk.saturating_add(1).saturating_mul(BLOCK_BYTES);
+        let (crc, stamp) = (crc32c::crc32c(&block), u64::from(*fill));
+        entries.push(LogEntry { lblk: Lblk(*lblk), end_bytes, crc, stamp });
+        data.extend(block);
+    }
+    LogData {
+        request: log_request(),
+        volume: volume.id,
+        generation: volume.generation,
+        number,
+        entries,
+        data: data.into(),
     }
 }

@@ -26,6 +26,8 @@ pub(super) struct State {
     logged: Option<Lsn>,
     /// On its way into the log.
     asked: Option<Asked>,
+    /// It was sent, in this or an older version: whatever was answered, the log may have that.
+    was_sent: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -38,7 +40,7 @@ struct Asked {
 impl State {
     /// Nothing is logged.
     pub(super) fn new(lsn: Lsn) -> Self {
-        Self { unlogged: Some(lsn), logged: None, asked: None }
+        Self { unlogged: Some(lsn), logged: None, asked: None, was_sent: false }
     }
 
     /// The version has newer data. Returns whether the log had all of it until now.
@@ -51,14 +53,25 @@ impl State {
         was_logged
     }
 
-    /// The newer version that stays stands for an older one, too.
-    pub(super) fn stands_for(&mut self, older: &Self) {
-        self.unlogged = self.unlogged.into_iter().chain(older.unlogged).min();
-        self.logged = self.logged.into_iter().chain(older.logged).min();
+    /// The newer version, whose own oldest record is `from`, stays and stands for an older one, too:
+    /// both together for records since `since`.
+    pub(super) fn stands_for(&mut self, older: &Self, (since, from): (Lsn, Lsn)) {
+        // What the log has of the newer version is newer than all of the older one.
+        if self.logged.is_none() {
+            self.unlogged = self.unlogged.into_iter().chain(older.unlogged).min();
+            let newer = |asked: Asked| Some(asked.newer.map_or(from, |newer| newer.min(from)));
+            let asked = older.asked.map(|asked| Asked { newer: newer(asked), ..asked });
+            self.asked = self.asked.or(asked);
+        }
+        if self.logged.is_some() || older.logged.is_some() {
+            self.logged = Some(since);
+        }
+        self.was_sent |= older.was_sent;
     }
 
-    pub(super) fn is_logged(&self) -> bool {
-        self.logged.is_some()
+    /// Whether the log may have something of the block.
+    pub(super) fn may_be_logged(&self) -> bool {
+        self.was_sent
     }
 
     /// Something in it is neither in the log nor on its way there.
@@ -128,6 +141,7 @@ impl<D: Clone> DirtyMap<D> {
             let version = self.blocks.get_mut(lblk).and_then(|block| block.waiting.as_mut());
             let Some(version) = version else { continue };
             version.log.asked = Some(Asked { number, newer: None });
+            version.log.was_sent = true;
             let (end_bytes, lsn, data) = (version.end_bytes, version.lsn, version.data.clone());
             blocks.push(LogBlock { lblk: Lblk(*lblk), end_bytes, lsn, data });
         }
@@ -187,7 +201,7 @@ impl<D: Clone> DirtyMap<D> {
         }
         self.insert_block(lblk, lsn, end_bytes, data);
         if let Some(version) = self.blocks.get_mut(&lblk).and_then(|block| block.waiting.as_mut()) {
-            version.log = State { unlogged: None, logged: Some(lsn), asked: None };
+            version.log = State { unlogged: None, logged: Some(lsn), asked: None, was_sent: true };
             self.since.remove(&(lsn, lblk, false));
             self.logged.insert((lsn, lblk, false));
         }
@@ -235,3 +249,7 @@ impl<D: Clone> DirtyMap<D> {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "logged_tests.rs"]
+mod tests;

@@ -23,8 +23,9 @@ pub struct Waiting<D> {
     pub end_bytes: u64,
     /// Its data.
     pub data: D,
-    /// The data log has it, or had it, in this or an older version: what the log still has is put
-    /// back by whoever opens the volume next, so the block must not be taken as clean before.
+    /// The data log has it, had it, or may have it (no answer said so), in this or an older version:
+    /// what the log still has is put back by whoever opens the volume next, so the block must not be
+    /// taken as clean before.
     pub is_logged: bool,
 }
 
@@ -39,7 +40,7 @@ impl<D: Clone> DirtyMap<D> {
                     lsn: version.lsn,
                     end_bytes: version.end_bytes,
                     data: version.data.clone(),
-                    is_logged: version.log.is_logged(),
+                    is_logged: version.log.may_be_logged(),
                 })
             },
         )
