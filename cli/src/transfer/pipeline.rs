@@ -306,7 +306,7 @@ impl Pipeline {
     /// Refused for good, or patience is exhausted.
     pub(crate) async fn fsync(&mut self, volume: &str) -> Outcome<Verdict> {
         loop {
-            let request = FsyncRequest { volume: volume.into() };
+            let request = FsyncRequest { volume: volume.into(), may_log: false };
             let Err(status) = self.client.io().fsync(request).await else {
                 self.patience.progress();
                 return Ok(Verdict::Done);

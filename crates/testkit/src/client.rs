@@ -154,9 +154,21 @@ impl Client {
     /// # Errors
     /// [`Refused`].
     pub async fn fsync(&self, volume: &str) -> Result<(), Refused> {
+        self.sync(volume, false).await
+    }
+
+    /// Makes everything acknowledged durable; what is little may stay in the data log.
+    ///
+    /// # Errors
+    /// As [`Client::fsync`].
+    pub async fn flush(&self, volume: &str) -> Result<(), Refused> {
+        self.sync(volume, true).await
+    }
+
+    async fn sync(&self, volume: &str, may_log: bool) -> Result<(), Refused> {
         let call = || {
             let (mut io, volume) = (self.io(), volume.to_owned());
-            async move { io.fsync(FsyncRequest { volume }).await.map(drop) }
+            async move { io.fsync(FsyncRequest { volume, may_log }).await.map(drop) }
         };
         self.persist(call).await
     }
@@ -361,7 +373,12 @@ impl Pipe {
 
     /// Submits an fsync; returns its cookie.
     pub async fn fsync(&mut self, volume: &str) -> u64 {
-        self.submit(Op::Fsync(FsyncRequest { volume: volume.to_owned() })).await
+        self.submit(Op::Fsync(FsyncRequest { volume: volume.to_owned(), may_log: false })).await
+    }
+
+    /// Submits one that may leave what is little in the data log; returns its cookie.
+    pub async fn flush(&mut self, volume: &str) -> u64 {
+        self.submit(Op::Fsync(FsyncRequest { volume: volume.to_owned(), may_log: true })).await
     }
 
     /// Submits a read of at most 1 MiB; returns its cookie.

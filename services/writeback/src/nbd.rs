@@ -36,7 +36,9 @@ pub use tls::NbdTls;
 
 use crate::access::Access;
 use crate::config::Config;
-use crate::engine::{Engine, Mode, Observer, RangeKind, RangeOp, Ranged, ReadOp, Started, WriteOp};
+use crate::engine::{
+    Engine, Mode, Observer, RangeKind, RangeOp, Ranged, ReadOp, Started, Until, WriteOp,
+};
 use crate::failure::Failure;
 use crate::volume::Volume;
 use name::How;
@@ -358,7 +360,8 @@ impl Export for VolumeExport {
 
     async fn flush(&self) -> Result<(), Fault> {
         self.has_flushed.store(true, Ordering::SeqCst);
-        let flushed = self.engine.fsync(self.volume()?, Some(&self.observer), "").await;
+        let flushed =
+            self.engine.fsync(self.volume()?, Some(&self.observer), Until::Durable, "").await;
         flushed.map(drop).map_err(fault)
     }
 

@@ -78,7 +78,8 @@ enum Command {
     /// Under the session of that number only.
     Release(u64, ReleaseSubmitter),
     Reserve(Reserve, oneshot::Sender<Result<u64, Failure>>),
-    Log(LogData, oneshot::Sender<Result<(), Failure>>),
+    /// Under the session of that number only.
+    Log(u64, LogData, oneshot::Sender<Result<(), Failure>>),
 }
 
 /// Handle of the session. Clones share it.
@@ -183,13 +184,15 @@ impl Session {
         answer.await.unwrap_or_else(|_| Err(Failure::conversion_away()))
     }
 
-    /// Makes the data of a small flush durable at conversion. `request` is chosen here.
+    /// Makes the data of a small flush durable at conversion. `request` is chosen here. `session`: the
+    /// one that stood before the data was taken. Under a later one a change of the map may have come
+    /// between of which conversion, started anew, does not know that it is newer.
     ///
     /// # Errors
     /// What conversion refused, or that it is away: then nothing is known of the data.
-    pub(crate) async fn log(&self, log: LogData) -> Result<(), Failure> {
+    pub(crate) async fn log(&self, session: u64, log: LogData) -> Result<(), Failure> {
         let (reply, answer) = oneshot::channel();
-        self.send(Command::Log(log, reply)).await?;
+        self.send(Command::Log(session, log, reply)).await?;
         answer.await.unwrap_or_else(|_| Err(Failure::conversion_away()))
     }
 

@@ -65,7 +65,7 @@ impl Client {
     }
 
     async fn fsync(&self) {
-        let request = FsyncRequest { volume: "v".into() };
+        let request = FsyncRequest { volume: "v".into(), may_log: false };
         self.stack.client().io().fsync(request).await.unwrap();
     }
 

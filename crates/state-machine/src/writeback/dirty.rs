@@ -586,6 +586,15 @@ impl<D: Clone> DirtyMap<D> {
         self.since.iter().take_while(|(since, _, _)| *since <= lsn).count() as u64
     }
 
+    /// How many block versions with something up to `lsn` are not converted, logged or not. Linear in
+    /// the answer; one that is logged and rewritten since counts twice.
+    pub fn unconverted_blocks_up_to(&self, lsn: Lsn) -> u64 {
+        let old = |set: &BTreeSet<(Lsn, u64, bool)>| {
+            set.iter().take_while(|(since, _, _)| *since <= lsn).count() as u64
+        };
+        old(&self.since) + old(&self.logged)
+    }
+
     /// Versions that wait to be picked (or for the version in flight before them).
     pub fn waiting_blocks(&self) -> u64 {
         self.waiting_blocks

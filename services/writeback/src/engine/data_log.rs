@@ -87,6 +87,8 @@ impl Engine {
     /// write-out, which is not logged.
     pub(super) async fn log_flush(&self, volume: &Arc<Volume>, up_to: Lsn) {
         loop {
+            // Before anything is taken: see [`Session::log`](crate::session::Session::log).
+            let session = self.session.link().number;
             let (pick, mut logging) = match self.next_log(volume, up_to) {
                 Next::Send(pick, logging) => (pick, logging),
                 Next::Wait => {
@@ -100,7 +102,7 @@ impl Engine {
                 Next::Nothing => return,
             };
             reach(Point::WritebackFlushGathered);
-            match self.session.log(message(volume, pick)).await {
+            match self.session.log(session, message(volume, pick)).await {
                 Ok(()) => {
                     reach(Point::WritebackFlushLogged);
                     logging.is_logged = true;

@@ -55,9 +55,28 @@ impl Observer {
     }
 }
 
+/// What an fsync waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Until {
+    /// Converted, or in conversion's data log.
+    Durable,
+    /// Converted: the map shows it.
+    Converted,
+}
+
+impl Until {
+    /// Whether something acknowledged with record `lsn` or before is not so far.
+    fn is_ahead(self, state: &State, lsn: Lsn) -> bool {
+        match self {
+            Self::Durable => state.dirty.pending_up_to(lsn),
+            Self::Converted => state.dirty.oldest_lsn().is_some_and(|oldest| oldest <= lsn),
+        }
+    }
+}
+
 impl Engine {
-    /// Waits until everything acknowledged before is converted. Returns how many versions of
-    /// blocks it waited for. Without an observer the callers of the unary call count as one.
+    /// Waits until everything acknowledged before is durable, or converted. Returns how many versions
+    /// of blocks it waited for. Without an observer the callers of the unary call count as one.
     ///
     /// Cancel-safe: write-out goes on.
     ///
@@ -68,11 +87,12 @@ impl Engine {
         &self,
         volume: &Arc<Volume>,
         observer: Option<&Observer>,
+        until: Until,
         traceparent: &str,
     ) -> Result<u64, Failure> {
         let started = Instant::now();
         let span = crate::TRACER.entry("fsync", traceparent).with("volume", &volume.name);
-        let outcome = self.write_all_out(volume, observer).await;
+        let outcome = self.write_all_out(volume, observer, until).await;
         if let Err(failure) = &outcome {
             span.fail(&failure.detail);
         }
@@ -84,12 +104,13 @@ impl Engine {
         &self,
         volume: &Arc<Volume>,
         observer: Option<&Observer>,
+        until: Until,
     ) -> Result<u64, Failure> {
-        let (lsn, errors, waited_for) = self.want_all_out(volume).await;
+        let (lsn, errors, waited_for) = self.want_all_out(volume, until).await;
         let ended = volume.wait(|state| match &state.gone {
             Some(gone) => Some(Err(gone.clone())),
             None if state.error_count != errors => Some(Ok(())),
-            None if !state.dirty.pending_up_to(lsn) => Some(Ok(())),
+            None if !until.is_ahead(state, lsn) => Some(Ok(())),
             None => None,
         });
         // Write-outs have their own timeout, after which they leave an error here.
@@ -110,7 +131,7 @@ impl Engine {
                     errors.check(told)
                 }
             };
-            (untold, state.dirty.pending_up_to(lsn))
+            (untold, until.is_ahead(&state, lsn))
         };
         match untold {
             Some(failure) => {
@@ -132,15 +153,24 @@ impl Engine {
 
     /// Asks for everything that is dirty now to be made durable: in the data log, if that takes it,
     /// and else on the stores.
-    async fn want_all_out(&self, volume: &Arc<Volume>) -> (Lsn, u64, u64) {
+    async fn want_all_out(&self, volume: &Arc<Volume>, until: Until) -> (Lsn, u64, u64) {
         // What was acknowledged before this has a number up to here.
         let lsn = self.log.last();
         let (pending, errors) = {
-            let state = volume.state();
-            (state.dirty.pending_blocks_up_to(lsn), state.error_count)
+            let mut state = volume.state();
+            let pending = match until {
+                Until::Durable => state.dirty.pending_blocks_up_to(lsn),
+                Until::Converted => state.dirty.unconverted_blocks_up_to(lsn),
+            };
+            if pending > 0 && until == Until::Converted {
+                state.flush_up_to_at_least(lsn);
+            }
+            (pending, state.error_count)
         };
-        if pending > 0 {
-            self.log_flush(volume, lsn).await;
+        match until {
+            _ if pending == 0 => {}
+            Until::Durable => self.log_flush(volume, lsn).await,
+            Until::Converted => volume.changed(),
         }
         (lsn, errors, pending)
     }
@@ -153,7 +183,8 @@ impl Engine {
         let mut volumes = self.table.all();
         volumes.retain(|volume| is_meant(&volume.name));
         let traceparent = Span::current().traceparent();
-        let syncs = volumes.iter().map(|volume| self.fsync(volume, None, &traceparent));
+        let syncs =
+            volumes.iter().map(|volume| self.fsync(volume, None, Until::Converted, &traceparent));
         let mut waited_for = 0;
         for outcome in join_all(syncs).await {
             waited_for += outcome?;

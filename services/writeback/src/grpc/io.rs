@@ -19,7 +19,7 @@ use super::caller::Caller;
 use super::submit::Origin;
 use crate::access::Access;
 use crate::dedupe::Retry;
-use crate::engine::{Engine, Mode, Piece, RangeKind, RangeOp, ReadOp, WriteOp};
+use crate::engine::{Engine, Mode, Piece, RangeKind, RangeOp, ReadOp, Until, WriteOp};
 use crate::failure::Failure;
 
 /// Largest write, bytes: it fits into one io_end with its edges.
@@ -68,6 +68,11 @@ pub(super) fn range_op(
         retry: Retry::from_wire(request.retry.as_ref())?,
         traceparent: or_parent(request.traceparent, parent),
     })
+}
+
+/// What an fsync over the wire waits for.
+pub(super) fn until(may_log: bool) -> Until {
+    if may_log { Until::Durable } else { Until::Converted }
 }
 
 fn or_parent(own: String, parent: &str) -> String {
@@ -162,10 +167,10 @@ impl Io for IoService {
         request: Request<FsyncRequest>,
     ) -> Result<Response<FsyncResponse>, Status> {
         let (caller, parent) = (Caller::of(&request), parent(request.metadata()));
-        let name = request.into_inner().volume;
+        let FsyncRequest { volume: name, may_log } = request.into_inner();
         caller.may(&self.engine.config, &name, Access::ReadOnly)?;
         let volume = self.engine.volume(&name).await?;
-        let waited_for = self.engine.fsync(&volume, None, &parent).await?;
+        let waited_for = self.engine.fsync(&volume, None, until(may_log), &parent).await?;
         Ok(Response::new(FsyncResponse { waited_for }))
     }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 use endio_api::status;
 use endio_api::writeback::io_request::Op;
-use endio_api::writeback::{IoCompletion, IoRequest};
+use endio_api::writeback::{FsyncRequest, IoCompletion, IoRequest};
 use endio_chassis::shutdown::Shutdown;
 use endio_types::{ByteRange, Reason};
 use futures_util::FutureExt as _;
@@ -18,7 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
 use super::caller::Caller;
-use super::io::{READ_PIECE_BYTES, range_op, write_op};
+use super::io::{READ_PIECE_BYTES, range_op, until, write_op};
 use crate::access::Access;
 use crate::engine::{Engine, Observer, Piece, RangeKind, ReadOp};
 use crate::failure::Failure;
@@ -181,10 +181,10 @@ impl Submit {
                     Ok(IoCompletion { bytes, data, ..IoCompletion::default() })
                 });
             }
-            Op::Fsync(_) => {
+            Op::Fsync(FsyncRequest { may_log, .. }) => {
                 let (observer, parent) = (Arc::clone(&self.observer), self.from.parent.clone());
                 self.answer(room, cookie, started, async move {
-                    engine.fsync(&volume, Some(&observer), &parent).await?;
+                    engine.fsync(&volume, Some(&observer), until(may_log), &parent).await?;
                     Ok(IoCompletion::default())
                 });
             }

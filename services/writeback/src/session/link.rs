@@ -279,7 +279,10 @@ impl Standing<'_> {
                 reserve.request = self.number(Owed::Reserve(reply));
                 self.push(Outgoing::Reserve(reserve));
             }
-            Command::Log(mut log, reply) => {
+            Command::Log(session, _, reply) if session != self.number => {
+                drop(reply.send(Err(Failure::conversion_away())));
+            }
+            Command::Log(_, mut log, reply) => {
                 log.request = self.number(Owed::Log(reply));
                 self.push(Outgoing::Log(log));
             }
@@ -412,7 +415,7 @@ fn refuse(command: Command) {
     match command {
         Command::Begin(_, reply) => drop(reply.send(Err(Failure::conversion_away()))),
         Command::Reserve(_, reply) => drop(reply.send(Err(Failure::conversion_away()))),
-        Command::Log(_, reply) => drop(reply.send(Err(Failure::conversion_away()))),
+        Command::Log(_, _, reply) => drop(reply.send(Err(Failure::conversion_away()))),
         Command::Release(..) => {}
     }
 }

@@ -90,11 +90,11 @@ async fn take(stack: &Stack, name: &str) -> (Writeback, Client) {
 async fn a_small_flush_waits_for_no_store_and_is_found_by_the_next_owner() {
     let (mut stack, _writeback, client) = rig().await;
     write(&client, 0, 1, 4).await;
-    client.fsync(NAME).await.unwrap();
+    client.flush(NAME).await.unwrap();
     assert_eq!((logged(&stack).await, volume(&stack).await.mapped_blocks), (4, 0));
     stack.stores[0].device.close();
     write(&client, 2, 2, 1).await;
-    client.fsync(NAME).await.unwrap();
+    client.flush(NAME).await.unwrap();
     // Not flushed: a takeover may lose it.
     write(&client, 3, 3, 1).await;
     stack.conversion.restart().await;
@@ -114,7 +114,7 @@ async fn a_small_flush_waits_for_no_store_and_is_found_by_the_next_owner() {
 async fn what_is_newer_than_the_log_stays_over_a_takeover() {
     let (stack, _writeback, client) = rig().await;
     write(&client, 0, 1, 6).await;
-    client.fsync(NAME).await.unwrap();
+    client.flush(NAME).await.unwrap();
     assert_eq!(logged(&stack).await, 6);
     let data = Bytes::from(vec![2; BLOCK as usize]);
     let (volume, mode) = (NAME.to_owned(), WriteMode::Direct.into());
@@ -130,13 +130,13 @@ async fn what_is_newer_than_the_log_stays_over_a_takeover() {
     client.io().write_zeroes(range(2)).await.unwrap();
     // Data that was logged, and then written out after it was written over.
     write(&client, 7, 3, 1).await;
-    client.fsync(NAME).await.unwrap();
+    client.flush(NAME).await.unwrap();
     write(&client, 7, 4, 1).await;
-    client.fsync(NAME).await.unwrap();
+    client.flush(NAME).await.unwrap();
     let (mut other, client) = take(&stack, "other").await;
     assert_eq!(first_bytes(&client, 8).await, [2, 0, 0, 1, 1, 1, 0, 4]);
     write(&client, 3, 5, 1).await;
-    client.fsync(NAME).await.unwrap();
+    client.flush(NAME).await.unwrap();
     let resize = ResizeRequest { name: NAME.into(), size_bytes: 5 * BLOCK, volume: 0 };
     client.volumes().resize(resize.clone()).await.unwrap();
     client.volumes().resize(ResizeRequest { size_bytes: SIZE, ..resize }).await.unwrap();
@@ -161,7 +161,7 @@ async fn a_full_log_makes_flushes_wait_and_fails_none() {
         let (block, fill) = (round * 7 % 60, u8::try_from(round).unwrap());
         write(&client, block, fill, 1 + round % 5).await;
         expected[block as usize..(block + 1 + round % 5) as usize].fill(fill);
-        client.fsync(NAME).await.unwrap();
+        client.flush(NAME).await.unwrap();
         assert!(logged(&stack).await <= 8);
     }
     let (mut other, client) = take(&stack, "other").await;
@@ -175,13 +175,13 @@ async fn a_full_log_makes_flushes_wait_and_fails_none() {
 async fn what_the_log_does_not_take_is_written_out() {
     let (stack, _writeback, client) = rig().await;
     write(&client, 0, 1, 65).await;
-    client.fsync(NAME).await.unwrap();
+    client.flush(NAME).await.unwrap();
     assert_eq!((logged(&stack).await, volume(&stack).await.mapped_blocks), (0, 65));
     let mut off = lazy(&stack, "off", 0).await;
     let client = off.client();
     client.volumes().open(OpenRequest { name: NAME.into(), force: true }).await.unwrap();
     write(&client, 70, 2, 1).await;
-    client.fsync(NAME).await.unwrap();
+    client.flush(NAME).await.unwrap();
     assert_eq!((logged(&stack).await, volume(&stack).await.mapped_blocks), (0, 66));
     off.stop().await;
 }
@@ -199,7 +199,7 @@ async fn volumes_written_in_place_have_no_log() {
     };
     client.create_as(create).await.unwrap();
     write(&client, 0, 1, 1).await;
-    client.fsync(NAME).await.unwrap();
+    client.flush(NAME).await.unwrap();
     assert_eq!((logged(&stack).await, volume(&stack).await.mapped_blocks), (0, 1));
 }
 
@@ -208,7 +208,7 @@ async fn volumes_written_in_place_have_no_log() {
 async fn the_log_goes_with_its_volume_and_knows_how_far_it_grew() {
     let (stack, _writeback, client) = rig().await;
     write(&client, 0, 1, 4).await;
-    client.fsync(NAME).await.unwrap();
+    client.flush(NAME).await.unwrap();
     client.volumes().delete(DeleteRequest { name: NAME.into(), volume: 0 }).await.unwrap();
     let create = endio_api::conversion::CreateVolumeRequest {
         name: NAME.into(),
@@ -221,7 +221,7 @@ async fn the_log_goes_with_its_volume_and_knows_how_far_it_grew() {
     let (volume, mode) = (NAME.to_owned(), WriteMode::Buffered.into());
     let request = WriteRequest { volume, data, mode, ..Default::default() };
     client.io().write(request).await.unwrap();
-    client.fsync(NAME).await.unwrap();
+    client.flush(NAME).await.unwrap();
     assert_eq!(logged(&stack).await, 2);
     let (mut other, client) = take(&stack, "other").await;
     let read = client.read(NAME, 0, 5_000).await.unwrap();

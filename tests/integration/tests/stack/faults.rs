@@ -348,7 +348,7 @@ async fn an_error_is_told_and_does_not_stick() {
     let fsync = |client: &Client| {
         let mut io = client.io();
         let volume = "vol1".to_owned();
-        async move { io.fsync(endio_api::writeback::FsyncRequest { volume }).await }
+        async move { io.fsync(endio_api::writeback::FsyncRequest { volume, may_log: false }).await }
     };
     let refused: Refused = fsync(&impatient).await.unwrap_err().into();
     assert_ne!(refused.reason, Reason::Malformed, "{refused}");
