@@ -140,12 +140,16 @@ impl Engine {
     ) {
         let mut state = volume.state();
         let mut blocks = 0;
+        let mut outdated = Vec::new();
         for write in data {
             for range in &write.live {
-                for part in newer_parts(write, *range, &mut logged) {
+                for part in newer_parts(write, *range, &mut logged, &mut outdated) {
                     blocks += insert(&mut state, write, part);
                 }
             }
+        }
+        for lblk in outdated {
+            state.dirty.log_may_have(Lblk(lblk));
         }
         let lsn = self.log.last();
         for (lblk, LoggedBlock { end_bytes, data, .. }) in logged {
@@ -171,18 +175,19 @@ impl Engine {
     }
 }
 
-/// The parts of a range of a replayed write that are newer than what the data log has; forgets what
-/// that has of them. A power loss may have taken the end of the cache log, and what the data log has is
+/// The parts of a range of a replayed write that are newer than what the data log has; moves what
+/// that has of them to `outdated`. A power loss may have taken the end of the cache log, and what the data log has is
 /// newer then. Every open has its generation, and within one the records' numbers grow.
 fn newer_parts(
     write: &ReplayedWrite,
     range: LblkRange,
     logged: &mut BTreeMap<u64, LoggedBlock>,
+    outdated: &mut Vec<u64>,
 ) -> Vec<LblkRange> {
     let ours = (write.write.generation.0, write.lsn.0);
     let is_older = |_: &u64, block: &mut LoggedBlock| (block.generation, block.stamp) <= ours;
     let lblks = range.start.0..range.end();
-    logged.extract_if(lblks, is_older).for_each(drop);
+    outdated.extend(logged.extract_if(lblks, is_older).map(|(lblk, _)| lblk));
     let mut parts = Vec::new();
     let mut at = range.start.0;
     for (newer, _) in logged.range(range.start.0..range.end()) {
@@ -222,4 +227,65 @@ fn passes(failure: &Failure) -> bool {
             | Reason::TimedOut
             | Reason::MetadataFull
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use endio_state_machine::writeback::Lsn;
+    use endio_store::cache_log::WriteRecord;
+    use endio_types::{Generation, VolumeId};
+
+    use super::*;
+
+    fn write(generation: u64, lsn: u64, blocks: LblkRange) -> ReplayedWrite {
+        let write = WriteRecord {
+            volume: VolumeId(1),
+            generation: Generation(generation),
+            blocks,
+            end_bytes: blocks.end() * BLOCK_BYTES,
+            request: None,
+            result: 0,
+        };
+        let payload = Bytes::from(vec![0; blocks.len as usize * BLOCK_SIZE]);
+        ReplayedWrite { lsn: Lsn(lsn), write, live: vec![blocks], payload }
+    }
+
+    fn logged(entries: &[(u64, u64, u64)]) -> BTreeMap<u64, LoggedBlock> {
+        let block = |(lblk, generation, stamp): &(u64, u64, u64)| {
+            let (generation, stamp) = (*generation, *stamp);
+            (*lblk, LoggedBlock { lblk: *lblk, generation, stamp, ..LoggedBlock::default() })
+        };
+        entries.iter().map(block).collect()
+    }
+
+    /// The parts taken from the cache log, what the data log keeps, and what of it is outdated.
+    fn merged(
+        write: &ReplayedWrite,
+        mut logged: BTreeMap<u64, LoggedBlock>,
+    ) -> (Vec<LblkRange>, Vec<u64>, Vec<u64>) {
+        let mut outdated = Vec::new();
+        let parts = newer_parts(write, write.write.blocks, &mut logged, &mut outdated);
+        (parts, logged.into_keys().collect(), outdated)
+    }
+
+    /// Under generation 4, record 10 of blocks 0 to 7 is the last that the disk has. Block 2 was
+    /// flushed in a newer version, block 3 in this one, block 4 in an older one; block 9 is not in it.
+    #[test]
+    fn after_a_power_loss_the_data_log_fills_what_the_cache_log_lost() {
+        let write = write(4, 10, LblkRange::new(0, 8));
+        let log = logged(&[(2, 4, 11), (3, 4, 10), (4, 4, 9), (9, 4, 1)]);
+        let (parts, kept, outdated) = merged(&write, log);
+        assert_eq!(parts, [LblkRange::new(0, 2), LblkRange::new(3, 5)]);
+        assert_eq!((kept, outdated), (vec![2, 9], vec![3, 4]));
+    }
+
+    /// Numbers of records may begin anew behind a power loss: the generation comes first.
+    #[test]
+    fn what_was_written_under_a_newer_generation_is_newer() {
+        let (parts, kept, _) = merged(&write(5, 3, LblkRange::new(1, 1)), logged(&[(1, 4, 99)]));
+        assert_eq!((parts, kept), (vec![LblkRange::new(1, 1)], Vec::new()));
+        let (parts, kept, _) = merged(&write(4, 99, LblkRange::new(1, 1)), logged(&[(1, 5, 3)]));
+        assert_eq!((parts, kept), (Vec::new(), vec![1]));
+    }
 }

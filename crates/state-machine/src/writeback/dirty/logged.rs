@@ -208,6 +208,13 @@ impl<D: Clone> DirtyMap<D> {
         true
     }
 
+    /// The log may have an older version of a block that is dirty: see [`super::Waiting::is_logged`].
+    pub fn log_may_have(&mut self, lblk: Lblk) {
+        if let Some(version) = self.blocks.get_mut(&lblk.0).and_then(|b| b.waiting.as_mut()) {
+            version.log.was_sent = true;
+        }
+    }
+
     /// The log has messages up to this number: the next ones are newer.
     pub fn log_numbers_from(&mut self, last: u64) {
         self.log_number = self.log_number.max(last);
