@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use endio_api::conversion::LoggedBlock;
 use endio_failpoints::{Bug, Point, is_planted, reach};
-use endio_state_machine::writeback::dirty::LogBlock;
+use endio_state_machine::writeback::dirty::{CleanRun, LogBlock};
 use endio_store::cache_log::{OpenVolume, Replay, ReplayedWrite};
 use endio_types::{BLOCK_BYTES, BLOCK_SIZE, Lblk, LblkRange, Reason};
 use tokio::time::{Duration, Instant};
@@ -78,7 +78,7 @@ impl Engine {
             Ok(opened) if opened.volume.id == id => {
                 let logged = self.read_log(&opened).await?;
                 let volume = Arc::new(Volume::new(opened, self.volume_limits()));
-                self.put_back(&volume, &data, logged);
+                self.put_back(&volume, &data, logged)?;
                 reach(Point::WritebackReplayed);
                 if may_have_lost && !is_planted(Bug::LossUntold) {
                     let detail = "acknowledged writes may be missing since a power loss";
@@ -132,21 +132,33 @@ impl Engine {
 
     /// Makes dirty what the cache log and conversion's data log hold of a volume: of each block the
     /// newer version.
+    ///
+    /// # Errors
+    /// The cache log takes nothing.
     pub(super) fn put_back(
         &self,
         volume: &Volume,
         data: &[ReplayedWrite],
         mut logged: BTreeMap<u64, LoggedBlock>,
-    ) {
+    ) -> Result<(), Failure> {
         let mut state = volume.state();
         let mut blocks = 0;
-        let mut outdated = Vec::new();
+        let (mut outdated, mut superseded) = (Vec::new(), Vec::new());
         for write in data {
             for range in &write.live {
                 for part in newer_parts(write, *range, &mut logged, &mut outdated) {
                     blocks += insert(&mut state, write, part);
                 }
+                let up_to = write.lsn;
+                let older = logged.range(range.start.0..range.end());
+                let older = older.map(|(lblk, _)| LblkRange::new(*lblk, 1));
+                superseded.extend(older.map(|range| CleanRun { range, up_to }));
             }
+        }
+        if !superseded.is_empty() {
+            // Once the newer version is converted, neither log has it, and the older one must not come
+            // back. Durable before the volume serves anything: see `adopt`.
+            self.log.append_clean(volume.id, &superseded)?;
         }
         for lblk in outdated {
             state.dirty.log_may_have(Lblk(lblk));
@@ -159,7 +171,7 @@ impl Engine {
             blocks += u64::from(state.dirty.insert_logged(block));
         }
         if blocks == 0 {
-            return;
+            return Ok(());
         }
         // Newer writes may have cut a write into pieces; it is still one write.
         for write in data {
@@ -172,6 +184,7 @@ impl Engine {
         self.dirtied(volume.id, blocks);
         let bytes = blocks * BLOCK_BYTES;
         tracing::info!(volume = %volume.name, bytes, "replayed from the logs");
+        Ok(())
     }
 }
 

@@ -125,7 +125,7 @@ impl Engine {
         if self.log.holds(volume.id, LblkRange::new(0, u64::MAX)) {
             self.log.append_closed(volume.id)?;
         }
-        self.put_back(&volume, &[], logged);
+        self.put_back(&volume, &[], logged)?;
         self.adopt(Arc::clone(&volume)).await?;
         Ok(volume)
     }
