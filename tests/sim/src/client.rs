@@ -562,6 +562,15 @@ impl Clients {
         true
     }
 
+    fn patience_of_a_flush(&self) -> u64 {
+        let exec = self.exec();
+        let hasty = self.world.plan.hasty_flushes;
+        match hasty > 0 && !self.world.is_healed.get() && exec.chance(hasty) {
+            true => exec.now() + exec.below(20 * MS),
+            false => u64::MAX,
+        }
+    }
+
     async fn fsync(
         &self,
         slot: &Rc<Slot>,
@@ -586,12 +595,15 @@ impl Clients {
         }
         let mut cursor = observer.as_ref().map(|o| o.cursor).unwrap_or_default();
         let (inner, open) = (wb.clone(), Rc::clone(volume));
+        let patience = self.patience_of_a_flush();
+        let exec = self.exec().clone();
         let work = async move {
-            let outcome = inner.fsync(&open, &mut cursor).await;
+            // Whoever goes away drops the flush where it is.
+            let outcome = exec.until(patience, inner.fsync(&open, &mut cursor)).await?;
             let set = open.state.borrow().errors_set;
-            (outcome, cursor, set)
+            Some((outcome, cursor, set))
         };
-        let Some((outcome, cursor, set)) = self.inside(wb, work).await else { return false };
+        let Some(Some((outcome, cursor, set))) = self.inside(wb, work).await else { return false };
         let Some(observer) = observer else { return false };
         let was_told = observer.cursor != cursor;
         let has_news = set > observer.seen;

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use endio_state_machine::machine::{
-    Attempt, BeginIo, Call, Completion, Deletions, FromWriteback, GrantedSegment, MapView,
+    Attempt, BeginIo, Call, Completion, Deletions, FromWriteback, GrantedSegment, LogData, MapView,
     ReplyBody, ToWriteback,
 };
 use endio_state_machine::token::Token;
@@ -159,6 +159,7 @@ impl Wb {
                 match owed {
                     Some(Owed::Begin(reply)) => reply.send(Err(failure)),
                     Some(Owed::Reserve(reply)) => reply.send(Err(failure)),
+                    Some(Owed::Log(reply)) => reply.send(Err(failure)),
                     Some(Owed::Reset(volume)) => self.space_reset(volume, Some(failure)),
                     None => {}
                 }
@@ -186,6 +187,12 @@ impl Wb {
                     Some(Owed::Reserve(reply)) => reply.send(Ok(blocks)),
                     Some(Owed::Reset(volume)) => self.space_reset(volume, None),
                     _ => {}
+                }
+            }
+            ToWriteback::Logged { request } => {
+                let owed = engine.owed.borrow_mut().remove(&request);
+                if let Some(Owed::Log(reply)) = owed {
+                    reply.send(Ok(()));
                 }
             }
             ToWriteback::SessionRefused(_) => return None,
@@ -256,6 +263,17 @@ impl Wb {
             add_blocks,
             drop_blocks,
         });
+        told.await.unwrap_or_else(|| Err(Failure::away()))
+    }
+
+    /// Makes the data of a small flush durable at conversion. After an error nothing is known of it.
+    pub(super) async fn log(&self, mut log: LogData) -> Outcome<()> {
+        if !self.engine.link_up.get() {
+            return Err(Failure::away());
+        }
+        let (tell, told) = answer();
+        log.request = self.number(Owed::Log(tell));
+        self.push(FromWriteback::Log(log));
         told.await.unwrap_or_else(|| Err(Failure::away()))
     }
 
@@ -372,7 +390,7 @@ impl Wb {
         None
     }
 
-    async fn call_until<T, G>(
+    pub(super) async fn call_until<T, G>(
         &self,
         next: impl Fn() -> (Message, G),
         deadline: u64,
@@ -469,7 +487,11 @@ struct Trying {
 
 impl Trying {
     fn begin(volume: &Rc<Volume>) -> Self {
-        let attempt = volume.state.borrow_mut().attempts.begin();
+        let attempt = {
+            let mut state = volume.state.borrow_mut();
+            let logged = state.dirty.log_number();
+            state.attempts.begin(logged)
+        };
         Self { volume: Rc::clone(volume), attempt }
     }
 }
