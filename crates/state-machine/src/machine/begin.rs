@@ -86,6 +86,10 @@ impl<T: ChunkTable> Machine<T> {
             Ok(plan) => plan,
             Err(refusal) => return Ok(Err(refusal)),
         };
+        // What was to be logged before its blocks were picked and comes only now may be older than what
+        // they hold after the conversion, and nothing would end it.
+        let rt = self.volumes.entry(volume.id).or_default();
+        rt.log_over = rt.log_over.max(begin.logged_up_to);
         let request = begin.request;
         let io_end = self.enter(session, name, begin, &volume, &plan);
         let message = self.begun_message(request, &io_end);

@@ -98,7 +98,8 @@ pub(super) struct VolumeRt {
     /// epoch, as is every connection on which one could arrive.
     pub(super) attempts_over: u64,
     /// What comes for the data log under this generation up to this number is older than a change
-    /// of the map, and refused. Forgotten with the epoch, as is the stream on which it comes.
+    /// of the map or an io_end, and refused. Forgotten with the epoch, as is the stream on which it
+    /// comes.
     pub(super) log_over: u64,
 }
 

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, missing_docs, unreachable_pub)]
 
 mod conversion;
+mod data_log;
 mod errors;
 mod gather;
 mod holders;
