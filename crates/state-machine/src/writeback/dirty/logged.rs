@@ -26,6 +26,8 @@ pub(super) struct State {
     logged: Option<Lsn>,
     /// On its way into the log.
     asked: Option<Asked>,
+    /// It was on its way and nothing is known of it: the log may have it.
+    is_doubtful: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -38,7 +40,7 @@ struct Asked {
 impl State {
     /// Nothing is logged.
     pub(super) fn new(lsn: Lsn) -> Self {
-        Self { unlogged: Some(lsn), logged: None, asked: None }
+        Self { unlogged: Some(lsn), logged: None, asked: None, is_doubtful: false }
     }
 
     /// The version has newer data. Returns whether the log had all of it until now.
@@ -55,10 +57,12 @@ impl State {
     pub(super) fn stands_for(&mut self, older: &Self) {
         self.unlogged = self.unlogged.into_iter().chain(older.unlogged).min();
         self.logged = self.logged.into_iter().chain(older.logged).min();
+        self.is_doubtful |= older.is_doubtful || older.asked.is_some();
     }
 
+    /// Whether the log has something of it, or may have.
     pub(super) fn is_logged(&self) -> bool {
-        self.logged.is_some()
+        self.logged.is_some() || self.asked.is_some() || self.is_doubtful
     }
 
     /// Something in it is neither in the log nor on its way there.
@@ -127,6 +131,8 @@ impl<D: Clone> DirtyMap<D> {
         for lblk in &wanted {
             let version = self.blocks.get_mut(lblk).and_then(|block| block.waiting.as_mut());
             let Some(version) = version else { continue };
+            // Nobody heeds the answer to one before.
+            version.log.is_doubtful |= version.log.asked.is_some();
             version.log.asked = Some(Asked { number, newer: None });
             let (end_bytes, lsn, data) = (version.end_bytes, version.lsn, version.data.clone());
             blocks.push(LogBlock { lblk: Lblk(*lblk), end_bytes, lsn, data });
@@ -164,6 +170,7 @@ impl<D: Clone> DirtyMap<D> {
         let Some(version) = version else { return };
         let Some(asked) = version.log.asked.take_if(|asked| asked.number == number) else { return };
         if !is_logged {
+            version.log.is_doubtful = true;
             return;
         }
         let unlogged = std::mem::replace(&mut version.log.unlogged, asked.newer);
@@ -187,7 +194,7 @@ impl<D: Clone> DirtyMap<D> {
         }
         self.insert_block(lblk, lsn, end_bytes, data);
         if let Some(version) = self.blocks.get_mut(&lblk).and_then(|block| block.waiting.as_mut()) {
-            version.log = State { unlogged: None, logged: Some(lsn), asked: None };
+            version.log = State { unlogged: None, logged: Some(lsn), ..State::new(lsn) };
             self.since.remove(&(lsn, lblk, false));
             self.logged.insert((lsn, lblk, false));
         }

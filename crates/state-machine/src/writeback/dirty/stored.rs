@@ -23,7 +23,7 @@ pub struct Waiting<D> {
     pub end_bytes: u64,
     /// Its data.
     pub data: D,
-    /// The data log has it, or had it, in this or an older version: what the log still has is put
+    /// The data log has it, or had it, or may have it, in this or an older version: what the log still has is put
     /// back by whoever opens the volume next, so the block must not be taken as clean before.
     pub is_logged: bool,
 }
