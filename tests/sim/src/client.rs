@@ -324,10 +324,15 @@ impl Clients {
             let known = &mut *slot.known.borrow_mut();
             known.changes += 1;
             let invoked = known.oracle.now();
-            let sequence = known.oracle.begin_write(first, cells);
-            let data: Vec<u64> =
-                (first..first + cells).map(|at| cell(known.tag, at, sequence)).collect();
-            (sequence, invoked, data)
+            let zeroes = self.world.plan.zero_writes;
+            if zeroes > 0 && self.exec().chance(zeroes) {
+                let sequence = known.oracle.invoke_zeroes(first, cells);
+                (sequence, invoked, vec![0; cells as usize])
+            } else {
+                let sequence = known.oracle.begin_write(first, cells);
+                let number = |at| cell(known.tag, at, sequence);
+                (sequence, invoked, (first..first + cells).map(number).collect())
+            }
         };
         let details = [first, cells, sequence, direct.into()];
         self.exec().note("write", slot.owner.get(), &details);

@@ -193,6 +193,8 @@ pub struct Plan {
     pub log_dawdles: u64,
     /// Callers of a flush that go away soon, in thousandths.
     pub hasty_flushes: u64,
+    /// Writes that write zeroes, in thousandths: what they write may be there already.
+    pub zero_writes: u64,
 }
 
 impl Plan {
@@ -279,6 +281,7 @@ impl Plan {
         let log_read_blocks = rare.between(1, 16) as usize;
         let log_dawdles = if rare.chance(20) { rare.between(50, 500) } else { 0 };
         let hasty_flushes = if rare.chance(30) { rare.between(50, 500) } else { 0 };
+        let zero_writes = if rare.chance(30) { rare.between(50, 500) } else { 0 };
         let is_flushing = flush_log_blocks > 0 && rare.chance(50);
         let mix = if is_flushing { Mix { fsync: mix.fsync + 4, ..mix } } else { mix };
         let soft = rng.between(2, 40);
@@ -380,6 +383,7 @@ impl Plan {
             log_read_blocks,
             log_dawdles,
             hasty_flushes,
+            zero_writes,
         };
         if is_hasty {
             plan.io_timeout_ms = hasty_io_ms;

@@ -67,6 +67,8 @@ pub enum Planted {
     LogNumbersAnew,
     /// A flush that is dropped or refused leaves its blocks to whoever writes them out.
     LogGuardOff,
+    /// What was picked for the data log under one session is sent under the next one.
+    LogOfOlderSession,
     /// What the stores hold is clean, whatever the data log has of it.
     StoredThoughLogged,
 }
@@ -94,6 +96,7 @@ impl Planted {
         Self::LoggedUpToLate,
         Self::LogNumbersAnew,
         Self::LogGuardOff,
+        Self::LogOfOlderSession,
         Self::StoredThoughLogged,
     ];
 }

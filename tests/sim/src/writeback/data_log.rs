@@ -49,6 +49,7 @@ impl Wb {
     /// much, or refused there, is written out.
     pub(super) async fn log_flush(&self, volume: &Rc<Volume>, up_to: Lsn) {
         let plan = &self.world.plan;
+        let session = self.engine.link_number.get();
         let (pick, is_much) = {
             let mut state = volume.state.borrow_mut();
             let room = volume.log_blocks_max.saturating_sub(state.dirty.logged_blocks());
@@ -75,7 +76,7 @@ impl Wb {
         if plan.log_dawdles > 0 && self.exec().chance(plan.log_dawdles) {
             self.exec().sleep(self.exec().below(100 * MS)).await;
         }
-        let outcome = self.log(message).await;
+        let outcome = self.log(session, message).await;
         let failed = outcome.err().map_or(0, |failure| failure.reason as u64 + 1);
         self.exec().note("logged", self.node(), &[logging.volume.id.0, number, failed]);
         logging.is_logged = outcome.is_ok();

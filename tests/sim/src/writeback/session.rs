@@ -15,6 +15,7 @@ use endio_types::{Generation, LblkRange, Reason, SegmentIndex, VolumeId};
 use super::{ALONE, Failure, Outcome, Owed, Volume, Wb};
 use crate::exec::{Awaited, Either, MS, WORLD, answer, either};
 use crate::net::{Kind, Message, Sent};
+use crate::world::Planted;
 
 /// An io_end that has begun.
 pub struct Granted {
@@ -266,9 +267,13 @@ impl Wb {
         told.await.unwrap_or_else(|| Err(Failure::away()))
     }
 
-    /// Makes the data of a small flush durable at conversion. After an error nothing is known of it.
-    pub(super) async fn log(&self, mut log: LogData) -> Outcome<()> {
-        if !self.engine.link_up.get() {
+    /// Makes the data of a small flush durable at conversion, under the session in which it was
+    /// picked only: after a restart conversion does not know what is older than a change of the map.
+    /// After an error nothing is known of it.
+    pub(super) async fn log(&self, session: u64, mut log: LogData) -> Outcome<()> {
+        let is_same = session == self.engine.link_number.get();
+        let may_be_late = self.world.planted(Planted::LogOfOlderSession);
+        if !self.engine.link_up.get() || !(is_same || may_be_late) {
             return Err(Failure::away());
         }
         let (tell, told) = answer();
