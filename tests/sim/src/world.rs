@@ -61,6 +61,8 @@ pub enum Planted {
     LogWinsAlways,
     /// A replay takes what the cache log has although the data log has newer data.
     LogLosesAlways,
+    /// What the cache log has of a block stays there although the data log has newer data.
+    OlderKept,
     /// What the data log may forget is said when the io_end begins, and not when its blocks are picked.
     LoggedUpToLate,
     /// What comes for the data log of an opened volume is numbered from one.
@@ -93,6 +95,7 @@ impl Planted {
         Self::LogUnread,
         Self::LogWinsAlways,
         Self::LogLosesAlways,
+        Self::OlderKept,
         Self::LoggedUpToLate,
         Self::LogNumbersAnew,
         Self::LogGuardOff,

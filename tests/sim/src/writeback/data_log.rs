@@ -8,7 +8,7 @@ use bytes::Bytes;
 use endio_state_machine::data_log::{LogEntry, Logged};
 use endio_state_machine::machine::{LogData, VolumeInfo};
 use endio_state_machine::writeback::Lsn;
-use endio_state_machine::writeback::dirty::{LogBlock, LogPick};
+use endio_state_machine::writeback::dirty::{CleanRun, LogBlock, LogPick};
 use endio_store::cache_log::ReplayedWrite;
 use endio_types::{BLOCK_BYTES, BLOCK_SIZE, Generation, Lblk, LblkRange, VolumeId};
 
@@ -123,9 +123,10 @@ impl Wb {
     pub(super) fn put_back(&self, volume: &Volume, data: &[ReplayedWrite], mut logged: InLog) {
         let mut state = volume.state.borrow_mut();
         let mut blocks = 0;
+        let mut older = Vec::new();
         for write in data {
             for range in &write.live {
-                for part in self.newer_parts(write, *range, &mut logged) {
+                for part in self.newer_parts(write, *range, &mut logged, &mut older) {
                     let Some(bytes) = write.data(part) else { continue };
                     let end_bytes = write.write.end_bytes;
                     state.view.wrote_up_to(end_bytes.min(part.end() * BLOCK_BYTES));
@@ -133,6 +134,14 @@ impl Wb {
                     blocks += state.dirty.insert(part, write.lsn, end_bytes, cached).unwrap_or(0);
                 }
             }
+        }
+        // A write-out of what the data log has waits until the cache log holds nothing older of it: the
+        // next replay would take that for newer than the map.
+        if !older.is_empty()
+            && !self.world.planted(Planted::OlderKept)
+            && let Err(error) = self.engine.log.append_clean(volume.id, &older)
+        {
+            self.log_failed(&error);
         }
         let lsn = self.engine.log.last_lsn();
         for (lblk, Logged { end_bytes, data, .. }) in logged {
@@ -156,12 +165,13 @@ impl Wb {
     }
 
     /// The parts of a range of a replayed write that are newer than what the data log has; forgets
-    /// what that has of them.
+    /// what that has of them. Adds the others to what is older.
     fn newer_parts(
         &self,
         write: &ReplayedWrite,
         range: LblkRange,
         logged: &mut InLog,
+        older: &mut Vec<CleanRun>,
     ) -> Vec<LblkRange> {
         let ours = (write.write.generation, write.lsn.0);
         let is_older = |_: &u64, block: &mut Logged| match () {
@@ -175,6 +185,7 @@ impl Wb {
         for (newer, _) in logged.range(range.start.0..range.end()) {
             parts.push(LblkRange::new(at, newer - at));
             at = newer + 1;
+            older.push(CleanRun { range: LblkRange::new(*newer, 1), up_to: write.lsn });
         }
         parts.push(LblkRange::new(at, range.end() - at));
         parts.retain(|part| part.len > 0);
