@@ -324,10 +324,15 @@ impl Clients {
             let known = &mut *slot.known.borrow_mut();
             known.changes += 1;
             let invoked = known.oracle.now();
-            let sequence = known.oracle.begin_write(first, cells);
-            let data: Vec<u64> =
-                (first..first + cells).map(|at| cell(known.tag, at, sequence)).collect();
-            (sequence, invoked, data)
+            let zeroes = self.world.plan.zero_writes;
+            if zeroes > 0 && self.exec().chance(zeroes) {
+                let sequence = known.oracle.invoke_zeroes(first, cells);
+                (sequence, invoked, vec![0; cells as usize])
+            } else {
+                let sequence = known.oracle.begin_write(first, cells);
+                let number = |at| cell(known.tag, at, sequence);
+                (sequence, invoked, (first..first + cells).map(number).collect())
+            }
         };
         let details = [first, cells, sequence, direct.into()];
         self.exec().note("write", slot.owner.get(), &details);
@@ -562,6 +567,15 @@ impl Clients {
         true
     }
 
+    fn patience_of_a_flush(&self) -> u64 {
+        let exec = self.exec();
+        let hasty = self.world.plan.hasty_flushes;
+        match hasty > 0 && !self.world.is_healed.get() && exec.chance(hasty) {
+            true => exec.now() + exec.below(20 * MS),
+            false => u64::MAX,
+        }
+    }
+
     async fn fsync(
         &self,
         slot: &Rc<Slot>,
@@ -586,12 +600,15 @@ impl Clients {
         }
         let mut cursor = observer.as_ref().map(|o| o.cursor).unwrap_or_default();
         let (inner, open) = (wb.clone(), Rc::clone(volume));
+        let patience = self.patience_of_a_flush();
+        let exec = self.exec().clone();
         let work = async move {
-            let outcome = inner.fsync(&open, &mut cursor).await;
+            // Whoever goes away drops the flush where it is.
+            let outcome = exec.until(patience, inner.fsync(&open, &mut cursor)).await?;
             let set = open.state.borrow().errors_set;
-            (outcome, cursor, set)
+            Some((outcome, cursor, set))
         };
-        let Some((outcome, cursor, set)) = self.inside(wb, work).await else { return false };
+        let Some(Some((outcome, cursor, set))) = self.inside(wb, work).await else { return false };
         let Some(observer) = observer else { return false };
         let was_told = observer.cursor != cursor;
         let has_news = set > observer.seen;

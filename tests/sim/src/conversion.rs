@@ -17,6 +17,7 @@ use endio_state_machine::record::{Record, Seq, Snapshot};
 use endio_state_machine::token::TokenKey;
 use endio_types::{ClusterEpoch, LblkRange};
 
+use crate::block::from_bytes;
 use crate::exec::{MS, Node, Signal};
 use crate::mirror::Mirror;
 use crate::net::{End, Kind, Message, Sent};
@@ -188,6 +189,7 @@ fn recover(world: &World) -> Result<Process, String> {
             machine.apply(*seq, record).map_err(|error| error.to_string())?;
         }
     }
+    mirror.logs().compare(&machine.snapshot().logs)?;
     *world.settled.borrow_mut() = mirror.clone();
     *world.mirror.borrow_mut() = mirror;
     let mut key = [0; 32];
@@ -374,6 +376,7 @@ fn turn(world: &World) -> Result<(), String> {
         if let Some(finding) = report.findings.first() {
             return Err(format!("space_adds_up: {finding}"));
         }
+        world.mirror.borrow().logs().compare(&process.machine.snapshot().logs)?;
     }
     Ok(())
 }
@@ -432,6 +435,11 @@ impl Process {
                 }
                 Ok(())
             }
+            Event::Ask(Message::ReadLog(volume, generation, from), end) => {
+                let most = world.plan.log_read_blocks;
+                end.send(Message::InLog(self.machine.logged(volume, generation, from, most)));
+                Ok(())
+            }
             Event::Ask(Message::Owner(name), end) => {
                 let volume = self.machine.volume(&name);
                 let owner = volume.map(|volume| (volume.id, volume.owner, volume.generation));
@@ -458,7 +466,7 @@ impl Process {
             let mut disk = conversion.disk.borrow_mut();
             for (seq, record) in self.out.records.drain(..) {
                 world.exec.note("record", conversion.node, &[seq, kind_of(&record)]);
-                world.exec.tell(conversion.node, || format!("record {seq} {record:?}"));
+                world.exec.tell(conversion.node, || format!("record {seq} {}", words(&record)));
                 world.before_record(&record)?;
                 world.mirror.borrow_mut().apply(seq, &record)?;
                 disk.journal.push((seq, record));
@@ -560,6 +568,22 @@ fn kind_of(record: &Record) -> u64 {
         Record::Zero { .. } => 13,
         Record::Restored { .. } => 14,
         Record::StoreNamed { .. } => 15,
+        Record::Log { .. } => 16,
+        Record::ConvertLogged { .. } => 17,
+        Record::ForgetLogged { .. } => 18,
+    }
+}
+
+/// Without the bytes of blocks.
+fn words(record: &Record) -> String {
+    match record {
+        Record::Log { volume, generation, number, entries, data } => {
+            let blocks = from_bytes(data);
+            let blocks = entries.iter().zip(&blocks).map(|(e, b)| (e.lblk.0, e.stamp, b));
+            let blocks: Vec<_> = blocks.collect();
+            format!("Log {number} of {volume} under {generation}: {blocks:x?}")
+        }
+        record => format!("{record:?}"),
     }
 }
 

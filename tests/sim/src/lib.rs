@@ -11,6 +11,7 @@ pub mod client;
 pub mod conversion;
 pub mod device;
 pub mod exec;
+pub mod logs;
 pub mod mirror;
 pub mod net;
 pub mod plan;
@@ -159,6 +160,7 @@ fn is_quiet(world: &World) -> Result<(), String> {
             return Err(format!("space_adds_up: {store:?}"));
         }
     }
+    world.mirror.borrow().logs().compare(&machine.snapshot().logs)?;
     for volume in machine.volumes() {
         let extents = machine.extents(&volume.name, conversion::WHOLE);
         let extents = extents.map_err(|error| error.to_string())?.unwrap_or_default();
@@ -169,5 +171,6 @@ fn is_quiet(world: &World) -> Result<(), String> {
             engine.is_quiet()?;
         }
     }
-    Ok(())
+    // Nothing is dirty any more.
+    world.mirror.borrow().logs().is_empty()
 }

@@ -8,6 +8,8 @@ use endio_state_machine::extent_map::MapExtent;
 use endio_state_machine::record::{Record, Run};
 use endio_types::{IoEndId, LblkRange, StoreId, VolumeId};
 
+use crate::logs::Logs;
+
 /// A physical block.
 pub type Home = (StoreId, u64);
 
@@ -17,6 +19,8 @@ struct Mapped {
     written: bool,
     /// Which conversion put it there; 0: none did.
     by: u64,
+    /// Its checksum, if it has one.
+    sum: Option<u32>,
 }
 
 /// All volumes' maps.
@@ -26,6 +30,7 @@ pub struct Mirror {
     homes: BTreeMap<Home, (VolumeId, u64)>,
     in_place: BTreeSet<VolumeId>,
     converted: BTreeSet<IoEndId>,
+    logs: Logs,
 }
 
 impl Mirror {
@@ -38,7 +43,7 @@ impl Mirror {
             Record::CreateVolume(volume) if volume.in_place => {
                 self.in_place.insert(volume.id);
             }
-            Record::Convert(items) => {
+            Record::Convert(items) | Record::ConvertLogged { volumes: items, .. } => {
                 for item in items {
                     for io_end in &item.io_ends {
                         if !self.converted.insert(*io_end) {
@@ -64,8 +69,17 @@ impl Mirror {
                     mapped.written = false;
                 }
             }
+            Record::ForgetLogged { volume, range } => {
+                let map = self.maps.entry(*volume).or_default();
+                let blocks = map.range(range.start.0..range.start.0.saturating_add(range.len));
+                if let Some((lblk, _)) = blocks.into_iter().find(|(_, mapped)| mapped.written) {
+                    let why = format!("{volume}:{lblk} is forgotten before it reads as zeroes");
+                    return Err(format!("logged-until-converted: {why}"));
+                }
+            }
             _ => {}
         }
+        self.logs.apply(record);
         Ok(())
     }
 
@@ -91,7 +105,8 @@ impl Mirror {
                     return Err(format!("one-class: {home:?} is mapped twice, also by {other:?}"));
                 }
             }
-            let mapped = Mapped { homes, written, by };
+            let sum = run.crcs.get(at as usize).copied();
+            let mapped = Mapped { homes, written, by, sum };
             self.maps.entry(volume).or_default().insert(lblk, mapped);
         }
         Ok(())
@@ -106,6 +121,17 @@ impl Mirror {
     pub fn homes_apart(&self) -> impl Iterator<Item = Home> + '_ {
         let apart = self.homes.iter().filter(|(_, (volume, _))| !self.in_place.contains(volume));
         apart.map(|(home, _)| *home)
+    }
+
+    /// The data logs.
+    pub fn logs(&self) -> &Logs {
+        &self.logs
+    }
+
+    /// Checksum of a block, if it is written and has one.
+    pub fn sum(&self, volume: VolumeId, lblk: u64) -> Option<u32> {
+        let mapped = self.maps.get(&volume)?.get(&lblk)?;
+        mapped.sum.filter(|_| mapped.written)
     }
 
     /// Whether the volume is written in place.

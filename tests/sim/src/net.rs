@@ -13,12 +13,13 @@ use std::future::poll_fn;
 use std::rc::{Rc, Weak};
 use std::task::Poll;
 
+use endio_state_machine::data_log::Logged;
 use endio_state_machine::machine::{
     Call, Deletions, FromStore, FromWriteback, ReplyBody, ToStore, ToWriteback,
 };
 use endio_state_machine::machine::{MapView, Refusal};
 use endio_state_machine::token::{ReadGrant, Token};
-use endio_types::{Generation, LblkRange, Pblk, Reason, VolumeId};
+use endio_types::{Generation, Lblk, LblkRange, Pblk, Reason, VolumeId};
 
 use crate::block::Block;
 use crate::exec::{Exec, MS, Node, Signal};
@@ -68,6 +69,10 @@ pub enum Message {
     Lookup(VolumeId, Generation, LblkRange, u64),
     /// Its answer.
     View(Result<MapView, Refusal>),
+    /// A unary call: the data log of a volume from a block on.
+    ReadLog(VolumeId, Generation, Lblk),
+    /// Its answer; empty: there is no more.
+    InLog(Result<Vec<(Lblk, Logged)>, Refusal>),
     /// Who owns a volume, and under which generation.
     Owner(String),
     /// Its answer, with the volume's number: `None`, there is no such volume.

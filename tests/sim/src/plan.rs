@@ -185,6 +185,16 @@ pub struct Plan {
     pub late_creations: bool,
     /// Clean blocks of a volume that its writeback keeps for reads; 0: none.
     pub clean_blocks: usize,
+    /// Most blocks that a flush sends to the data log; 0: none.
+    pub flush_log_blocks: u64,
+    /// Blocks of the data log in one answer.
+    pub log_read_blocks: usize,
+    /// Flushes that dawdle between picking their blocks and sending them, in thousandths.
+    pub log_dawdles: u64,
+    /// Callers of a flush that go away soon, in thousandths.
+    pub hasty_flushes: u64,
+    /// Writes that write zeroes, in thousandths: what they write may be there already.
+    pub zero_writes: u64,
 }
 
 impl Plan {
@@ -264,6 +274,16 @@ impl Plan {
         let hasty_slow = rare.between(20, 150);
         let slow_journal = slow_journal.filter(|_| !is_hasty);
         let hung_writes = if rare.chance(8) { rare.between(5, 200) } else { 0 };
+        let flush_log_blocks = if rare.chance(25) { 0 } else { rare.between(1, 64) };
+        let log_blocks_per_volume_max =
+            if rare.chance(30) { rare.between(2, 16) } else { rare.between(17, 256) };
+        let log_blocks_max = if rare.chance(20) { rare.between(2, 24) } else { 1_024 };
+        let log_read_blocks = rare.between(1, 16) as usize;
+        let log_dawdles = if rare.chance(20) { rare.between(50, 500) } else { 0 };
+        let hasty_flushes = if rare.chance(30) { rare.between(50, 500) } else { 0 };
+        let zero_writes = if rare.chance(30) { rare.between(50, 500) } else { 0 };
+        let is_flushing = flush_log_blocks > 0 && rare.chance(50);
+        let mix = if is_flushing { Mix { fsync: mix.fsync + 4, ..mix } } else { mix };
         let soft = rng.between(2, 40);
         let mut plan = Self {
             stores,
@@ -295,6 +315,8 @@ impl Plan {
                 punch_idle_ms,
                 unpunched_blocks_max,
                 reuse_blocks,
+                log_blocks_per_volume_max,
+                log_blocks_max,
                 ended_max: rng.between(1, 64) as usize,
                 search_runs_max: rng.between(1, 8) as usize,
                 retry_after_ms: rng.between(1, 10) as u32,
@@ -357,6 +379,11 @@ impl Plan {
             late_creations,
             clean_blocks,
             hung_writes,
+            flush_log_blocks,
+            log_read_blocks,
+            log_dawdles,
+            hasty_flushes,
+            zero_writes,
         };
         if is_hasty {
             plan.io_timeout_ms = hasty_io_ms;

@@ -14,6 +14,7 @@ use crate::client::Clients;
 use crate::conversion::Conversion;
 use crate::device::SimDevice;
 use crate::exec::{Exec, Node};
+use crate::logs::Versions;
 use crate::mirror::{Home, Mirror};
 use crate::net::{Net, Sent};
 use crate::plan::{Plan, RARE};
@@ -54,6 +55,24 @@ pub enum Planted {
     OldKept,
     /// Neither a store nor a writeback compares a checksum of what is read.
     ReadSkipsChecksum,
+    /// Whoever opens a volume takes nothing from the data log.
+    LogUnread,
+    /// A replay takes what the data log has although the cache log has newer data.
+    LogWinsAlways,
+    /// A replay takes what the cache log has although the data log has newer data.
+    LogLosesAlways,
+    /// What the cache log has of a block stays there although the data log has newer data.
+    OlderKept,
+    /// What the data log may forget is said when the io_end begins, and not when its blocks are picked.
+    LoggedUpToLate,
+    /// What comes for the data log of an opened volume is numbered from one.
+    LogNumbersAnew,
+    /// A flush that is dropped or refused leaves its blocks to whoever writes them out.
+    LogGuardOff,
+    /// What was picked for the data log under one session is sent under the next one.
+    LogOfOlderSession,
+    /// What the stores hold is clean, whatever the data log has of it.
+    StoredThoughLogged,
 }
 
 impl Planted {
@@ -73,6 +92,15 @@ impl Planted {
         Self::CleanKept,
         Self::OldKept,
         Self::ReadSkipsChecksum,
+        Self::LogUnread,
+        Self::LogWinsAlways,
+        Self::LogLosesAlways,
+        Self::OlderKept,
+        Self::LoggedUpToLate,
+        Self::LogNumbersAnew,
+        Self::LogGuardOff,
+        Self::LogOfOlderSession,
+        Self::StoredThoughLogged,
     ];
 }
 
@@ -139,6 +167,8 @@ pub struct World {
     pub mirror: RefCell<Mirror>,
     /// The same of the durable records only: what a restart of conversion would find.
     pub settled: RefCell<Mirror>,
+    /// What writebacks accepted, in order.
+    pub versions: RefCell<Versions>,
     /// Blocks that reads wait for, with the volume's name and the permission.
     reading: RefCell<BTreeMap<Home, Vec<Reader>>>,
     /// Tries of changes whose blocks others may use.
@@ -185,6 +215,7 @@ impl World {
             writebacks,
             mirror: RefCell::default(),
             settled: RefCell::default(),
+            versions: RefCell::default(),
             reading: RefCell::default(),
             ended: RefCell::default(),
             deleted: RefCell::default(),
@@ -293,12 +324,15 @@ impl World {
     /// # Errors
     /// What is not so, in words that begin with the checker's name.
     pub fn before_record(&self, record: &Record) -> Result<(), String> {
+        self.before_logs(record)?;
         match record {
             Record::Store(state) => {
                 let at = usize::from(state.uuid[0]) - 2;
                 self.numbers.borrow_mut().insert(state.id, at);
             }
-            Record::Convert(items) if !self.plan.device.lies() => {
+            Record::Convert(items) | Record::ConvertLogged { volumes: items, .. }
+                if !self.plan.device.lies() =>
+            {
                 let runs = items.iter().flat_map(|item| &item.runs);
                 for run in runs.filter(|run| !run.crcs.is_empty()) {
                     for (store, pblk) in &run.places {
@@ -319,6 +353,20 @@ impl World {
             _ => {}
         }
         Ok(())
+    }
+
+    fn before_logs(&self, record: &Record) -> Result<(), String> {
+        let (versions, mirror) = (self.versions.borrow(), self.mirror.borrow());
+        match record {
+            Record::Log { volume, entries, data, .. } => {
+                versions.may_log(*volume, entries, data, |lblk| mirror.sum(*volume, lblk))
+            }
+            Record::Convert(items) => versions.may_convert(mirror.logs(), items, &[]),
+            Record::ConvertLogged { volumes, done } => {
+                versions.may_convert(mirror.logs(), volumes, done)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Conversion says something to a writeback.

@@ -152,6 +152,7 @@ impl Wb {
             ranges,
             data: gathered.data().copied().collect(),
             size_after_bytes,
+            logged_up_to: gathered.logged_up_to(),
             deadline: self.deadline(),
             gate: (!self.world.planted(Planted::LogFirstOff)).then_some(gathered.max_lsn()),
         };

@@ -18,6 +18,7 @@ use super::{Failure, Granted, Outcome, Volume, Wb};
 use crate::block::{Block, crcs};
 use crate::exec::{Awaited, MS};
 use crate::net::Message;
+use crate::world::Planted;
 
 /// A write of whole blocks.
 pub(super) struct Job {
@@ -27,6 +28,8 @@ pub(super) struct Job {
     /// Of all ranges, in order.
     pub(super) data: Vec<Block>,
     pub(super) size_after_bytes: u64,
+    /// What the data log has of the blocks up to this number is older than the data, or the same.
+    pub(super) logged_up_to: u64,
     pub(super) deadline: u64,
     /// The log must be durable up to here before the submitter's token is released.
     pub(super) gate: Option<Lsn>,
@@ -151,6 +154,10 @@ impl Wb {
         attempt: u32,
         avoid: &[StoreId],
     ) -> Result<Granted, Missed> {
+        let logged_up_to = match self.world.planted(Planted::LoggedUpToLate) {
+            true => volume.state.borrow().dirty.log_number(),
+            false => job.logged_up_to,
+        };
         let begin = BeginIo {
             request: 0,
             volume: volume.id,
@@ -164,6 +171,7 @@ impl Wb {
             attempt,
             traceparent: String::new(),
             sync: job.lane == Lane::Direct,
+            logged_up_to,
         };
         let begun = async {
             self.up().await;

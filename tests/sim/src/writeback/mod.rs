@@ -1,6 +1,7 @@
 //! A writeback node. Dirty map, range locks, sessions, errors, credit, throttle and the cache log
 //! are the real ones; what calls them follows the service's engine step by step.
 
+mod data_log;
 mod flusher;
 mod io_end;
 mod read;
@@ -74,6 +75,7 @@ enum Owed {
     Begin(Answer<Outcome<Granted>>),
     Reserve(Answer<Outcome<u64>>),
     Reset(VolumeId),
+    Log(Answer<Outcome<()>>),
 }
 
 /// One life of the process.
@@ -185,6 +187,8 @@ pub struct Volume {
     in_place: bool,
     /// Writes past the end extend it.
     pub growable: bool,
+    /// Most blocks that conversion's data log holds of it; 0: it takes none.
+    log_blocks_max: u64,
     /// The order of overlapping requests.
     locks: Rc<Locks>,
     /// What changes.
@@ -231,12 +235,19 @@ pub struct State {
 impl Volume {
     fn new(world: &World, info: &VolumeInfo, grant: ReadGrant) -> Self {
         let entries = if info.in_place { 0 } else { world.plan.map_entries };
+        let log_blocks_max =
+            if info.in_place { 0 } else { world.plan.limits.log_blocks_per_volume_max };
+        let mut dirty = DirtyMap::new();
+        if !world.planted(Planted::LogNumbersAnew) {
+            dirty.log_numbers_from(info.logged_number);
+        }
         Self {
             id: info.id,
             name: info.name.clone(),
             generation: info.generation,
             in_place: info.in_place,
             growable: info.growable,
+            log_blocks_max,
             locks: Rc::default(),
             state: RefCell::new(State {
                 view: VolumeView::new(info.map_version, info.size_bytes),
@@ -245,7 +256,7 @@ impl Volume {
                 grant: Some(grant),
                 attempts: Attempts::default(),
                 write_outs: 0,
-                dirty: DirtyMap::new(),
+                dirty,
                 dirty_since: None,
                 credit: Credit::new(world.plan.credit),
                 credit_reset: None,

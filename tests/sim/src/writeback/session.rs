@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use endio_state_machine::machine::{
-    Attempt, BeginIo, Call, Completion, Deletions, FromWriteback, GrantedSegment, MapView,
+    Attempt, BeginIo, Call, Completion, Deletions, FromWriteback, GrantedSegment, LogData, MapView,
     ReplyBody, ToWriteback,
 };
 use endio_state_machine::token::Token;
@@ -15,6 +15,7 @@ use endio_types::{Generation, LblkRange, Reason, SegmentIndex, VolumeId};
 use super::{ALONE, Failure, Outcome, Owed, Volume, Wb};
 use crate::exec::{Awaited, Either, MS, WORLD, answer, either};
 use crate::net::{Kind, Message, Sent};
+use crate::world::Planted;
 
 /// An io_end that has begun.
 pub struct Granted {
@@ -159,6 +160,7 @@ impl Wb {
                 match owed {
                     Some(Owed::Begin(reply)) => reply.send(Err(failure)),
                     Some(Owed::Reserve(reply)) => reply.send(Err(failure)),
+                    Some(Owed::Log(reply)) => reply.send(Err(failure)),
                     Some(Owed::Reset(volume)) => self.space_reset(volume, Some(failure)),
                     None => {}
                 }
@@ -186,6 +188,12 @@ impl Wb {
                     Some(Owed::Reserve(reply)) => reply.send(Ok(blocks)),
                     Some(Owed::Reset(volume)) => self.space_reset(volume, None),
                     _ => {}
+                }
+            }
+            ToWriteback::Logged { request } => {
+                let owed = engine.owed.borrow_mut().remove(&request);
+                if let Some(Owed::Log(reply)) = owed {
+                    reply.send(Ok(()));
                 }
             }
             ToWriteback::SessionRefused(_) => return None,
@@ -256,6 +264,21 @@ impl Wb {
             add_blocks,
             drop_blocks,
         });
+        told.await.unwrap_or_else(|| Err(Failure::away()))
+    }
+
+    /// Makes the data of a small flush durable at conversion, under the session in which it was
+    /// picked only: after a restart conversion does not know what is older than a change of the map.
+    /// After an error nothing is known of it.
+    pub(super) async fn log(&self, session: u64, mut log: LogData) -> Outcome<()> {
+        let is_same = session == self.engine.link_number.get();
+        let may_be_late = self.world.planted(Planted::LogOfOlderSession);
+        if !self.engine.link_up.get() || !(is_same || may_be_late) {
+            return Err(Failure::away());
+        }
+        let (tell, told) = answer();
+        log.request = self.number(Owed::Log(tell));
+        self.push(FromWriteback::Log(log));
         told.await.unwrap_or_else(|| Err(Failure::away()))
     }
 
@@ -372,7 +395,7 @@ impl Wb {
         None
     }
 
-    async fn call_until<T, G>(
+    pub(super) async fn call_until<T, G>(
         &self,
         next: impl Fn() -> (Message, G),
         deadline: u64,
@@ -469,7 +492,11 @@ struct Trying {
 
 impl Trying {
     fn begin(volume: &Rc<Volume>) -> Self {
-        let attempt = volume.state.borrow_mut().attempts.begin();
+        let attempt = {
+            let mut state = volume.state.borrow_mut();
+            let logged = state.dirty.log_number();
+            state.attempts.begin(logged)
+        };
         Self { volume: Rc::clone(volume), attempt }
     }
 }

@@ -10,6 +10,7 @@ use endio_types::LblkRange;
 use super::read::UnderWay;
 use super::{Outcome, Volume, Wb};
 use crate::block::{Block, ZEROES, crc};
+use crate::world::Planted;
 
 /// Most blocks that are compared at once.
 const BLOCKS_MAX: u64 = 256;
@@ -25,6 +26,8 @@ impl Wb {
             }
             (state.map.ticket(), runs(state.dirty.waiting()))
         };
+        let is_logged = runs.iter().flatten().filter(|waiting| waiting.is_logged);
+        let is_logged: Vec<u64> = is_logged.map(|waiting| waiting.lblk.0).collect();
         let ends = runs.iter().flatten().map(|waiting| (waiting.lblk.0, waiting.end_bytes));
         let ends: BTreeMap<u64, u64> = ends.collect();
         let mut stored = BTreeMap::new();
@@ -35,6 +38,14 @@ impl Wb {
             };
             // What cannot be read now stays dirty.
             stored.extend(found.unwrap_or_default());
+        }
+        // Whoever opens the volume next takes what the data log has, which may be older than what is
+        // dirty here: it ends only with a conversion.
+        if !is_logged.is_empty() && !self.world.planted(Planted::StoredThoughLogged) {
+            match self.read_log_of(volume.id, volume.generation).await {
+                Ok(logged) => stored.retain(|lblk, _| !logged.contains_key(lblk)),
+                Err(_) => stored.retain(|lblk, _| !is_logged.contains(lblk)),
+            }
         }
         // Under a later session the answers say nothing.
         if !self.engine.link_up.get() {

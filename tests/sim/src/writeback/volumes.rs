@@ -12,8 +12,9 @@ use endio_state_machine::writeback::throttle::Throttle;
 use endio_store::cache_log::{CacheLog, OpenVolume, Replay, ReplayedWrite};
 use endio_types::{BLOCK_BYTES, Generation, LblkRange, Reason, VolumeId};
 
+use super::data_log::InLog;
 use super::{Engine, Failure, MapChanging, Outcome, Volume, Wb, opened};
-use crate::block::{CELL_BYTES, from_bytes};
+use crate::block::CELL_BYTES;
 use crate::exec::{MS, Signal};
 use crate::world::{Planted, World};
 
@@ -106,20 +107,28 @@ impl Wb {
     ) {
         let id = open.volume;
         let opened = loop {
-            match self.open_again(open).await {
+            let opened = match self.open_again(open).await {
+                Ok((info, grant)) if info.id == id => {
+                    let logged = self.read_log(&info).await;
+                    logged.map(|logged| (info, grant, logged))
+                }
+                Ok((info, grant)) => Ok((info, grant, InLog::new())),
+                Err(failure) => Err(failure),
+            };
+            match opened {
                 Err(failure) if passes(&failure) => {
                     self.exec().sleep(self.world.plan.retry_max_ms * MS).await;
                 }
                 opened => break opened,
             }
         };
-        if let Ok((info, _)) = &opened
+        if let Ok((info, ..)) = &opened
             && info.id != id
         {
             self.give_back(info).await;
-        } else if let Ok((info, grant)) = opened {
+        } else if let Ok((info, grant, logged)) = opened {
             let volume = Rc::new(Volume::new(&self.world, &info, grant));
-            self.put_back(&volume, &data);
+            self.put_back(&volume, &data, logged);
             if may_have_lost && !self.world.planted(Planted::LossUntold) {
                 let mut state = volume.state.borrow_mut();
                 state.errors.set(Failure::new(Reason::LostWrites));
@@ -133,33 +142,10 @@ impl Wb {
         self.note_closed(id);
     }
 
-    /// Another volume took the name just before it was opened: nobody serves that one here.
+    /// Closes at conversion what was opened and is not served here.
     async fn give_back(&self, info: &VolumeInfo) {
         let call = close(info.name.clone(), info.id, info.generation);
         _ = self.call(call, Some(info.id), self.deadline()).await;
-    }
-
-    fn put_back(&self, volume: &Volume, data: &[ReplayedWrite]) {
-        let mut state = volume.state.borrow_mut();
-        let mut blocks = 0;
-        for write in data {
-            for range in &write.live {
-                let Some(bytes) = write.data(*range) else { continue };
-                let end_bytes = write.write.end_bytes;
-                state.view.wrote_up_to(end_bytes.min(range.end() * BLOCK_BYTES));
-                let cached = from_bytes(&bytes);
-                blocks += state.dirty.insert(*range, write.lsn, end_bytes, cached).unwrap_or(0);
-            }
-        }
-        for write in data {
-            state.dirty.join(write.write.blocks);
-        }
-        state.credit.adopt(blocks);
-        state.dirty_since = Some(self.exec().now());
-        state.flush_up_to = self.engine.log.last_lsn();
-        drop(state);
-        self.exec().note("replayed", self.node(), &[volume.id.0, blocks]);
-        self.dirtied(volume.id, blocks);
     }
 
     /// Opens a volume if nobody else has opened it since it was open here.
@@ -224,6 +210,7 @@ impl Wb {
             writeback: self.engine.name.clone(),
             force,
             if_generation: (!self.world.planted(Planted::OpenUnconditional)).then_some(seen),
+            reads_log: true,
         };
         let body = self.call(call, Some(id), deadline).await?;
         opened(body).ok_or(Failure::new(Reason::Malformed))
@@ -296,11 +283,19 @@ impl Wb {
 
     async fn open_now(&self, name: &str, force: bool) -> Outcome<Rc<Volume>> {
         let (info, grant) = self.open_as_it_is(name, force).await?;
+        let logged = match self.read_log(&info).await {
+            Ok(logged) => logged,
+            Err(failure) => {
+                self.give_back(&info).await;
+                return Err(failure);
+            }
+        };
         let volume = Rc::new(Volume::new(&self.world, &info, grant));
         // Data of an earlier generation that was let go must not come back at a replay.
         if self.engine.log.holds(volume.id, LblkRange::new(0, u64::MAX)) {
             self.note_closed(volume.id);
         }
+        self.put_back(&volume, &[], logged);
         self.adopt(Rc::clone(&volume)).await?;
         Ok(volume)
     }

@@ -14,7 +14,7 @@ use endio_types::{BLOCK_BYTES, ByteRange, LblkRange, Reason};
 
 use super::io_end::Job;
 use super::{Admission, Failure, Held, MapChanging, Outcome, Volume, Wb};
-use crate::block::{Block, CELL_BYTES, CELLS, ZEROES, to_bytes};
+use crate::block::{Block, CELL_BYTES, CELLS, ZEROES, crc, to_bytes};
 use crate::exec::MS;
 use crate::world::Planted;
 
@@ -172,8 +172,10 @@ impl Wb {
         };
         let lane = Lane::Direct;
         let changing = MapChanging::begin(self, volume, vec![range]);
+        self.accepted(volume, range, &data);
         let ranges = vec![range];
-        let job = Job { lane, ranges, data, size_after_bytes, deadline, gate: None };
+        let logged_up_to = volume.state.borrow().dirty.log_number();
+        let job = Job { lane, ranges, data, size_after_bytes, logged_up_to, deadline, gate: None };
         let (outcome, parts) = match self.submit(volume, &job).await {
             Ok(written) => (Ok(written.done), written.parts),
             Err(failure) => (Err(failure), Vec::new()),
@@ -354,6 +356,7 @@ impl Wb {
         end_bytes: u64,
         whole: &[Block],
     ) -> u64 {
+        self.accepted(volume, blocks, whole);
         let mut state = volume.state.borrow_mut();
         let used = state.dirty.insert(blocks, lsn, end_bytes, whole.to_vec());
         let used = used.expect("as much data as blocks");
@@ -361,6 +364,13 @@ impl Wb {
         state.view.wrote_up_to(end_bytes);
         state.dirty_since.get_or_insert(self.exec().now());
         used
+    }
+
+    fn accepted(&self, volume: &Volume, range: LblkRange, data: &[Block]) {
+        let mut versions = self.world.versions.borrow_mut();
+        for (lblk, block) in (range.start.0..).zip(data) {
+            versions.accepted(volume.id, volume.generation, lblk, crc(block));
+        }
     }
 
     /// Whole blocks: cells over what their blocks hold now. The lock of the blocks is held.
@@ -482,17 +492,16 @@ impl Wb {
         outcome.map(drop)
     }
 
-    /// Waits until everything acknowledged before is converted.
+    /// Waits until everything acknowledged before is converted, or in the data log.
     pub async fn fsync(&self, volume: &Rc<Volume>, cursor: &mut Cursor) -> Outcome<()> {
         let lsn = self.engine.log.last_lsn();
-        let errors = {
-            let mut state = volume.state.borrow_mut();
-            if state.dirty.pending_up_to(lsn) {
-                state.flush_up_to = state.flush_up_to.max(lsn);
-            }
-            state.error_count
+        let (is_pending, errors) = {
+            let state = volume.state.borrow();
+            (state.dirty.pending_up_to(lsn), state.error_count)
         };
-        volume.changed.notify();
+        if is_pending {
+            self.log_flush(volume, lsn).await;
+        }
         let ended = volume.wait(|state| match state.gone {
             Some(gone) => Some(Err(gone)),
             None if state.error_count != errors => Some(Ok(())),

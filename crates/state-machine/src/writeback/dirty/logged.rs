@@ -93,7 +93,7 @@ pub struct LogBlock<D> {
     pub data: D,
 }
 
-/// More is to be logged than is allowed.
+/// More is to be logged than is allowed, or it cannot be logged now.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct TooMuch;
 
@@ -112,7 +112,8 @@ impl<D: Clone> DirtyMap<D> {
     /// with what was written together with it. `None`: there is nothing.
     ///
     /// # Errors
-    /// These are more than `blocks_max` blocks; nothing has changed then.
+    /// These are more than `blocks_max` blocks, or an older version of one is under writeback and not
+    /// in the log; nothing has changed then.
     pub fn gather_for_log(
         &mut self,
         up_to: Lsn,
@@ -130,6 +131,11 @@ impl<D: Clone> DirtyMap<D> {
             if wanted.len() as u64 > blocks_max {
                 return Err(TooMuch);
             }
+        }
+        // A block may hold the end of a write that is under writeback, with other blocks: if only this
+        // one arrived, a part of that write would be seen.
+        if wanted.iter().any(|lblk| self.is_flight_unlogged(*lblk)) {
+            return Err(TooMuch);
         }
         if wanted.is_empty() {
             return Ok(None);
@@ -157,6 +163,11 @@ impl<D: Clone> DirtyMap<D> {
     fn is_unlogged(&self, lblk: u64) -> bool {
         let version = self.blocks.get(&lblk).and_then(|block| block.waiting.as_ref());
         version.is_some_and(|version| version.log.unlogged.is_some())
+    }
+
+    fn is_flight_unlogged(&self, lblk: u64) -> bool {
+        let flight = self.blocks.get(&lblk).and_then(|block| block.flight.as_ref());
+        flight.is_some_and(|flight| flight.version.log.unlogged.is_some())
     }
 
     /// A message to the log was answered: its blocks are durable as they were sent, or, with

@@ -1,0 +1,213 @@
+//! Small flushes: conversion keeps their data until it is written out. And what an opened volume has
+//! in the two logs.
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use bytes::Bytes;
+use endio_state_machine::data_log::{LogEntry, Logged};
+use endio_state_machine::machine::{LogData, VolumeInfo};
+use endio_state_machine::writeback::Lsn;
+use endio_state_machine::writeback::dirty::{CleanRun, LogBlock, LogPick};
+use endio_store::cache_log::ReplayedWrite;
+use endio_types::{BLOCK_BYTES, BLOCK_SIZE, Generation, Lblk, LblkRange, VolumeId};
+
+use super::{Failure, Outcome, Volume, Wb};
+use crate::block::{Block, from_bytes, to_bytes};
+use crate::exec::MS;
+use crate::net::Message;
+use crate::world::Planted;
+
+/// What the data log has of a volume, by block.
+pub(super) type InLog = BTreeMap<u64, Logged>;
+
+/// A message to the data log. Dropped without a good answer, its blocks are written out instead.
+struct Logging {
+    volume: Rc<Volume>,
+    number: u64,
+    up_to: Lsn,
+    is_logged: bool,
+    is_guarded: bool,
+}
+
+impl Drop for Logging {
+    fn drop(&mut self) {
+        let mut state = self.volume.state.borrow_mut();
+        if self.is_logged || self.is_guarded {
+            state.dirty.log_ended(self.number, self.is_logged);
+        }
+        if !self.is_logged && self.is_guarded {
+            state.flush_up_to = state.flush_up_to.max(self.up_to);
+        }
+        drop(state);
+        self.volume.changed.notify();
+    }
+}
+
+impl Wb {
+    /// Makes what is dirty up to a record durable at conversion, without writing it out. What is too
+    /// much, or refused there, is written out.
+    pub(super) async fn log_flush(&self, volume: &Rc<Volume>, up_to: Lsn) {
+        let plan = &self.world.plan;
+        let session = self.engine.link_number.get();
+        let (pick, is_much) = {
+            let mut state = volume.state.borrow_mut();
+            let room = volume.log_blocks_max.saturating_sub(state.dirty.logged_blocks());
+            let limit = match state.credit.is_reset_pending() {
+                true => 0,
+                false => room.min(plan.flush_log_blocks),
+            };
+            let pick = state.dirty.gather_for_log(up_to, limit);
+            let is_much = pick.is_err() || state.dirty.logged_blocks() > volume.log_blocks_max / 2;
+            if is_much {
+                state.flush_up_to = state.flush_up_to.max(up_to);
+            }
+            (pick, is_much)
+        };
+        if is_much {
+            volume.changed.notify();
+        }
+        let Ok(Some(pick)) = pick else { return };
+        let number = pick.number;
+        let is_guarded = !self.world.planted(Planted::LogGuardOff);
+        let volume = Rc::clone(volume);
+        let message = message(&volume, &pick);
+        let mut logging = Logging { volume, number, up_to, is_logged: false, is_guarded };
+        if plan.log_dawdles > 0 && self.exec().chance(plan.log_dawdles) {
+            self.exec().sleep(self.exec().below(100 * MS)).await;
+        }
+        let outcome = self.log(session, message).await;
+        let failed = outcome.err().map_or(0, |failure| failure.reason as u64 + 1);
+        self.exec().note("logged", self.node(), &[logging.volume.id.0, number, failed]);
+        logging.is_logged = outcome.is_ok();
+    }
+
+    /// What the data log holds of a volume that was opened just now.
+    pub(super) async fn read_log(&self, info: &VolumeInfo) -> Outcome<InLog> {
+        if info.logged_blocks == 0 || self.world.planted(Planted::LogUnread) {
+            return Ok(InLog::new());
+        }
+        self.read_log_of(info.id, info.generation).await
+    }
+
+    /// What the data log holds of a volume that is open here.
+    pub(super) async fn read_log_of(
+        &self,
+        volume: VolumeId,
+        generation: Generation,
+    ) -> Outcome<InLog> {
+        let deadline = self.deadline();
+        let mut all = InLog::new();
+        let mut from = Lblk(0);
+        loop {
+            let next = || (Message::ReadLog(volume, generation, from), ());
+            let blocks = self.call_until(next, deadline, |answer| match answer {
+                Message::InLog(Ok(blocks)) => Ok(blocks),
+                Message::InLog(Err(refusal)) => Err(Failure::new(refusal.reason)),
+                _ => Err(Failure::away()),
+            });
+            let blocks = blocks.await?;
+            let Some((last, _)) = blocks.last() else { return Ok(all) };
+            from = Lblk(last.0 + 1);
+            for (lblk, logged) in blocks {
+                if crc32c::crc32c(&logged.data) != logged.crc {
+                    self.exec().fail(format!("log-reads-back: {volume}:{lblk} is damaged"));
+                }
+                all.insert(lblk.0, logged);
+            }
+        }
+    }
+
+    /// Makes dirty what the cache log and the data log hold of a volume: of each block the newer
+    /// version.
+    pub(super) fn put_back(&self, volume: &Volume, data: &[ReplayedWrite], mut logged: InLog) {
+        let mut state = volume.state.borrow_mut();
+        let mut blocks = 0;
+        let mut older = Vec::new();
+        for write in data {
+            for range in &write.live {
+                for part in self.newer_parts(write, *range, &mut logged, &mut older) {
+                    let Some(bytes) = write.data(part) else { continue };
+                    let end_bytes = write.write.end_bytes;
+                    state.view.wrote_up_to(end_bytes.min(part.end() * BLOCK_BYTES));
+                    let cached = from_bytes(&bytes);
+                    blocks += state.dirty.insert(part, write.lsn, end_bytes, cached).unwrap_or(0);
+                }
+            }
+        }
+        // A write-out of what the data log has waits until the cache log holds nothing older of it: the
+        // next replay would take that for newer than the map.
+        if !older.is_empty()
+            && !self.world.planted(Planted::OlderKept)
+            && let Err(error) = self.engine.log.append_clean(volume.id, &older)
+        {
+            self.log_failed(&error);
+        }
+        let lsn = self.engine.log.last_lsn();
+        for (lblk, Logged { end_bytes, data, .. }) in logged {
+            state.view.wrote_up_to(end_bytes);
+            let Some(data) = from_bytes(&data).first().copied() else { continue };
+            let block = LogBlock { lblk: Lblk(lblk), end_bytes, lsn, data };
+            blocks += u64::from(state.dirty.insert_logged(block));
+        }
+        if blocks == 0 {
+            return;
+        }
+        for write in data {
+            state.dirty.join(write.write.blocks);
+        }
+        state.credit.adopt(blocks);
+        state.dirty_since = Some(self.exec().now());
+        state.flush_up_to = self.engine.log.last_lsn();
+        drop(state);
+        self.exec().note("replayed", self.node(), &[volume.id.0, blocks]);
+        self.dirtied(volume.id, blocks);
+    }
+
+    /// The parts of a range of a replayed write that are newer than what the data log has; forgets
+    /// what that has of them. Adds the others to what is older.
+    fn newer_parts(
+        &self,
+        write: &ReplayedWrite,
+        range: LblkRange,
+        logged: &mut InLog,
+        older: &mut Vec<CleanRun>,
+    ) -> Vec<LblkRange> {
+        let ours = (write.write.generation, write.lsn.0);
+        let is_older = |_: &u64, block: &mut Logged| match () {
+            () if self.world.planted(Planted::LogWinsAlways) => false,
+            () if self.world.planted(Planted::LogLosesAlways) => true,
+            () => (block.generation, block.stamp) <= ours,
+        };
+        logged.extract_if(range.start.0..range.end(), is_older).for_each(drop);
+        let mut parts = Vec::new();
+        let mut at = range.start.0;
+        for (newer, _) in logged.range(range.start.0..range.end()) {
+            parts.push(LblkRange::new(at, newer - at));
+            at = newer + 1;
+            older.push(CleanRun { range: LblkRange::new(*newer, 1), up_to: write.lsn });
+        }
+        parts.push(LblkRange::new(at, range.end() - at));
+        parts.retain(|part| part.len > 0);
+        parts
+    }
+}
+
+fn message(volume: &Volume, pick: &LogPick<Block>) -> LogData {
+    let blocks: Vec<Block> = pick.blocks.iter().map(|block| block.data).collect();
+    let data = to_bytes(&blocks);
+    let entry = |(block, data): (&LogBlock<Block>, &[u8])| LogEntry {
+        lblk: block.lblk,
+        end_bytes: block.end_bytes,
+        crc: crc32c::crc32c(data),
+        stamp: block.lsn.0,
+    };
+    LogData {
+        request: 0,
+        volume: volume.id,
+        generation: volume.generation,
+        number: pick.number,
+        entries: pick.blocks.iter().zip(data.chunks_exact(BLOCK_SIZE)).map(entry).collect(),
+        data: Bytes::from(data),
+    }
+}
