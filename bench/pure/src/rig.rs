@@ -109,6 +109,7 @@ impl<T: ChunkTable> Rig<T> {
             writeback: "w".to_owned(),
             force: true,
             if_generation: None,
+            reads_log: true,
         };
         match rig.call(open)? {
             ReplyBody::Opened(info, ..) => rig.volume = Some(info),

@@ -313,6 +313,7 @@ impl Conversion for Service {
         open_volume(OpenVolumeRequest) -> OpenVolumeResponse;
         close_volume(CloseVolumeRequest) -> CloseVolumeResponse;
         lookup(LookupRequest) -> LookupResponse;
+        read_log(endio_api::conversion::ReadLogRequest) -> endio_api::conversion::ReadLogResponse;
         change_map(ChangeMapRequest) -> ChangeMapResponse;
         writeback_session(Streaming<WritebackBatch>) -> Self::WritebackSessionStream;
         list_stores(ListStoresRequest) -> ListStoresResponse;
