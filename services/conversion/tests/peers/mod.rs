@@ -341,7 +341,11 @@ impl ScriptedWriteback {
         Reason::from_wire(reason).unwrap()
     }
 
-    async fn try_begin(&mut self, lblk: u64, blocks: u32) -> Result<proto::Begun, Reason> {
+    pub(crate) async fn try_begin(
+        &mut self,
+        lblk: u64,
+        blocks: u32,
+    ) -> Result<proto::Begun, Reason> {
         let request = self.ask(lblk, blocks).await;
         self.until("answer", |message| match message {
             ToWriteback::Refused(r) if r.request == request => {
