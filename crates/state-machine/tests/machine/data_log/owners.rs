@@ -40,6 +40,8 @@ fn what_may_not_be_logged_is_refused_and_changes_nothing() {
         (Reason::OutOfRange, log_data(&volume, 2, &[(0, 2), (100, 2)])),
         (Reason::OutOfRange, log_data(&volume, 2, &[(u64::MAX, 2)])),
         (Reason::Malformed, with(|log| log.entries[1].crc ^= 1)),
+        (Reason::Malformed, with(|log| log.entries[0].end_bytes = BLOCK_BYTES + 1)),
+        (Reason::Malformed, with(|log| log.entries[0].end_bytes = u64::MAX)),
         (Reason::Malformed, with(|log| log.entries.swap(0, 1))),
         (Reason::Malformed, with(|log| log.entries[1].lblk = log.entries[0].lblk)),
         (Reason::Malformed, log_data(&volume, 2, &[])),
