@@ -128,7 +128,8 @@ fn apply_small(durable: &mut Snapshot, record: &Record) -> Result<(), &'static s
         Record::CloseVolume { volume } => {
             let volume = volumes.get_mut(volume).ok_or(UNKNOWN)?;
             volume.owner = None;
-            volume.promised = 0;
+            // Who opens it next writes out what is in the log.
+            volume.promised = volume.promised.min(durable.logs.blocks_of(volume.id));
         }
         Record::Resize { volume, size_bytes } => {
             volumes.get_mut(volume).ok_or(UNKNOWN)?.size_bytes = *size_bytes;
@@ -185,7 +186,7 @@ fn apply_small(durable: &mut Snapshot, record: &Record) -> Result<(), &'static s
             for volume in volumes.values_mut() {
                 volume.generation = Generation(volume.generation.0 + RESTORE_LEAP);
                 volume.owner = None;
-                volume.promised = 0;
+                volume.promised = volume.promised.min(durable.logs.blocks_of(volume.id));
             }
         }
         Record::Unmap { volume, .. }

@@ -156,6 +156,12 @@ fn log_fault(log: &LogData) -> Option<&'static str> {
     if !entries.windows(2).all(|pair| pair[0].lblk < pair[1].lblk) {
         return Some("blocks ascend");
     }
+    let is_behind = |entry: &LogEntry| {
+        entry.end_bytes > entry.lblk.0.saturating_add(1).saturating_mul(BLOCK_BYTES)
+    };
+    if entries.iter().any(is_behind) {
+        return Some("the size lies beyond what is logged");
+    }
     let is_damaged = |(entry, data): (&LogEntry, &[u8])| crc32c::crc32c(data) != entry.crc;
     match entries.iter().zip(log.data.chunks_exact(BLOCK_SIZE)).any(is_damaged) {
         true => Some("the data does not match its checksum"),

@@ -40,6 +40,8 @@ fn what_may_not_be_logged_is_refused_and_changes_nothing() {
         (Reason::OutOfRange, log_data(&volume, 2, &[(0, 2), (100, 2)])),
         (Reason::OutOfRange, log_data(&volume, 2, &[(u64::MAX, 2)])),
         (Reason::Malformed, with(|log| log.entries[1].crc ^= 1)),
+        (Reason::Malformed, with(|log| log.entries[0].end_bytes = BLOCK_BYTES + 1)),
+        (Reason::Malformed, with(|log| log.entries[0].end_bytes = u64::MAX)),
         (Reason::Malformed, with(|log| log.entries.swap(0, 1))),
         (Reason::Malformed, with(|log| log.entries[1].lblk = log.entries[0].lblk)),
         (Reason::Malformed, log_data(&volume, 2, &[])),
@@ -210,4 +212,33 @@ fn the_next_owner_has_the_space_for_what_is_in_the_log_although_the_stores_are_f
         assert_eq!(logged(&rig, &next), []);
         rig.assert_sound();
     }
+}
+
+/// Whoever cannot read the log for now gives the volume back.
+#[test]
+fn a_volume_that_is_closed_keeps_the_space_for_what_is_in_its_log_and_no_more() {
+    let mut rig = Rig::new(1, 20);
+    let volume = rig.volume("v", 100, 1);
+    let other = rig.volume("other", 100, 1);
+    assert_eq!(reserve(&mut rig, &volume, 9), Ok(9));
+    rig.log(&volume, 1, &[0, 1, 2, 3].map(|lblk| (lblk, 1))).unwrap();
+    let generation = volume.generation;
+    rig.call(Call::CloseVolume { name: "v".into(), volume: None, generation }).unwrap();
+    assert_eq!(rig.machine.volume("v").unwrap().credit_blocks, 4);
+    rig.assert_sound();
+    rig.write(&other, 0, 16);
+    assert_eq!(reserve(&mut rig, &other, 1), Err(Reason::NoSpace));
+    rig.crash();
+    rig.hello(WB, "wb");
+    rig.join_store(1, 1, 20);
+    let next = rig.open("v", "wb");
+    assert_eq!((next.logged_blocks, next.credit_blocks), (4, 4));
+    rig.acknowledge();
+    let lane = Lane::WriteOut;
+    let begun = rig.try_begin(BeginIo { lane, ..newer_than(&next, 0, 4, 1) }).unwrap();
+    assert_eq!(rig.finish(&begun).failed, None);
+    let generation = next.generation;
+    rig.call(Call::CloseVolume { name: "v".into(), volume: None, generation }).unwrap();
+    assert_eq!(rig.machine.volume("v").unwrap().credit_blocks, 0);
+    rig.assert_sound();
 }

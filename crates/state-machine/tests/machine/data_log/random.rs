@@ -192,7 +192,7 @@ impl World {
         let Some(io) = self.ios.get(at) else { return };
         let token = io.begun.submitter;
         let unsent = io.open.iter().map(|index| io.begun.segments[*index].token.segment);
-        let unsent = if b % 5 == 0 { unsent.collect() } else { vec![] };
+        let unsent = if b.is_multiple_of(5) { unsent.collect() } else { vec![] };
         self.rig.submit_with(&token, unsent, b % 13 == 3);
     }
 
@@ -229,7 +229,8 @@ impl World {
 
     /// Takes in what the writeback was told.
     fn observe(&mut self) {
-        for kind in self.rig.sent[self.seen..].to_vec() {
+        let told = self.rig.sent[self.seen..].to_vec();
+        for kind in told {
             let EffectKind::Writeback(_, message) = kind else { continue };
             match message {
                 ToWriteback::Logged { request } => {
@@ -244,7 +245,8 @@ impl World {
             }
         }
         self.seen = self.rig.sent.len();
-        for done in self.rig.completions[self.done..].to_vec() {
+        let ended = self.rig.completions[self.done..].to_vec();
+        for done in ended {
             let is_it = |io: &Io| io.begun.submitter.io_end == done.io_end;
             let Some(at) = self.ios.iter().position(is_it) else { continue };
             let io = self.ios.remove(at);
@@ -344,7 +346,7 @@ impl World {
             7..=10 => self.log(a),
             11..=13 => self.arrive(),
             14..=17 => self.begin(a, b),
-            18 => self.release(at, b, b % 11 == 0),
+            18 => self.release(at, b, b.is_multiple_of(11)),
             19 => self.submit(at, b),
             20..=22 => self.finish(at),
             23 => self.change(a, b),
@@ -354,8 +356,8 @@ impl World {
                 self.rig.keep_alive(STORES);
                 self.rig.acknowledge();
             }
-            30 if a % 3 == 0 => self.restart(b % 3 == 0),
-            31 if a % 3 == 0 => self.open(),
+            30 if a.is_multiple_of(3) => self.restart(b.is_multiple_of(3)),
+            31 if a.is_multiple_of(3) => self.open(),
             _ => self.rig.drain_once(),
         }
     }
