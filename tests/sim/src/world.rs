@@ -69,6 +69,8 @@ pub enum Planted {
     LogNumbersAnew,
     /// A flush that is dropped or refused leaves its blocks to whoever writes them out.
     LogGuardOff,
+    /// What a write-out left dirty is not written out again when it is old.
+    FailedNeverOld,
     /// What was picked for the data log under one session is sent under the next one.
     LogOfOlderSession,
     /// What the stores hold is clean, whatever the data log has of it.
@@ -99,6 +101,7 @@ impl Planted {
         Self::LoggedUpToLate,
         Self::LogNumbersAnew,
         Self::LogGuardOff,
+        Self::FailedNeverOld,
         Self::LogOfOlderSession,
         Self::StoredThoughLogged,
     ];

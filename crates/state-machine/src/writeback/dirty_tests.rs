@@ -551,3 +551,36 @@ proptest! {
         run(ops);
     }
 }
+
+/// Block 1 may have been merged with what block 0 belongs to: neither is in the log.
+#[test]
+fn a_block_is_not_logged_over_an_unlogged_version_under_writeback() {
+    let mut map = DirtyMap::new();
+    put(&mut map, 0, 2, 1);
+    let first = map.pick(PickLimit::blocks(256)).unwrap();
+    put(&mut map, 1, 1, 2);
+    assert_eq!(map.gather_for_log(Lsn(2), 16), Err(TooMuch));
+    map.complete(first.io).unwrap();
+    let pick = map.gather_for_log(Lsn(2), 16).unwrap().unwrap();
+    map.log_ended(pick.number, true);
+    let second = map.pick(PickLimit::blocks(256)).unwrap();
+    put(&mut map, 1, 1, 3);
+    assert!(map.gather_for_log(Lsn(3), 16).unwrap().is_some(), "the log has the older one");
+    map.complete(second.io).unwrap();
+}
+
+#[test]
+fn a_block_counts_as_logged_when_nothing_is_known_of_its_message() {
+    let mut map = DirtyMap::new();
+    put(&mut map, 0, 1, 1);
+    let is_logged = |map: &DirtyMap<u64>| map.waiting().all(|waiting| waiting.is_logged);
+    assert!(!is_logged(&map));
+    let pick = map.gather_for_log(Lsn(1), 16).unwrap().unwrap();
+    assert!(is_logged(&map), "it may be there before the answer");
+    map.log_ended(pick.number, false);
+    assert!(is_logged(&map));
+    let io = map.pick(PickLimit::blocks(256)).unwrap().io;
+    put(&mut map, 0, 1, 2);
+    map.fail(io).unwrap();
+    assert!(is_logged(&map), "the newer version stands for it");
+}

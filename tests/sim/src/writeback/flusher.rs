@@ -212,6 +212,10 @@ impl Wb {
         state.error_count += 1;
         state.errors_set += 1;
         state.rest_until = self.exec().now() + self.world.plan.retry_max_ms * MS;
+        // What is in the data log is wanted by no flush, and would wait for ever.
+        if !self.world.planted(Planted::FailedNeverOld) {
+            state.dirty_since.get_or_insert(self.exec().now());
+        }
         drop(state);
         self.undirtied(volume.id, freed);
         self.heed(volume, &failure);
