@@ -198,7 +198,7 @@ class Endio(Server):
     """endio as three processes."""
 
     durability = ("WRITE: journal commit before the reply until the connection's first FLUSH, then "
-                  "a cache log in the page cache; FLUSH: data and map durable. The writeback may keep "
+                  "a cache log in the page cache; FLUSH: data durable, on a store or in the journal. The writeback may keep "
                   "the whole disk in memory, as the page cache does for the others")
     bin_dir = release_dir()
     trace_ratio = 0.01
