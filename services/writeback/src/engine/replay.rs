@@ -60,7 +60,7 @@ impl Engine {
     ) -> Result<(), Failure> {
         let (id, name) = (open.volume.0, open.name.as_str());
         let opened = loop {
-            match self.open_again(open).await {
+            match self.open_again_with_log(open).await {
                 Err(failure) if passes(&failure) => {
                     tracing::warn!(volume = name, error = %failure, "replay waits for conversion");
                     tokio::select! {
@@ -75,8 +75,7 @@ impl Engine {
             }
         };
         let lost = match opened {
-            Ok(opened) if opened.volume.id == id => {
-                let logged = self.read_log(&opened).await?;
+            Ok((opened, logged)) if opened.volume.id == id => {
                 let volume = Arc::new(Volume::new(opened, self.volume_limits()));
                 self.put_back(&volume, &data, logged)?;
                 reach(Point::WritebackReplayed);
@@ -89,7 +88,7 @@ impl Engine {
                 }
                 return self.adopt(volume).await;
             }
-            Ok(opened) => {
+            Ok((opened, _)) => {
                 // Nobody serves that one here.
                 self.give_back(&opened).await;
                 namesake()
@@ -101,6 +100,17 @@ impl Engine {
             "acknowledged writes cannot be written out: the volume is not ours any more"
         );
         self.log.append_closed(id)
+    }
+
+    /// As [`Self::open_again`], with what the data log holds. If somebody takes the volume between the
+    /// two, it is not ours any more.
+    async fn open_again_with_log(
+        &self,
+        open: &OpenVolume,
+    ) -> Result<(Opened, BTreeMap<u64, LoggedBlock>), Failure> {
+        let opened = self.open_again(open).await?;
+        let logged = self.read_log(&opened).await?;
+        Ok((opened, logged))
     }
 
     /// Opens a volume if nobody else has opened it since it was open here. Another writeback may

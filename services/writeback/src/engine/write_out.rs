@@ -139,6 +139,8 @@ impl Engine {
         state.write_outs -= 1;
         let freed = gathered.fail(&mut state.dirty);
         state.credit.put_back(freed);
+        // What is logged no flush asks for: it has to grow old.
+        state.dirty_since.get_or_insert_with(Instant::now);
         state.errors.set(failure.clone());
         state.error_count += 1;
         state.rest_until = Some(Instant::now() + Duration::from_millis(self.config.retry_max_ms));
