@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use endio_api::conversion::{LogData, LoggedBlock, ReadLogRequest};
+use endio_chassis::trace::Span;
 use endio_failpoints::{Bug, Point, is_planted, reach};
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::dirty::{LogPick, TooMuch};
@@ -102,13 +103,19 @@ impl Engine {
                 Next::Nothing => return,
             };
             reach(Point::WritebackFlushGathered);
-            match self.session.log(session, message(volume, pick)).await {
+            let span = crate::TRACER
+                .child(&Span::current(), "log")
+                .with("volume", &volume.name)
+                .with("number", pick.number)
+                .with("blocks", pick.blocks.len());
+            match self.session.log(session, message(volume, pick, &span)).await {
                 Ok(()) => {
                     reach(Point::WritebackFlushLogged);
                     logging.is_logged = true;
                     self.metrics.logged_flushes.inc();
                 }
                 Err(error) => {
+                    span.fail(&error.detail);
                     tracing::debug!(volume = %volume.name, %error, "a flush was not logged");
                     return;
                 }
@@ -204,7 +211,7 @@ impl Engine {
     }
 }
 
-fn message(volume: &Volume, pick: LogPick<CachedBlock>) -> LogData {
+fn message(volume: &Volume, pick: LogPick<CachedBlock>, span: &Span) -> LogData {
     let blocks = pick.blocks.iter().map(|block| LoggedBlock {
         lblk: block.lblk.0,
         end_bytes: block.end_bytes,
@@ -219,7 +226,7 @@ fn message(volume: &Volume, pick: LogPick<CachedBlock>) -> LogData {
         number: pick.number,
         blocks: blocks.collect(),
         data: one_buffer(&pick),
-        traceparent: endio_chassis::trace::Span::current().traceparent(),
+        traceparent: span.traceparent(),
     }
 }
 

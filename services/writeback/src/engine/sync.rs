@@ -92,7 +92,8 @@ impl Engine {
     ) -> Result<u64, Failure> {
         let started = Instant::now();
         let span = crate::TRACER.entry("fsync", traceparent).with("volume", &volume.name);
-        let outcome = self.write_all_out(volume, observer, until).await;
+        let all_out = self.write_all_out(volume, observer, until);
+        let outcome = span.clone().scope(all_out).await;
         if let Err(failure) = &outcome {
             span.fail(&failure.detail);
         }
