@@ -14,7 +14,9 @@ pub(super) type LookupResult<E> = Result<Result<MapView, Refusal>, MachineError<
 
 impl<T: ChunkTable> Machine<T> {
     /// The map of a range. The driver shows it once `MapView::seq` is durable. A generation that
-    /// is not the current one sees the map but gets no grant.
+    /// is not the current one sees the map but gets no grant. [`Reason::Limit`] while an aborted write
+    /// in place may still land there: whoever read the old data would see the new one later, although
+    /// nobody is writing any more.
     ///
     /// # Errors
     /// `Ok(Err(..))` is a refusal to the caller; `Err` means that the table failed.
@@ -32,6 +34,10 @@ impl<T: ChunkTable> Machine<T> {
             return Ok(Err(self.refusal(Reason::NotReady, "recovering")));
         };
         let current = state.owner.is_some() && state.generation == generation;
+        if current && state.in_place && self.may_land(volume, range) {
+            let message = "an aborted write in place to this range has not drained yet";
+            return Ok(Err(self.refusal(Reason::Limit, message)));
+        }
         let epoch = self.durable.epoch;
         let grant = current.then(|| ReadGrant::new(key, epoch, volume, generation));
         let (map_version, size_bytes) = (state.map_version, state.size_bytes);
@@ -39,6 +45,13 @@ impl<T: ChunkTable> Machine<T> {
         let extents = extents.map_err(MachineError::Table)?;
         let seq = self.durable.seq;
         Ok(Ok(MapView { map_version, extents, size_bytes, grant, seq }))
+    }
+
+    /// Whether a write in place that was aborted may still land in a range: a store has not
+    /// acknowledged its fence.
+    fn may_land(&self, volume: VolumeId, range: LblkRange) -> bool {
+        let Some(rt) = self.volumes.get(&volume) else { return false };
+        rt.in_flight.overlapping(range).any(|io_end| self.ledger.get(io_end).is_none())
     }
 
     /// Mapped parts of a volume by name, for display; `None`: no such volume.

@@ -186,6 +186,39 @@ fn a_range_written_in_place_is_closed_after_an_abort_until_the_fence() {
     rig.assert_sound();
 }
 
+/// Whoever was told that a write in place failed and reads the old data does not see it change later:
+/// there is no map to read by while that write may still land.
+#[test]
+fn what_an_aborted_write_in_place_may_still_change_is_not_read_before_the_fence() {
+    let mut rig = Rig::new(1, 100);
+    rig.create("v", 100 * BLOCK_BYTES, 1, true, false);
+    let volume = rig.open("v", "wb");
+    rig.write(&volume, 0, 8);
+    let look_up = |rig: &mut Rig, generation, lblk, blocks| {
+        let found = rig.machine.lookup(volume.id, generation, LblkRange::new(lblk, blocks));
+        found.unwrap().map(|view| view.grant.is_some()).map_err(|refusal| refusal.reason)
+    };
+    let current = volume.generation;
+    let begun = rig.begin(&volume, 2, 3);
+    assert_eq!(look_up(&mut rig, current, 0, 8), Ok(true), "its writer still waits for it");
+    rig.submit_with(&begun.submitter, vec![], true);
+    assert_eq!(look_up(&mut rig, current, 4, 1), Err(Reason::Limit));
+    assert_eq!(look_up(&mut rig, current, 0, 8), Err(Reason::Limit));
+    assert_eq!(look_up(&mut rig, current, 0, 2), Ok(true));
+    assert_eq!(look_up(&mut rig, current, 5, 3), Ok(true));
+    assert_eq!(look_up(&mut rig, Generation(0), 0, 8), Ok(false), "without a grant nobody reads");
+    rig.acknowledge();
+    assert_eq!(look_up(&mut rig, current, 0, 8), Ok(true));
+    // So does the next owner, who never heard of it.
+    rig.begin(&volume, 7, 1);
+    let next = rig.open("v", "wb").generation;
+    assert_ne!(next, current);
+    assert_eq!(look_up(&mut rig, next, 7, 1), Err(Reason::Limit));
+    rig.acknowledge();
+    assert_eq!(look_up(&mut rig, next, 0, 8), Ok(true));
+    rig.assert_sound();
+}
+
 /// Scenario 49.
 #[test]
 fn delete_waits_for_io_ends_and_gives_all_space_back() {
