@@ -1,6 +1,6 @@
 //! Planted bugs are caught, each by the checkers that are there for it.
 //!
-//! Fourteen of them run in the short form. All: `ENDIO_PLANTED_ALL=1 cargo test -p endio-sim-tests --features planted-bugs
+//! Sixteen of them run in the short form. All: `ENDIO_PLANTED_ALL=1 cargo test -p endio-sim-tests --features planted-bugs
 //! --test planted -- --nocapture`; one: `ENDIO_PLANTED_ONE=NoFence` beside it.
 #![cfg(feature = "planted-bugs")]
 
@@ -54,7 +54,12 @@ impl Plant {
             // Which of the two is broken first is a matter of what is asked first.
             Self::Pure(
                 Bug::ConvertOnFirstRelease | Bug::ConvertDespiteFailure | Bug::FailedIsClean,
-            ) => Some(&["no_foreign_or_stale_byte", "no_lost_flushed_write"]),
+            ) => Some(&[
+                "no_foreign_or_stale_byte",
+                "no_lost_flushed_write",
+                // What the data log has of a block ended with a conversion that was none.
+                "logged-until-converted",
+            ]),
             Self::Pure(Bug::LockGrantsAll) => {
                 Some(&["no_foreign_or_stale_byte", "no_lost_flushed_write", "liveness"])
             }
@@ -110,6 +115,7 @@ fn bugs() -> Vec<Plant> {
         Bug::ConvertDespiteFailure,
         Bug::LockGrantsAll,
         Bug::CreditLeaked,
+        Bug::LoggedForEver,
     ];
     let modelled = [
         Planted::LogFirstOff,
@@ -117,6 +123,7 @@ fn bugs() -> Vec<Plant> {
         Planted::CleanKept,
         Planted::OldKept,
         Planted::ReadSkipsChecksum,
+        Planted::LogUnread,
     ];
     pure.map(Plant::Pure).into_iter().chain(modelled.map(Plant::Modelled)).collect()
 }
