@@ -112,6 +112,7 @@ impl Engine {
         if self.table.len() >= self.config.volumes_max {
             return Err(Failure::new(Reason::Limit, "too many volumes are open here"));
         }
+        self.close_in_log(name).await?;
         let opened = self.open_as_it_is(name, force).await?;
         let logged = match self.read_log(&opened).await {
             Ok(logged) => logged,
@@ -128,6 +129,17 @@ impl Engine {
         self.put_back(&volume, &[], logged)?;
         self.adopt(Arc::clone(&volume)).await?;
         Ok(volume)
+    }
+
+    /// What the cache log has of a volume that was let go does not come back, whatever happens from now
+    /// on: durable before conversion hears that the volume is open here. Else a replay after a power
+    /// loss would find it open here and take what others wrote meanwhile for older.
+    async fn close_in_log(&self, name: &str) -> Result<(), Failure> {
+        let volume = self.describe(name).await?.id;
+        if self.log.holds(volume, LblkRange::new(0, u64::MAX)) {
+            self.log.append_closed(volume)?;
+        }
+        self.log.durable(self.log.last()).await
     }
 
     /// The volume, whoever opened it last.

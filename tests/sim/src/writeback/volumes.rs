@@ -182,6 +182,16 @@ impl Wb {
         ours.is_some_and(|ours| ours.parse::<u64>().is_ok_and(|ours| ours <= start))
     }
 
+    /// What the cache log has of a volume that was let go does not come back: durable before conversion
+    /// hears that the volume is open here.
+    async fn close_in_log(&self, name: &str) -> Outcome<()> {
+        let (volume, _, _) = self.owner(name, self.deadline()).await?;
+        if self.engine.log.holds(volume, LblkRange::new(0, u64::MAX)) {
+            self.note_closed(volume);
+        }
+        self.log_durable(self.engine.log.last_lsn()).await
+    }
+
     /// The volume, whoever opened it last.
     async fn open_as_it_is(&self, name: &str, force: bool) -> Outcome<(VolumeInfo, ReadGrant)> {
         let deadline = self.deadline();
@@ -282,6 +292,7 @@ impl Wb {
     }
 
     async fn open_now(&self, name: &str, force: bool) -> Outcome<Rc<Volume>> {
+        self.close_in_log(name).await?;
         let (info, grant) = self.open_as_it_is(name, force).await?;
         let logged = match self.read_log(&info).await {
             Ok(logged) => logged,
