@@ -228,7 +228,7 @@ impl Standing<'_> {
                 _ = tick.tick() => self.renew(),
                 permit = out.reserve(), if !self.outbox.is_empty() => match permit {
                     Ok(permit) => {
-                        let count = self.outbox.len().min(limits.batch);
+                        let count = fits(&self.outbox, limits.batch);
                         permit.send(batch(self.outbox.drain(..count)));
                     }
                     Err(_) => return Ended::Closed,
@@ -407,6 +407,25 @@ impl Standing<'_> {
     }
 }
 
+/// Bytes of data in one batch, but for a single message that has more: a batch beyond what the transport
+/// takes would end the session. A message has at most 1 MiB (`flush_log_bytes`).
+const BATCH_DATA_BYTES_MAX: usize = 2 << 20;
+
+/// How many of the first messages make up the next batch: at least one, if there is any.
+fn fits(outbox: &VecDeque<WritebackMessage>, most: usize) -> usize {
+    let mut bytes = 0;
+    let fitting = outbox.iter().take(most).take_while(|message| {
+        let data = match &message.message {
+            Some(Outgoing::Log(log)) => log.data.len(),
+            _ => 0,
+        };
+        let is_first = bytes == 0;
+        bytes += data;
+        is_first || bytes <= BATCH_DATA_BYTES_MAX
+    });
+    fitting.count()
+}
+
 fn batch(messages: impl IntoIterator<Item = WritebackMessage>) -> WritebackBatch {
     WritebackBatch { messages: messages.into_iter().collect() }
 }
@@ -437,5 +456,34 @@ async fn refuse_until(
         () = stop.cancelled() => {}
         () = tokio::time::sleep_until(until) => {}
         () = refuse_all(queue) => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use endio_api::conversion::LogData;
+
+    use super::*;
+
+    fn log(bytes: usize) -> WritebackMessage {
+        let data = vec![0; bytes].into();
+        WritebackMessage { message: Some(Outgoing::Log(LogData { data, ..LogData::default() })) }
+    }
+
+    fn small() -> WritebackMessage {
+        WritebackMessage { message: Some(Outgoing::Renew(WritebackRenew::default())) }
+    }
+
+    /// Many volumes that flush at once would make a batch that no transport takes.
+    #[test]
+    fn a_batch_has_no_more_data_than_the_transport_takes_and_always_a_message() {
+        let of = |messages: Vec<WritebackMessage>| fits(&messages.into(), 512);
+        assert_eq!(of(vec![]), 0);
+        assert_eq!(of(vec![small(); 600]), 512);
+        assert_eq!(of(vec![log(256 << 10); 40]), 8);
+        assert_eq!(of(vec![log(1 << 20), small(), log(1 << 20), small(), log(1)]), 4);
+        assert_eq!(of(vec![log(3 << 20), small()]), 1, "one that is too large goes alone");
+        let largest = batch(vec![log(1 << 20); 2]);
+        assert!(prost::Message::encoded_len(&largest) < crate::MESSAGE_BYTES_MAX);
     }
 }
