@@ -202,6 +202,8 @@ class Endio(Server):
                   "the whole disk in memory, as the page cache does for the others")
     bin_dir = release_dir()
     trace_ratio = 0.01
+    # How the services reach each other. NBD clients come over TCP in any case.
+    wire = "TCP"
 
     def __init__(self, directory, size, trace_ratio=None, stores=1, volumes=1):
         super().__init__(directory, size)
@@ -214,6 +216,10 @@ class Endio(Server):
         return output("git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "--short",
                       "HEAD")
 
+    def address(self, name):
+        """Where a service listens: a port of its own, or a socket in the directory."""
+        return "127.0.0.1:0" if self.wire == "TCP" else f"unix:{self.directory / name}.sock"
+
     def telemetry(self, prefix):
         ratio = str(self.trace_ratio)
         return {"RUST_LOG": "warn", f"{prefix}__telemetry__trace__ratio": ratio}
@@ -221,18 +227,20 @@ class Endio(Server):
     def start(self):
         conversion = self.spawn(
             "conversion", self.bin_dir / "endio-conversion", "--data-dir",
-            self.directory / "conversion", "--listen", "127.0.0.1:0", "--insecure", reports=True,
+            self.directory / "conversion", "--listen", self.address("conversion"), "--insecure",
+            reports=True,
             env=self.telemetry("ENDIO_CONVERSION"))["grpc"]
         for number in range(self.stores):
             name = "block-store" if number == 0 else f"block-store-{number + 1}"
             self.spawn(
                 name, self.bin_dir / "endio-block-store", "--data-dir", self.directory / name,
-                "--listen", "127.0.0.1:0", "--insecure", "--conversion", conversion, "--capacity",
+                "--listen", self.address(name), "--insecure", "--conversion", conversion, "--capacity",
                 str(4 * self.size * len(self.volumes)), reports=True,
                 env=self.telemetry("ENDIO_BLOCK_STORE"))
         ready = self.spawn(
             "writeback", self.bin_dir / "endio-writeback", "--cache-dir",
-            self.directory / "cache", "--listen", "127.0.0.1:0", "--nbd-listen", "127.0.0.1:0",
+            self.directory / "cache", "--listen", self.address("writeback"), "--nbd-listen",
+            "127.0.0.1:0",
             "--conversion", conversion, "--insecure", reports=True,
             env={**self.telemetry("ENDIO_WRITEBACK"), **self.read_cache()})
         self.attach(ready)
@@ -263,6 +271,13 @@ class Endio(Server):
         """What `endio --json …` answers."""
         words = [str(self.bin_dir / "endio"), "--endpoint", self.grpc, "--json", *words]
         return json.loads(subprocess.run(words, capture_output=True, check=True, timeout=120).stdout)
+
+
+class EndioUnix(Endio):
+    """endio as three processes that speak over Unix sockets, as on one machine they may."""
+
+    durability = Endio.durability + ". The services speak over Unix sockets"
+    wire = "Unix"
 
 
 class EndioUp(Endio):
@@ -362,6 +377,7 @@ def tree_seconds(pid):
 
 KINDS = {
     "endio": Endio,
+    "endio-unix": EndioUnix,
     "endio-up": EndioUp,
     "endio-trace-0": lambda directory, size: Endio(directory, size, 0.0),
     "endio-trace-100": lambda directory, size: Endio(directory, size, 1.0),

@@ -222,6 +222,8 @@ async fn start_conversion(
     let listener = listener.map_err(|error| failed(what, &error))?;
     let config = endio_conversion::Config {
         data_dir: plan.data_dir.join("conversion"),
+        // The same threads serve stores and clients here: a commit does not hold them up.
+        commit_here_us_max: 0,
         ..endio_conversion::Config::default()
     };
     let deps = endio_conversion::Deps::new(listener, dialer(), recorder.clone(), stop.clone());

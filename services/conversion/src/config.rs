@@ -20,6 +20,10 @@ pub struct Config {
     pub listen: ListenAddr,
     /// Inputs taken in one turn of the driver, hence in one commit. 1 to 65,536.
     pub inputs_per_turn_max: usize,
+    /// A record that is alone is committed by the driver itself while commits take at most so long, in
+    /// µs; 0: never. Too small: two wake-ups more for each lone small write. Too large: what comes
+    /// during a commit waits longer to be decided. At most 1,000,000.
+    pub commit_here_us_max: u64,
     /// Inputs that may wait for the driver; senders wait beyond it. 1 to 1,000,000.
     pub input_queue_max: usize,
     /// Messages that may wait for one peer; a peer that does not read is cut off beyond it.
@@ -78,6 +82,7 @@ impl Default for Config {
             data_dir: PathBuf::from("endio-data/conversion"),
             listen: ListenAddr::Tcp("127.0.0.1:7401".to_owned()),
             inputs_per_turn_max: 4_096,
+            commit_here_us_max: 2_000,
             input_queue_max: 16_384,
             session_queue_max: 65_536,
             map_cache_bytes: 256 << 20,
@@ -103,6 +108,7 @@ impl Validate for Config {
             }
         };
         within("inputs_per_turn_max", self.inputs_per_turn_max as u64, 1, 65_536);
+        within("commit_here_us_max", self.commit_here_us_max, 0, 1_000_000);
         within("input_queue_max", self.input_queue_max as u64, 1, 1_000_000);
         within("session_queue_max", self.session_queue_max as u64, 16, 10_000_000);
         within("map_cache_bytes", self.map_cache_bytes, 1 << 20, 1 << 40);

@@ -1,7 +1,7 @@
 //! The driver: one task that owns the machine, its clock and its disk.
 //!
 //! ```text
-//! turn:  take inputs ─► machine.handle* ─► machine.drain ─► records ─► committer (thread)
+//! turn:  take inputs ─► machine.handle* ─► machine.drain ─► records ─► committer (thread, or here)
 //!                                       └► effects: now ─► peers
 //!                                                   later ─► wait for the committer ─► peers
 //! ```
@@ -31,7 +31,7 @@ use endio_types::Millis;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
-use crate::commit::{Committer, Encoded, Progress};
+use crate::commit::{Committer, Encoded, Progress, Submitted};
 use crate::config::Config;
 use crate::handle::{Event, Question, Traced};
 use crate::metrics::Metrics;
@@ -80,6 +80,7 @@ type Table = Box<dyn MetaTable>;
 pub(crate) struct Driver {
     machine: Machine<Table>,
     out: Output,
+    /// Where the machine's clock began. It stands still during commits that the driver waits for.
     started: Instant,
     committer: Committer,
     progress: watch::Receiver<Progress>,
@@ -136,8 +137,10 @@ impl Driver {
         let recovery_ms = started.elapsed().as_millis() as u64;
         tracing::info!(replayed, recovery_ms, rebuilt, epoch = machine.epoch().0, "recovered");
         reach(Point::ConversionRecovered);
-        let committer = Committer::start(journal, next_seq - 1, metrics.commit.clone())
-            .map_err(DriverError::Thread)?;
+        let here_max = Duration::from_micros(config.commit_here_us_max);
+        let time = metrics.commit.clone();
+        let committer =
+            Committer::start(journal, next_seq - 1, time, here_max).map_err(DriverError::Thread)?;
         Ok(Self {
             machine,
             out,
@@ -164,7 +167,7 @@ impl Driver {
     ) -> Result<(), DriverError> {
         let _running = shutdown.hold("conversion driver");
         // The epoch is durable before anybody can be granted anything under it.
-        self.settle(Instant::now())?;
+        self.settle(Instant::now(), false)?;
         let epoch_seq = self.machine.seq();
         while self.durable()? < epoch_seq {
             self.commit_progress().await?;
@@ -190,7 +193,8 @@ impl Driver {
                 }
                 () = tokio::time::sleep_until(wake) => {}
             }
-            self.turn(&mut queue)?;
+            let is_waiting = !events.is_empty();
+            self.turn(&mut queue, is_waiting)?;
             if let Some(stop_by) = stop_by {
                 let is_late = Instant::now() >= stop_by || shutdown.is_forced();
                 if is_late && !self.machine.is_idle() {
@@ -204,8 +208,8 @@ impl Driver {
         }
     }
 
-    /// One turn: everything that waits, then what follows from it.
-    fn turn(&mut self, queue: &mut Vec<Event>) -> Result<(), DriverError> {
+    /// One turn: everything that waits, then what follows from it. `is_waiting`: more has come since.
+    fn turn(&mut self, queue: &mut Vec<Event>, is_waiting: bool) -> Result<(), DriverError> {
         let began = Instant::now();
         self.metrics.turns.inc();
         let durable = self.durable()?;
@@ -221,7 +225,8 @@ impl Driver {
             let now = self.now();
             self.machine.drain(now, &mut self.out).map_err(DriverError::Machine)?;
         }
-        self.settle(began)?;
+        let is_waiting = is_waiting || self.machine.has_work();
+        self.settle(began, is_waiting)?;
         self.show_gauges();
         let seq = self.machine.seq();
         let snapshot = || self.machine.snapshot();
@@ -289,7 +294,7 @@ impl Driver {
     }
 
     /// Sends records to the committer and effects to where they may go now.
-    fn settle(&mut self, began: Instant) -> Result<(), DriverError> {
+    fn settle(&mut self, began: Instant, is_waiting: bool) -> Result<(), DriverError> {
         reach(Point::ConversionTurn);
         let epoch = self.machine.epoch().0;
         let mut group = Vec::with_capacity(self.out.records.len());
@@ -299,24 +304,36 @@ impl Driver {
         }
         let newest = group.last().map(|record: &Encoded| record.seq);
         self.metrics.records.add(group.len() as u64);
-        if !group.is_empty() && !self.committer.submit(group) {
-            return Err(self.commit_failure());
-        }
         for batch in self.out.batches.drain(..) {
             self.metrics.batches.inc();
             self.metrics.converted_blocks.add(batch.blocks);
             self.outbox.batch(&batch);
         }
-        reach(Point::ConversionSubmitted);
         let now_ms = self.now();
         for effect in self.out.effects.drain(..) {
             self.outbox.push(effect, newest, began, now_ms);
         }
+        if !group.is_empty() {
+            // What rests on no record does not wait for one.
+            self.release()?;
+            match self.committer.submit(group, is_waiting) {
+                Submitted::Queued => {}
+                // Nobody could be heard meanwhile: that is no silence of theirs.
+                Submitted::Durable(held_up) => self.started += held_up,
+                Submitted::Ended => return Err(self.commit_failure()),
+            }
+        }
+        reach(Point::ConversionSubmitted);
+        reach(Point::ConversionEffects);
+        self.release()?;
+        reach(Point::ConversionSent);
+        Ok(())
+    }
+
+    fn release(&mut self) -> Result<(), DriverError> {
         let is_early = is_planted(Bug::ConversionSendsEarly);
         let durable = if is_early { u64::MAX } else { self.durable()? };
-        reach(Point::ConversionEffects);
         self.outbox.release(durable, &mut self.calls, &self.metrics);
-        reach(Point::ConversionSent);
         Ok(())
     }
 
@@ -400,7 +417,7 @@ impl Driver {
         let held: Vec<String> = held.iter().map(|io_end| io_end.id.to_string()).collect();
         tracing::warn!(io_ends = total, held = held.join(","), "stopping with io_ends in flight");
         self.feed((Input::AbortAll, String::new()))?;
-        self.settle(Instant::now())
+        self.settle(Instant::now(), true)
     }
 
     fn close(self) -> Result<(), DriverError> {

@@ -54,6 +54,10 @@ pub struct Config {
     /// written out. Too small: flushes wait for stores. Too large: much data is written twice. 0: none;
     /// at most 1 MiB.
     pub flush_log_bytes: u64,
+    /// Whether the data of a small write goes to the data log before its flush, where flushes come in an
+    /// even rhythm. Off: such a flush takes the time of one answer longer. On: a client that breaks its
+    /// rhythm costs a message and a commit for nothing.
+    pub log_ahead: bool,
     /// Most blocks in one write-out. Too small: more conversions. Too large: one failure costs
     /// more. 1 to 1,024.
     pub write_out_blocks: u64,
@@ -147,6 +151,7 @@ impl Default for Config {
             dirty_delay_max_ms: 20,
             write_out_after_ms: 1_000,
             flush_log_bytes: 256 << 10,
+            log_ahead: true,
             write_out_blocks: 256,
             write_outs_per_volume: 16,
             write_out_bytes_in_flight: 64 << 20,

@@ -69,6 +69,8 @@ pub struct Metrics {
     pub write_outs: Counter,
     /// Flushes whose data went into the data log.
     pub logged_flushes: Counter,
+    /// Times that data went to the data log before its flush came.
+    pub logged_ahead: Counter,
     /// Requests that had been applied before.
     pub duplicates: Counter,
     /// Questions to conversion about the map of a volume.
@@ -117,6 +119,10 @@ impl Default for Metrics {
             logged_flushes: counter(
                 "endio_writeback_logged_flushes_total",
                 "Flushes whose data went into the data log",
+            ),
+            logged_ahead: counter(
+                "endio_writeback_logged_ahead_total",
+                "Times that data went to the data log before its flush came",
             ),
             write_outs: counter("endio_writeback_write_outs_total", "Write-outs converted"),
             duplicates: counter(

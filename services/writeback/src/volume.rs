@@ -15,6 +15,7 @@ use endio_state_machine::writeback::credit::{Credit, CreditPolicy};
 use endio_state_machine::writeback::dirty::DirtyMap;
 use endio_state_machine::writeback::errseq::{Cursor, ErrSeq};
 use endio_state_machine::writeback::map_cache::{ChangeId, MapCache, Part};
+use endio_state_machine::writeback::rhythm::Rhythm;
 use endio_state_machine::writeback::view::VolumeView;
 use endio_types::{BLOCK_BYTES, ByteRange, LblkRange, MapVersion, Reason, VOLUME_BYTES_MAX};
 use tokio::sync::Notify;
@@ -101,6 +102,8 @@ pub struct State {
     pub logging: usize,
     /// Somebody waits until everything up to this record is durable.
     pub log_wanted: Lsn,
+    /// How buffered writes and flushes follow each other.
+    pub rhythm: Rhythm,
     /// The newest record that says that blocks of this volume are converted.
     pub last_clean: Lsn,
     /// Write-out rests until then, after a failure.
@@ -205,6 +208,7 @@ impl Volume {
                 write_outs: 0,
                 logging: 0,
                 log_wanted: Lsn(0),
+                rhythm: Rhythm::default(),
                 last_clean: Lsn(0),
                 rest_until: None,
                 grant,

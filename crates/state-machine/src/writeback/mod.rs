@@ -13,6 +13,7 @@ pub mod gather;
 pub mod layout;
 pub mod map_cache;
 pub mod range_lock;
+pub mod rhythm;
 pub mod sessions;
 pub mod throttle;
 pub mod view;

@@ -83,6 +83,14 @@ impl Engine {
         }
     }
 
+    /// Begins what a flush that is likely to come will ask for, while its client still hears of the write
+    /// before it. The flush then finds its data on the way. In the trace of that write.
+    pub(super) fn log_ahead(self: &Arc<Self>, volume: &Arc<Volume>, up_to: Lsn) {
+        let (engine, volume, span) = (Arc::clone(self), Arc::clone(volume), Span::current());
+        self.metrics.logged_ahead.inc();
+        self.tasks.spawn(async move { span.scope(engine.log_flush(&volume, up_to)).await });
+    }
+
     /// Makes what is dirty up to a record durable at conversion, without writing it out. What is too
     /// much, or refused there, is written out. The caller waits for that, and for what is under
     /// write-out, which is not logged.

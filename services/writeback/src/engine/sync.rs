@@ -159,6 +159,7 @@ impl Engine {
         let lsn = self.log.last();
         let (pending, errors) = {
             let mut state = volume.state();
+            state.rhythm.flushed();
             let pending = match until {
                 Until::Durable => state.dirty.pending_blocks_up_to(lsn),
                 Until::Converted => state.dirty.unconverted_blocks_up_to(lsn),

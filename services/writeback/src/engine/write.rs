@@ -5,6 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use endio_chassis::trace::Span;
 use endio_failpoints::{Bug, Point, is_planted, reach};
+use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::credit::Take;
 use endio_state_machine::writeback::throttle::Verdict;
 use endio_store::cache_log::{CacheLogError, WriteRecord};
@@ -64,6 +65,8 @@ struct Used {
     blocks: u64,
     /// The flusher may not know that there is something to do.
     wakes_flusher: bool,
+    /// The record of the write, if a flush is likely to come next.
+    flush_is_next: Option<Lsn>,
 }
 
 /// A write under way.
@@ -315,9 +318,17 @@ impl Write {
             admission.applied(self.op.data.len() as u64);
         }
         engine.ask_credit(volume, false);
-        match used.wakes_flusher || wants_write_out {
-            true => volume.changed(),
-            false => volume.changed_for_waiters(),
+        // More that is dirty is what nobody waits for. Credit that was not needed may be.
+        if used.wakes_flusher || wants_write_out {
+            volume.changed();
+        } else if used.blocks < self.blocks.len {
+            volume.changed_for_waiters();
+        }
+        if let Some(lsn) = used.flush_is_next
+            && engine.config.log_ahead
+            && engine.is_loggable(volume, self.blocks.len)
+        {
+            engine.log_ahead(volume, lsn);
         }
         Ok(())
     }
@@ -456,6 +467,7 @@ impl Write {
         state.credit.put_back(blocks.len - used);
         state.view.wrote_up_to(end);
         state.dirty_since.get_or_insert_with(Instant::now);
-        Ok(Ok(Used { blocks: used, wakes_flusher }))
+        let flush_is_next = (self.op.mode == Mode::Buffered && state.rhythm.wrote()).then_some(lsn);
+        Ok(Ok(Used { blocks: used, wakes_flusher, flush_is_next }))
     }
 }
