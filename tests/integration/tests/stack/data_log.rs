@@ -231,3 +231,33 @@ async fn the_log_goes_with_its_volume_and_knows_how_far_it_grew() {
     check(&stack).await;
     other.stop().await;
 }
+
+/// Whoever flushes in an even rhythm finds the data on its way; nothing else is different.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn in_an_even_rhythm_data_is_logged_before_its_flush() {
+    let (stack, _writeback, client) = rig().await;
+    for block in 0..6 {
+        write(&client, block, 1, 1).await;
+        client.flush(NAME).await.unwrap();
+    }
+    assert_eq!(logged(&stack).await, 6);
+    write(&client, 6, 2, 1).await;
+    for _ in 0..1_000 {
+        if logged(&stack).await == 7 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(logged(&stack).await, 7, "the write that a flush was to follow is not on its way");
+    // The flush does not come: what is written next waits for one.
+    write(&client, 7, 3, 1).await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(logged(&stack).await, 7);
+    client.flush(NAME).await.unwrap();
+    assert_eq!(logged(&stack).await, 8);
+    let (mut other, client) = take(&stack, "other").await;
+    assert_eq!(first_bytes(&client, 9).await, [1, 1, 1, 1, 1, 1, 2, 3, 0]);
+    is_written_out(&stack).await;
+    check(&stack).await;
+    other.stop().await;
+}
