@@ -362,7 +362,9 @@ impl World {
         let (versions, mirror) = (self.versions.borrow(), self.mirror.borrow());
         match record {
             Record::Log { volume, entries, data, .. } => {
-                versions.may_log(*volume, entries, data, |lblk| mirror.sum(*volume, lblk))
+                versions.may_log(*volume, entries, data, |lblk| {
+                    [mirror.sum(*volume, lblk), mirror.logs().sum(*volume, lblk)]
+                })
             }
             Record::Convert(items) => versions.may_convert(mirror.logs(), items, &[]),
             Record::ConvertLogged { volumes, done } => {
