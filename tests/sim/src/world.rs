@@ -7,6 +7,7 @@ use std::rc::{Rc, Weak};
 use endio_state_machine::machine::{Call, ToStore, ToWriteback};
 use endio_state_machine::record::Record;
 use endio_state_machine::token::ReadGrant;
+use endio_state_machine::writeback::dirty::CleanRun;
 use endio_testkit::seed::Rng;
 use endio_types::{ClusterEpoch, Generation, StoreId, VolumeId};
 
@@ -319,6 +320,19 @@ impl World {
         match readers.iter().any(is_current) {
             true => Err("that a read waits for"),
             false => Ok(()),
+        }
+    }
+
+    /// Dirty blocks are clean without a conversion, for the stores hold the same.
+    ///
+    /// # Errors
+    /// The data log has one of them, and would put it back under the next owner.
+    pub fn may_be_stored(&self, volume: VolumeId, clean: &[CleanRun]) -> Result<(), String> {
+        let mirror = self.mirror.borrow();
+        let mut blocks = clean.iter().flat_map(|run| run.range.start.0..run.range.end());
+        match blocks.find(|lblk| mirror.logs().sum(volume, *lblk).is_some()) {
+            Some(lblk) => Err(format!("stored-is-clean: {volume}:{lblk} is in the data log")),
+            None => Ok(()),
         }
     }
 
