@@ -7,7 +7,7 @@
 //!
 //! # Invariants
 //! * Of each block the log has the newest version that it was given, until this or a newer one is
-//!   converted.
+//!   converted. Messages carry numbers for that: what comes behind a later one is not taken.
 
 use std::collections::BTreeMap;
 

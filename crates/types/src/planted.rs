@@ -54,6 +54,10 @@ pub enum Bug {
     LoggedForgottenEarly,
     /// What comes for the data log after a change of the map is kept, though it is older.
     LateLogCounts,
+    /// What overtook another message to the data log is replaced by what that one brings.
+    OvertakenLogCounts,
+    /// A store admits bios of a new epoch before what is older has drained.
+    DrainUnawaited,
 }
 
 impl Bug {
@@ -83,25 +87,35 @@ impl Bug {
         Self::LoggedForEver,
         Self::LoggedForgottenEarly,
         Self::LateLogCounts,
+        Self::OvertakenLogCounts,
+        Self::DrainUnawaited,
     ];
 }
 
 #[cfg(feature = "planted-bugs")]
 thread_local! {
-    static PLANTED: std::cell::Cell<Option<Bug>> = const { std::cell::Cell::new(None) };
+    /// A bit for each.
+    static PLANTED: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
 }
 
-/// Plants a bug in this thread, or takes it out.
+/// Plants bugs in this thread, mostly one, in place of those that were there; `None`: takes them out.
+/// Two at once show that each of two rules is enough.
 #[cfg(feature = "planted-bugs")]
-pub fn plant(bug: Option<Bug>) {
-    PLANTED.with(|planted| planted.set(bug));
+pub fn plant(bugs: impl IntoIterator<Item = Bug>) {
+    let planted = bugs.into_iter().fold(0, |planted, bug| planted | bit(bug));
+    PLANTED.with(|bits| bits.set(planted));
+}
+
+#[cfg(feature = "planted-bugs")]
+fn bit(bug: Bug) -> u64 {
+    1 << (bug as u32)
 }
 
 /// Whether this bug is planted.
 #[inline(always)]
 pub fn is(bug: Bug) -> bool {
     #[cfg(feature = "planted-bugs")]
-    return PLANTED.with(|planted| planted.get() == Some(bug));
+    return PLANTED.with(|planted| planted.get() & bit(bug) != 0);
     #[cfg(not(feature = "planted-bugs"))]
     {
         let _ = bug;

@@ -49,8 +49,10 @@ impl Protocol {
     /// The checker calls from threads of its own.
     fn planted(&self) -> Planted {
         #[cfg(feature = "planted-bugs")]
-        if let Some(Plant::Pure(bug)) = self.plant {
-            endio_types::planted::plant(Some(bug));
+        match self.plant {
+            Some(Plant::Pure(bug)) => endio_types::planted::plant([bug]),
+            Some(Plant::Both(one, other)) => endio_types::planted::plant([one, other]),
+            _ => {}
         }
         Planted
     }

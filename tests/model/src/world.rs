@@ -46,6 +46,9 @@ pub struct Budget {
     pub renewals: u8,
     /// The writeback gives an io_end up.
     pub aborts: u8,
+    /// Free blocks that are punched at once, after each start of conversion: those cannot be handed
+    /// out meanwhile, and the store punches them when nothing is in flight there.
+    pub punched: u64,
 }
 
 impl Budget {
@@ -61,6 +64,7 @@ impl Budget {
         takeovers: 0,
         renewals: 0,
         aborts: 0,
+        punched: BLOCKS,
     };
 }
 
@@ -75,6 +79,8 @@ pub enum Plant {
     EpochUndrained,
     /// In the machine or the gate themselves; needs the feature `planted-bugs`.
     Pure(planted::Bug),
+    /// The same, two at once.
+    Both(planted::Bug, planted::Bug),
 }
 
 /// One thing that happens.
@@ -152,8 +158,9 @@ pub struct World {
     broken: Option<String>,
 }
 
-fn limits() -> Limits {
+fn limits(budget: Budget) -> Limits {
     Limits {
+        punch_blocks_max: budget.punched,
         lease_ms: LEASE_MS,
         io_end_life_max_ms: 10_000,
         // Punching frees nothing that matters here, and multiplies the orders.
@@ -168,7 +175,7 @@ impl World {
         let mut world = Self {
             budget,
             plant,
-            machine: Machine::recover(limits(), MemoryTable::new(), Snapshot::new([1; 16])),
+            machine: Machine::recover(limits(budget), MemoryTable::new(), Snapshot::new([1; 16])),
             now: Millis(1),
             epochs: 0,
             journal: Vec::new(),
@@ -391,7 +398,8 @@ impl World {
         self.waiting.clear();
         // Clients hear nothing more of what they had begun.
         self.writes.iter_mut().for_each(|write| write.ended = write.ended.or(Some(false)));
-        self.machine = Machine::recover(limits(), MemoryTable::new(), Snapshot::new([1; 16]));
+        self.machine =
+            Machine::recover(limits(self.budget), MemoryTable::new(), Snapshot::new([1; 16]));
         for (seq, record) in &self.journal {
             if let Err(error) = self.machine.apply(*seq, record) {
                 self.broken.get_or_insert(error.to_string());

@@ -21,6 +21,7 @@ pub mod writeback;
 
 use std::rc::Rc;
 
+use endio_testkit::seed::Rng;
 use endio_types::Millis;
 
 use client::Clients;
@@ -65,12 +66,31 @@ impl Report {
 
 /// Runs one seed.
 pub fn run(seed: u64, keep_log: bool) -> Report {
-    run_planted(seed, keep_log, None)
+    run_plan(seed, Plan::draw(seed), keep_log, None)
+}
+
+/// Runs one seed with hardly any room in the stores.
+pub fn run_full(seed: u64, keep_log: bool) -> Report {
+    run_plan(seed, full(seed), keep_log, None)
 }
 
 /// Runs one seed with a bug in one of the modelled parts.
 pub fn run_planted(seed: u64, keep_log: bool, planted: Option<Planted>) -> Report {
-    let plan = Plan::draw(seed);
+    let plan = match planted {
+        // Elsewhere hardly anything is taken as clean because the stores have it.
+        Some(Planted::StoredThoughLogged) => full(seed),
+        _ => Plan::draw(seed),
+    };
+    run_plan(seed, plan, keep_log, planted)
+}
+
+fn full(seed: u64) -> Plan {
+    let mut plan = Plan::draw(seed);
+    plan.fill_up(&mut Rng::new(seed));
+    plan
+}
+
+fn run_plan(seed: u64, plan: Plan, keep_log: bool, planted: Option<Planted>) -> Report {
     let world = Rc::new(World::new(seed, plan, keep_log, planted));
     let clients = Clients::new(&world);
     let exec = world.exec.clone();
@@ -125,6 +145,9 @@ async fn finish(world: Rc<World>, clients: Rc<Clients>) {
     }
     let mut why = String::new();
     for _ in 0..200 {
+        if world.plan.is_lazy {
+            writeback::want_everything_out(&world);
+        }
         match is_quiet(&world) {
             Ok(()) => {
                 world.is_finished.set(true);

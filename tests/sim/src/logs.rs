@@ -66,6 +66,11 @@ impl Logs {
         }
     }
 
+    /// Checksum of what is logged of a block.
+    pub fn sum(&self, volume: VolumeId, lblk: u64) -> Option<u32> {
+        self.0.get(&(volume, lblk)).map(|logged| sum_of(&logged.data))
+    }
+
     /// Whether nothing is logged.
     ///
     /// # Errors
@@ -109,26 +114,28 @@ impl Versions {
         known.ok_or(format!("logged-until-converted: nobody wrote {sum:x} to {volume}:{lblk}"))
     }
 
-    /// Data is about to be logged of blocks; `mapped` is the checksum of what is converted of one.
+    /// Data is about to be logged of blocks; `known` are the checksums of what is converted of one, and
+    /// of what is logged.
     ///
     /// # Errors
-    /// It is older than what is converted.
+    /// It is older than that.
     pub fn may_log(
         &self,
         volume: VolumeId,
         entries: &[LogEntry],
         data: &Bytes,
-        mapped: impl Fn(u64) -> Option<u32>,
+        known: impl Fn(u64) -> [Option<u32>; 2],
     ) -> Result<(), String> {
         for (LogEntry { lblk: Lblk(lblk), .. }, data) in
             entries.iter().zip(data.chunks_exact(BLOCK_SIZE))
         {
-            let Some(mapped) = mapped(*lblk) else { continue };
-            let (_, last) = self.of(volume, *lblk, sum_of(data))?;
-            if last < self.of(volume, *lblk, mapped)?.0 {
-                return Err(format!(
-                    "logged-until-converted: {volume}:{lblk} has newer data than what is logged"
-                ));
+            for known in known(*lblk).into_iter().flatten() {
+                let (_, last) = self.of(volume, *lblk, sum_of(data))?;
+                if last < self.of(volume, *lblk, known)?.0 {
+                    return Err(format!(
+                        "logged-until-converted: {volume}:{lblk} has newer data than what is logged"
+                    ));
+                }
             }
         }
         Ok(())

@@ -14,6 +14,8 @@ use crate::exec::Exec;
 
 /// Mixed into the seed for what came into the plans later: what was drawn before stays as it was.
 pub const RARE: u64 = 0x7261_7265;
+/// The same for what came later still.
+const LATER: u64 = 0x6c61_7465_7221;
 
 /// Numbers from one to another.
 #[derive(Clone, Copy, Debug)]
@@ -191,6 +193,10 @@ pub struct Plan {
     pub log_read_blocks: usize,
     /// Flushes that dawdle between picking their blocks and sending them, in thousandths.
     pub log_dawdles: u64,
+    /// For how long they do at most, milliseconds.
+    pub log_dawdle_ms: u64,
+    /// Nothing is written out because it is old: whoever wants that has to say so.
+    pub is_lazy: bool,
     /// Callers of a flush that go away soon, in thousandths.
     pub hasty_flushes: u64,
     /// Writes that write zeroes, in thousandths: what they write may be there already.
@@ -284,6 +290,12 @@ impl Plan {
         let zero_writes = if rare.chance(30) { rare.between(50, 500) } else { 0 };
         let is_flushing = flush_log_blocks > 0 && rare.chance(50);
         let mix = if is_flushing { Mix { fsync: mix.fsync + 4, ..mix } } else { mix };
+        let mut later = Rng::new(seed ^ LATER);
+        // A flush that stands still while conversion is killed and comes back.
+        let is_late = flush_log_blocks > 0 && later.chance(10);
+        let is_lazy = flush_log_blocks > 0 && later.chance(if is_late { 50 } else { 8 });
+        let log_dawdle_ms = if is_late { later.between(200, 3_000) } else { 100 };
+        let log_dawdles = if is_late { later.between(100, 600) } else { log_dawdles };
         let soft = rng.between(2, 40);
         let mut plan = Self {
             stores,
@@ -382,14 +394,42 @@ impl Plan {
             flush_log_blocks,
             log_read_blocks,
             log_dawdles,
+            log_dawdle_ms,
+            is_lazy,
             hasty_flushes,
             zero_writes,
         };
+        if is_lazy {
+            plan.write_out_after_ms = 3_600_000;
+        }
         if is_hasty {
             plan.io_timeout_ms = hasty_io_ms;
             plan.call_timeout_ms = hasty_call_ms;
             plan.slow = plan.slow.max(hasty_slow);
         }
         plan
+    }
+
+    /// Stores with hardly more room than the volumes, processes that die and sessions that break, and
+    /// data that is there already: what was converted unheard wants space that nobody has. Not drawn:
+    /// too often an fsync then fails for want of space until something is trimmed (docs/TESTING.md).
+    pub fn fill_up(&mut self, rng: &mut Rng) {
+        for volume in &mut self.volumes {
+            (volume.in_place, volume.growable) = (false, false);
+            volume.blocks = volume.blocks.min(rng.between(2, 10));
+        }
+        let copies = self.volumes.iter().map(|volume| volume.blocks * u64::from(volume.replicas));
+        self.capacity = copies.sum::<u64>().div_ceil(self.stores as u64) + rng.between(1, 8);
+        self.chaos.every_ms = rng.between(10, 40);
+        self.chaos.break_stream += rng.between(0, 20);
+        self.chaos.kill += rng.between(5, 20);
+        self.cells_max = self.cells_max.min(rng.between(4, 16));
+        self.aligned = self.aligned.max(rng.between(50, 100));
+        self.mix.fsync += rng.between(4, 20);
+        self.mix.buffered += rng.between(10, 30);
+        self.mix.direct = 1;
+        self.operations += 30;
+        self.zero_writes = self.zero_writes.max(rng.between(200, 600));
+        self.flush_log_blocks = self.flush_log_blocks.max(rng.between(1, 16));
     }
 }

@@ -7,6 +7,7 @@ use std::rc::{Rc, Weak};
 use endio_state_machine::machine::{Call, ToStore, ToWriteback};
 use endio_state_machine::record::Record;
 use endio_state_machine::token::ReadGrant;
+use endio_state_machine::writeback::dirty::CleanRun;
 use endio_testkit::seed::Rng;
 use endio_types::{ClusterEpoch, Generation, StoreId, VolumeId};
 
@@ -322,6 +323,19 @@ impl World {
         }
     }
 
+    /// Dirty blocks are clean without a conversion, for the stores hold the same.
+    ///
+    /// # Errors
+    /// The data log has one of them, and would put it back under the next owner.
+    pub fn may_be_stored(&self, volume: VolumeId, clean: &[CleanRun]) -> Result<(), String> {
+        let mirror = self.mirror.borrow();
+        let mut blocks = clean.iter().flat_map(|run| run.range.start.0..run.range.end());
+        match blocks.find(|lblk| mirror.logs().sum(volume, *lblk).is_some()) {
+            Some(lblk) => Err(format!("stored-is-clean: {volume}:{lblk} is in the data log")),
+            None => Ok(()),
+        }
+    }
+
     /// A record is about to be written: what it says must be so.
     ///
     /// # Errors
@@ -362,7 +376,9 @@ impl World {
         let (versions, mirror) = (self.versions.borrow(), self.mirror.borrow());
         match record {
             Record::Log { volume, entries, data, .. } => {
-                versions.may_log(*volume, entries, data, |lblk| mirror.sum(*volume, lblk))
+                versions.may_log(*volume, entries, data, |lblk| {
+                    [mirror.sum(*volume, lblk), mirror.logs().sum(*volume, lblk)]
+                })
             }
             Record::Convert(items) => versions.may_convert(mirror.logs(), items, &[]),
             Record::ConvertLogged { volumes, done } => {

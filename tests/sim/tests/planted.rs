@@ -1,6 +1,6 @@
 //! Planted bugs are caught, each by the checkers that are there for it.
 //!
-//! Sixteen of them run in the short form. All: `ENDIO_PLANTED_ALL=1 cargo test -p endio-sim-tests --features planted-bugs
+//! Seventeen of them run in the short form. All: `ENDIO_PLANTED_ALL=1 cargo test -p endio-sim-tests --features planted-bugs
 //! --test planted -- --nocapture`; one: `ENDIO_PLANTED_ONE=NoFence` beside it.
 #![cfg(feature = "planted-bugs")]
 
@@ -48,6 +48,11 @@ impl Plant {
                 Some(&["size_is_known", "no_lost_flushed_write"])
             }
             Self::Modelled(Planted::LogFirstOff) => Some(&["log_first"]),
+            Self::Modelled(Planted::OlderKept) => {
+                Some(&["newer-log-wins", "no_lost_flushed_write"])
+            }
+            Self::Modelled(Planted::StoredThoughLogged) => Some(&["stored-is-clean"]),
+            Self::Modelled(Planted::LogGuardOff) => Some(&["liveness"]),
             Self::Pure(Bug::CreditLeaked) => Some(&["space_adds_up"]),
             Self::Pure(Bug::ToldTwice | Bug::NeverTold) => Some(&["errors_told_once"]),
             Self::Pure(Bug::WholeRequestsOff) => Some(&["no_torn_write"]),
@@ -67,15 +72,21 @@ impl Plant {
         }
     }
 
-    /// Whether nothing here has caught it yet: docs/TESTING.md says why, or who does.
+    /// Whether nothing here has caught it yet, or hardly: docs/TESTING.md says why, or who does.
     fn is_uncaught(self) -> bool {
-        let pure = [Bug::IncarnationUnchecked, Bug::AbortedIsFree, Bug::EpochIgnored];
-        let modelled =
-            [Planted::LogGuardOff, Planted::LogOfOlderSession, Planted::StoredThoughLogged];
+        let pure =
+            [Bug::IncarnationUnchecked, Bug::AbortedIsFree, Bug::EpochIgnored, Bug::DrainUnawaited];
         match self {
             Self::Pure(bug) => pure.contains(&bug),
-            Self::Modelled(bug) => modelled.contains(&bug),
+            // In some thousand seeds, or not.
+            Self::Modelled(bug) => bug == Planted::StoredThoughLogged,
         }
+    }
+
+    /// Whether a seed that breaks this says nothing of the bug: on stores that are as full as this
+    /// one's, an fsync may fail for want of space for ever without it, too (docs/TESTING.md).
+    fn is_of_others(self, checker: &str) -> bool {
+        matches!(self, Self::Modelled(Planted::StoredThoughLogged)) && checker == "liveness"
     }
 
     /// The checker that the first seed from `from` on breaks, and how many seeds it took.
@@ -95,7 +106,7 @@ impl Plant {
                 Ok(report) => report.checker()?,
                 Err(_) => "panic",
             };
-            Some((count + 1, checker.to_owned()))
+            (!self.is_of_others(checker)).then(|| (count + 1, checker.to_owned()))
         })
     }
 }
@@ -124,6 +135,7 @@ fn bugs() -> Vec<Plant> {
         Planted::OldKept,
         Planted::ReadSkipsChecksum,
         Planted::LogUnread,
+        Planted::LogGuardOff,
     ];
     pure.map(Plant::Pure).into_iter().chain(modelled.map(Plant::Modelled)).collect()
 }

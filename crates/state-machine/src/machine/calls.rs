@@ -240,8 +240,9 @@ impl<T: ChunkTable> Machine<T> {
         self.supersede(&volume, generation, out)?;
         let wait_ms = self.owner_before_reads_until(&volume, &writeback).since(self.now);
         self.is_heard_of(&writeback);
+        let log_last = self.durable.logs.newest(volume.id);
         let rt = self.volumes.entry(volume.id).or_default();
-        (rt.attempts_over, rt.log_over) = (0, 0);
+        (rt.attempts_over, rt.log_over, rt.log_last) = (0, 0, log_last);
         let owner = writeback;
         self.commit(Record::OpenVolume { volume: volume.id, generation, owner }, out)?;
         self.reads.entry(volume.id).or_default().opened(volume.map_version);

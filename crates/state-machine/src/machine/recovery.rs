@@ -91,7 +91,8 @@ impl<T: ChunkTable> Machine<T> {
             self.count_credit(id, true);
         }
         for volume in self.durable.volumes.values() {
-            self.volumes.entry(volume.id).or_default();
+            let log_last = self.durable.logs.newest(volume.id);
+            self.volumes.entry(volume.id).or_default().log_last = log_last;
             if volume.deleted {
                 self.purging.insert(volume.id);
             } else {

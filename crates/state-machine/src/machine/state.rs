@@ -101,6 +101,8 @@ pub(super) struct VolumeRt {
     /// of the map or a conversion, and refused. Forgotten with the epoch, as is the stream on which
     /// it comes.
     pub(super) log_over: u64,
+    /// Newest number that the data log took of the volume under this generation, or has of it.
+    pub(super) log_last: u64,
 }
 
 /// Who may still read blocks that the map no longer names. Outlives its volume.

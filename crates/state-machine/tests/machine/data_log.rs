@@ -440,18 +440,46 @@ fn what_comes_for_the_log_behind_a_change_of_the_map_and_is_older_is_refused() {
         // An older one that comes last takes nothing back.
         change_after(&volume, MapChange::Trim, (20, 1), 2),
     ];
-    for (change, over) in changes.into_iter().zip([4, 6, 8, 8]) {
+    for (change, (over, next)) in changes.into_iter().zip([(4, 5), (6, 7), (8, 9), (8, 10)]) {
         rig.call(change).unwrap();
         for number in [1, over - 1, over] {
             assert_eq!(late(&mut rig, &volume, number), Err(Reason::WrongState), "{number}");
         }
-        assert_eq!(late(&mut rig, &volume, over + 1), Ok(()));
+        assert_eq!(late(&mut rig, &volume, next), Ok(()));
     }
+    rig.call(change_after(&volume, MapChange::Trim, (20, 1), 30)).unwrap();
     let next = rig.open("v", "wb");
-    assert_eq!(late(&mut rig, &next, 1), Ok(()), "numbers begin anew");
-    rig.call(change_after(&next, MapChange::Trim, (0, 10), 3)).unwrap();
+    assert_eq!(late(&mut rig, &next, 10), Err(Reason::WrongState), "the log has that");
+    assert_eq!(late(&mut rig, &next, 11), Ok(()), "nothing of this owner is over");
+    rig.call(change_after(&next, MapChange::Trim, (0, 10), 30)).unwrap();
     let next = next_owner(&mut rig);
     assert_eq!(late(&mut rig, &next, 1), Ok(()), "numbers begin anew");
+    rig.assert_sound();
+}
+
+/// Two tasks gather data of one block, and the older message is sent last.
+#[test]
+fn what_comes_for_the_log_behind_a_later_message_is_refused() {
+    let mut rig = Rig::new(1, 100);
+    let volume = rig.volume("v", 100, 1);
+    rig.log(&volume, 7, &[(3, 2)]).unwrap();
+    let refused = |rig: &mut Rig, volume: &VolumeInfo, number| {
+        let before = rig.machine.snapshot();
+        assert_eq!(rig.log(volume, number, &[(3, 1)]).unwrap_err().reason, Reason::WrongState);
+        assert_eq!(rig.machine.snapshot(), before);
+    };
+    [1, 6, 7].into_iter().for_each(|number| refused(&mut rig, &volume, number));
+    rig.log(&volume, 8, &[(4, 3)]).unwrap();
+    // Its block is converted, and still it counts.
+    write_newer(&mut rig, &volume, 4, 1, 0);
+    rig.change(&volume, MapChange::Trim, 4, 1).unwrap();
+    refused(&mut rig, &volume, 8);
+    // Also over a crash and under the next generation, as far as the log has something newer.
+    let next = next_owner(&mut rig);
+    refused(&mut rig, &next, 7);
+    assert_eq!(logged(&rig, &next), [(3, 2)]);
+    rig.log(&next, 8, &[(3, 4)]).unwrap();
+    assert_eq!(logged(&rig, &next), [(3, 4)]);
     rig.assert_sound();
 }
 

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use clap::Parser;
-use endio_sim_tests::{Report, run};
+use endio_sim_tests::{Report, run, run_full};
 
 /// Deterministic simulation of endio's pure cores.
 #[derive(Parser)]
@@ -23,6 +23,15 @@ struct Args {
     /// End after so many failures.
     #[arg(long, default_value_t = 5)]
     failures: usize,
+    /// With hardly any room in the stores.
+    #[arg(long)]
+    full: bool,
+}
+
+impl Args {
+    fn run(&self, seed: u64, keep_log: bool) -> Report {
+        if self.full { run_full(seed, keep_log) } else { run(seed, keep_log) }
+    }
 }
 
 fn parse_range(text: &str) -> Result<(u64, u64), String> {
@@ -34,14 +43,14 @@ fn parse_range(text: &str) -> Result<(u64, u64), String> {
 fn main() -> std::process::ExitCode {
     let args = Args::parse();
     let failed = match args.seed {
-        Some(seed) => replay(seed),
+        Some(seed) => replay(&args, seed),
         None => many(&args),
     };
     if failed { std::process::ExitCode::FAILURE } else { std::process::ExitCode::SUCCESS }
 }
 
-fn replay(seed: u64) -> bool {
-    let report = run(seed, true);
+fn replay(args: &Args, seed: u64) -> bool {
+    let report = args.run(seed, true);
     for line in &report.log {
         println!("{line}");
     }
@@ -68,7 +77,7 @@ fn many(args: &Args) -> bool {
                     if seed >= to || failed >= args.failures {
                         return;
                     }
-                    let report = run(seed, false);
+                    let report = args.run(seed, false);
                     let Report { steps, messages, requests, judged, flips, zombies, .. } = report;
                     let more = [1, steps, messages, requests, judged, flips, zombies];
                     for (sum, more) in sums.iter().zip(more) {

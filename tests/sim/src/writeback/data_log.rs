@@ -74,7 +74,7 @@ impl Wb {
         let message = message(&volume, &pick);
         let mut logging = Logging { volume, number, up_to, is_logged: false, is_guarded };
         if plan.log_dawdles > 0 && self.exec().chance(plan.log_dawdles) {
-            self.exec().sleep(self.exec().below(100 * MS)).await;
+            self.exec().sleep(self.exec().below(plan.log_dawdle_ms * MS)).await;
         }
         let outcome = self.log(session, message).await;
         let failed = outcome.err().map_or(0, |failure| failure.reason as u64 + 1);
@@ -123,10 +123,11 @@ impl Wb {
     pub(super) fn put_back(&self, volume: &Volume, data: &[ReplayedWrite], mut logged: InLog) {
         let mut state = volume.state.borrow_mut();
         let mut blocks = 0;
-        let mut older = Vec::new();
+        let (mut older, mut outdated) = (Vec::new(), Vec::new());
         for write in data {
             for range in &write.live {
-                for part in self.newer_parts(write, *range, &mut logged, &mut older) {
+                let apart = (&mut outdated, &mut older);
+                for part in self.newer_parts(write, *range, &mut logged, apart) {
                     let Some(bytes) = write.data(part) else { continue };
                     let end_bytes = write.write.end_bytes;
                     state.view.wrote_up_to(end_bytes.min(part.end() * BLOCK_BYTES));
@@ -142,6 +143,9 @@ impl Wb {
             && let Err(error) = self.engine.log.append_clean(volume.id, &older)
         {
             self.log_failed(&error);
+        }
+        for lblk in outdated {
+            state.dirty.log_may_have(Lblk(lblk));
         }
         let lsn = self.engine.log.last_lsn();
         for (lblk, Logged { end_bytes, data, .. }) in logged {
@@ -164,14 +168,23 @@ impl Wb {
         self.dirtied(volume.id, blocks);
     }
 
-    /// The parts of a range of a replayed write that are newer than what the data log has; forgets
-    /// what that has of them. Adds the others to what is older.
+    /// The cache log has nothing of blocks of which the data log has newer data, durably: once that is
+    /// converted, the next replay would take what is left for newer than the map.
+    pub(super) fn holds_none(&self, volume: VolumeId, newer: &[u64]) {
+        let is_held = |lblk: &&u64| self.engine.log.holds(volume, LblkRange::new(**lblk, 1));
+        if let Some(lblk) = newer.iter().find(is_held) {
+            self.exec().fail(format!("newer-log-wins: older data of {volume}:{lblk} stays"));
+        }
+    }
+
+    /// The parts of a range of a replayed write that are newer than what the data log has; moves what
+    /// that has of them to what is outdated. Adds the others to what is older.
     fn newer_parts(
         &self,
         write: &ReplayedWrite,
         range: LblkRange,
         logged: &mut InLog,
-        older: &mut Vec<CleanRun>,
+        (outdated, older): (&mut Vec<u64>, &mut Vec<CleanRun>),
     ) -> Vec<LblkRange> {
         let ours = (write.write.generation, write.lsn.0);
         let is_older = |_: &u64, block: &mut Logged| match () {
@@ -179,7 +192,8 @@ impl Wb {
             () if self.world.planted(Planted::LogLosesAlways) => true,
             () => (block.generation, block.stamp) <= ours,
         };
-        logged.extract_if(range.start.0..range.end(), is_older).for_each(drop);
+        let lblks = range.start.0..range.end();
+        outdated.extend(logged.extract_if(lblks, is_older).map(|(lblk, _)| lblk));
         let mut parts = Vec::new();
         let mut at = range.start.0;
         for (newer, _) in logged.range(range.start.0..range.end()) {
@@ -191,6 +205,19 @@ impl Wb {
         parts.retain(|part| part.len > 0);
         parts
     }
+}
+
+/// Blocks of which the data log has newer data than a replay.
+pub(super) fn newer_in_log(data: &[ReplayedWrite], logged: &InLog) -> Vec<u64> {
+    let is_live = |write: &&ReplayedWrite, lblk: u64| {
+        write.live.iter().any(|range| range.overlaps(LblkRange::new(lblk, 1)))
+    };
+    let is_newer = |(lblk, block): &(&u64, &Logged)| {
+        let writes = data.iter().filter(|write| is_live(write, **lblk));
+        let newest = writes.map(|write| (write.write.generation, write.lsn.0)).max();
+        newest.is_some_and(|newest| newest < (block.generation, block.stamp))
+    };
+    logged.iter().filter(is_newer).map(|(lblk, _)| *lblk).collect()
 }
 
 fn message(volume: &Volume, pick: &LogPick<Block>) -> LogData {

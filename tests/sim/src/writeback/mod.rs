@@ -141,6 +141,15 @@ impl Writeback {
     }
 }
 
+/// All writebacks write out what is dirty.
+pub fn want_everything_out(world: &Rc<World>) {
+    for (at, writeback) in world.writebacks.iter().enumerate() {
+        if let Some(engine) = writeback.serving() {
+            Wb { world: Rc::clone(world), at, engine }.want_everything_out();
+        }
+    }
+}
+
 impl Engine {
     /// Whether nothing is dirty and no credit is held.
     ///

@@ -67,6 +67,9 @@ impl Wb {
             return;
         }
         self.exec().note("stored already", self.node(), &[volume.id.0, blocks]);
+        if let Err(why) = self.world.may_be_stored(volume.id, &clean) {
+            self.exec().fail(why);
+        }
         state.credit.put_back(blocks);
         match self.engine.log.append_clean(volume.id, &clean) {
             Ok(lsn) => state.last_clean = state.last_clean.max(lsn),

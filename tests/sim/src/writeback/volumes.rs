@@ -12,7 +12,7 @@ use endio_state_machine::writeback::throttle::Throttle;
 use endio_store::cache_log::{CacheLog, OpenVolume, Replay, ReplayedWrite};
 use endio_types::{BLOCK_BYTES, Generation, LblkRange, Reason, VolumeId};
 
-use super::data_log::InLog;
+use super::data_log::{InLog, newer_in_log};
 use super::{Engine, Failure, MapChanging, Outcome, Volume, Wb, opened};
 use crate::block::CELL_BYTES;
 use crate::exec::{MS, Signal};
@@ -128,6 +128,7 @@ impl Wb {
             self.give_back(info).await;
         } else if let Ok((info, grant, logged)) = opened {
             let volume = Rc::new(Volume::new(&self.world, &info, grant));
+            let newer = newer_in_log(&data, &logged);
             self.put_back(&volume, &data, logged);
             if may_have_lost && !self.world.planted(Planted::LossUntold) {
                 let mut state = volume.state.borrow_mut();
@@ -136,6 +137,7 @@ impl Wb {
                 state.may_have_lost = true;
             }
             if self.adopt(volume).await.is_ok() {
+                self.holds_none(id, &newer);
                 return;
             }
         }

@@ -51,6 +51,10 @@ fn what_may_not_be_logged_is_refused_and_changes_nothing() {
         (Reason::Malformed, with(|log| log.data = log.data.slice(BLOCK_SIZE..))),
         (Reason::Malformed, with(|log| log.data = Bytes::from(vec![2; 3 * BLOCK_SIZE]))),
         (Reason::Malformed, with(|log| log.data = Bytes::new())),
+        (Reason::Malformed, with(|log| log.number = 0)),
+        (Reason::Malformed, with(|log| log.number = (1 << 62) + 1)),
+        (Reason::Malformed, with(|log| log.number = u64::MAX)),
+        (Reason::WrongState, with(|log| log.number = 1)),
         (Reason::Limit, log_data(&volume, 2, &[2, 3, 4, 5, 6].map(|lblk| (lblk, 2)))),
     ];
     let before = rig.machine.snapshot();
