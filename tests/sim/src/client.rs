@@ -155,6 +155,9 @@ impl Clients {
                 Some((wb, volume))
             }
             Err(failure) => {
+                if failure.reason == Reason::VolumeBusy {
+                    self.take_back(slot, &wb).await;
+                }
                 if failure.reason == Reason::UnknownVolume && is_there {
                     match slot.is_deleting.get() {
                         true => self.renew(slot),

@@ -7,9 +7,8 @@ use std::rc::{Rc, Weak};
 use endio_state_machine::machine::{Call, ToStore, ToWriteback};
 use endio_state_machine::record::Record;
 use endio_state_machine::token::ReadGrant;
-use endio_state_machine::writeback::dirty::CleanRun;
 use endio_testkit::seed::Rng;
-use endio_types::{ClusterEpoch, Generation, StoreId, VolumeId};
+use endio_types::{ClusterEpoch, Generation, LblkRange, StoreId, VolumeId};
 
 use crate::client::Clients;
 use crate::conversion::Conversion;
@@ -327,9 +326,13 @@ impl World {
     ///
     /// # Errors
     /// The data log has one of them, and would put it back under the next owner.
-    pub fn may_be_stored(&self, volume: VolumeId, clean: &[CleanRun]) -> Result<(), String> {
+    pub fn may_be_stored(
+        &self,
+        volume: VolumeId,
+        taken: impl Iterator<Item = LblkRange>,
+    ) -> Result<(), String> {
         let mirror = self.mirror.borrow();
-        let mut blocks = clean.iter().flat_map(|run| run.range.start.0..run.range.end());
+        let mut blocks = taken.flat_map(|range| range.start.0..range.end());
         match blocks.find(|lblk| mirror.logs().sum(volume, *lblk).is_some()) {
             Some(lblk) => Err(format!("stored-is-clean: {volume}:{lblk} is in the data log")),
             None => Ok(()),

@@ -19,7 +19,9 @@
 //!   converts is whole requests. Otherwise a takeover between two ios would leave half of a
 //!   write. Blocks are *joined* to their right neighbour by each write that covers both and stay so
 //!   until they are converted; a chain of joined blocks is a *group*. Only a group longer than
-//!   [`GROUP_BLOCKS_MAX`] (many overlapping writes, or one of more than 1 MiB) is cut.
+//!   [`GROUP_BLOCKS_MAX`] (many overlapping writes, or one of more than 1 MiB) is cut. Blocks in the
+//!   middle of a group that the stores hold already are *kept* (`stored`): they hold it together and
+//!   are not written again.
 
 mod logged;
 mod stored;
@@ -31,7 +33,8 @@ use endio_types::{BLOCK_BYTES, Lblk, LblkRange};
 
 use super::Lsn;
 pub use logged::{LogBlock, LogPick, TooMuch};
-pub use stored::Waiting;
+use stored::GAPS_MAX;
+pub use stored::{Settled, Waiting};
 
 /// Longest group of joined blocks that is picked as a whole: three times the longest write that
 /// must never be seen in part, because writes that overlap are picked together.
@@ -59,7 +62,7 @@ impl PickLimit {
     }
 }
 
-/// A contiguous run that is now under writeback. It ends with exactly one [`DirtyMap::complete`]
+/// Contiguous blocks that are now under writeback. It ends with exactly one [`DirtyMap::complete`]
 /// or [`DirtyMap::fail`].
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Picked<D> {
@@ -67,7 +70,9 @@ pub struct Picked<D> {
     pub io: WriteOutId,
     /// The blocks.
     pub range: LblkRange,
-    /// Data of each block, in order.
+    /// Those of them that are written, ascending: all but what the stores hold already.
+    pub written: Vec<LblkRange>,
+    /// Data of each block that is written, in order.
     pub data: Vec<D>,
     /// Newest record that this covers: the log must be durable up to here before the submitter's
     /// token is released.
@@ -146,6 +151,8 @@ struct Version<D> {
     /// A write covered this block and the next one.
     joined: bool,
     log: logged::State,
+    /// The stores hold it: see `stored`.
+    is_kept: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -179,6 +186,7 @@ pub struct DirtyMap<D> {
     next_io: u64,
     waiting_blocks: u64,
     in_flight_blocks: u64,
+    kept_blocks: u64,
 }
 
 impl<D> Default for DirtyMap<D> {
@@ -194,6 +202,7 @@ impl<D> Default for DirtyMap<D> {
             next_io: 1,
             waiting_blocks: 0,
             in_flight_blocks: 0,
+            kept_blocks: 0,
         }
     }
 }
@@ -206,7 +215,8 @@ impl<D: Clone> DirtyMap<D> {
 
     /// Blocks of credit that an [`insert`](Self::insert) of `range` would need now.
     pub fn credit_needed(&self, range: LblkRange) -> u64 {
-        let waiting = self.overlapping(range).filter(|(_, block)| block.waiting.is_some()).count();
+        let holds = |block: &Block<D>| block.waiting.as_ref().is_some_and(|v| !v.is_kept);
+        let waiting = self.overlapping(range).filter(|(_, block)| holds(block)).count();
         range.len.saturating_sub(waiting as u64)
     }
 
@@ -252,6 +262,7 @@ impl<D: Clone> DirtyMap<D> {
     /// Returns whether credit for one more block is needed.
     fn insert_block(&mut self, lblk: u64, lsn: Lsn, end_bytes: u64, data: D) -> bool {
         let end_bytes = end_bytes.min(block_end(lblk));
+        let kept = self.take_kept(lblk);
         let block = self.blocks.entry(lblk).or_insert(Block { waiting: None, flight: None });
         if let Some(waiting) = &mut block.waiting {
             waiting.data = data;
@@ -262,8 +273,11 @@ impl<D: Clone> DirtyMap<D> {
             }
             return false;
         }
-        let log = logged::State::new(lsn);
-        block.waiting = Some(Version { data, lsn, since: lsn, end_bytes, joined: false, log });
+        let joined = kept.as_ref().is_some_and(|kept| kept.joined);
+        let mut log = logged::State::new(lsn);
+        kept.iter().for_each(|kept| log.follows(&kept.log));
+        let version = Version { data, lsn, since: lsn, end_bytes, joined, log, is_kept: false };
+        block.waiting = Some(version);
         if block.flight.is_none() {
             self.ready.insert((lsn, lblk));
         }
@@ -303,6 +317,7 @@ impl<D: Clone> DirtyMap<D> {
         let mut picked = Picked {
             io,
             range,
+            written: Vec::new(),
             data: Vec::new(),
             max_lsn: Lsn(0),
             end_bytes: 0,
@@ -311,6 +326,13 @@ impl<D: Clone> DirtyMap<D> {
         for lblk in range.start.0..range.end() {
             let Some(version) = self.launch(lblk, io) else { continue };
             picked.max_lsn = picked.max_lsn.max(version.lsn);
+            if version.is_kept {
+                continue;
+            }
+            match picked.written.last_mut().filter(|last| last.end() == lblk) {
+                Some(last) => last.len += 1,
+                None => picked.written.push(LblkRange::new(lblk, 1)),
+            }
             picked.end_bytes = picked.end_bytes.max(version.end_bytes);
             picked.data.push(version.data);
         }
@@ -322,16 +344,18 @@ impl<D: Clone> DirtyMap<D> {
     /// reached: scattered blocks leave together. Ascending by block; empty: nothing to pick.
     pub fn gather(&mut self, limit: PickLimit, ranges_max: usize) -> Vec<Picked<D>> {
         let mut picks: Vec<Picked<D>> = Vec::new();
-        let mut left = limit.blocks_max;
-        while picks.len() < ranges_max && left > 0 {
+        let (mut left, mut ranges_left) = (limit.blocks_max, ranges_max);
+        while ranges_left > 0 && left > 0 {
             let limit = PickLimit { blocks_max: left, ..limit };
             let Some(group) = self.seed(limit) else { break };
             // Parts of one write stay together, so the first may be larger than the limit.
-            if !picks.is_empty() && group.len > left {
+            let is_large = group.len > left || self.gaps(group) >= ranges_left;
+            if !picks.is_empty() && is_large {
                 break;
             }
             let picked = self.take(group, limit);
             left = left.saturating_sub(picked.range.len);
+            ranges_left = ranges_left.saturating_sub(picked.written.len().max(1));
             picks.push(picked);
         }
         picks.sort_by_key(|picked| picked.range.start);
@@ -390,10 +414,14 @@ impl<D: Clone> DirtyMap<D> {
         };
         let is_waiting = |lblk: u64| self.blocks.get(&lblk).is_some_and(|b| b.waiting.is_some());
         let (mut start, mut end) = (seed, seed + 1);
-        while start > 0 && joined(start - 1) && end - start < GROUP_BLOCKS_MAX {
+        let mut gaps = usize::from(self.is_kept(seed));
+        let is_short = |len, gaps| len < GROUP_BLOCKS_MAX && gaps < GAPS_MAX;
+        while start > 0 && joined(start - 1) && is_short(end - start, gaps) {
             start -= 1;
+            gaps += usize::from(self.is_kept(start) && !self.is_kept(start + 1));
         }
-        while joined(end - 1) && is_waiting(end) && end - start < GROUP_BLOCKS_MAX {
+        while joined(end - 1) && is_waiting(end) && is_short(end - start, gaps) {
+            gaps += usize::from(self.is_kept(end) && !self.is_kept(end - 1));
             end += 1;
         }
         LblkRange::new(start, end - start)
@@ -407,6 +435,8 @@ impl<D: Clone> DirtyMap<D> {
             limit.within.is_none_or(|range| range.overlaps(more))
                 && len + more.len <= limit.blocks_max
                 && (more.start.0..more.end()).all(|lblk| self.is_ready(lblk))
+                // With its gaps it might be too many ranges: it has its own turn.
+                && self.gaps(more) == 0
         };
         while end - start < limit.blocks_max && self.is_ready(end) {
             let more = self.group(end);
@@ -436,8 +466,8 @@ impl<D: Clone> DirtyMap<D> {
         self.ready.remove(&(version.since, lblk));
         self.forget(&version, lblk, false);
         self.remember(&version, lblk, true);
-        self.waiting_blocks -= 1;
-        self.in_flight_blocks += 1;
+        self.waiting_blocks -= u64::from(!version.is_kept);
+        self.in_flight_blocks += u64::from(!version.is_kept);
         Some(version)
     }
 
@@ -451,6 +481,7 @@ impl<D: Clone> DirtyMap<D> {
         for lblk in range.start.0..range.end() {
             let Some(flight) = self.land(lblk, io) else { continue };
             push_run(&mut done.runs, lblk, flight.version.lsn);
+            self.kept_blocks -= u64::from(flight.version.is_kept);
             if self.settle(lblk) {
                 done.cleaned_blocks += 1;
             } else {
@@ -470,7 +501,9 @@ impl<D: Clone> DirtyMap<D> {
         let mut failed = Failed::default();
         for lblk in range.start.0..range.end() {
             let Some(flight) = self.land(lblk, io) else { continue };
-            if flight.discarded {
+            if flight.version.is_kept {
+                self.keep_again(lblk, flight);
+            } else if flight.discarded {
                 failed.credit_freed_blocks += 1;
             } else if self.put_back(lblk, flight.version) {
                 failed.dirty_again_blocks += 1;
@@ -487,7 +520,7 @@ impl<D: Clone> DirtyMap<D> {
         let block = self.blocks.get_mut(&lblk)?;
         let flight = block.flight.take_if(|flight| flight.io == io)?;
         self.forget(&flight.version, lblk, true);
-        self.in_flight_blocks -= 1;
+        self.in_flight_blocks -= u64::from(!flight.version.is_kept);
         Some(flight)
     }
 
@@ -532,6 +565,7 @@ impl<D: Clone> DirtyMap<D> {
         let mut gone = Discarded::default();
         let touched: Vec<u64> = self.overlapping(range).map(|(lblk, _)| lblk).collect();
         for lblk in touched {
+            self.take_kept(lblk);
             let Some(block) = self.blocks.get_mut(&lblk) else { continue };
             if let Some(version) = block.waiting.take() {
                 self.ready.remove(&(version.since, lblk));
@@ -595,7 +629,7 @@ impl<D: Clone> DirtyMap<D> {
         old(&self.since) + old(&self.logged)
     }
 
-    /// Versions that wait to be picked (or for the version in flight before them).
+    /// Versions that wait to be written (or for the version in flight before them).
     pub fn waiting_blocks(&self) -> u64 {
         self.waiting_blocks
     }

@@ -213,7 +213,7 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (0usize..4).prop_map(Op::Complete),
         1 => (0usize..4).prop_map(Op::Fail),
         1 => (0u64..24, 1u64..8).prop_map(|(s, l)| Op::Discard(s, l)),
-        1 => (0u64..24, 1u64..12).prop_map(|(s, l)| Op::Stored(s, l)),
+        2 => (0u64..24, 1u64..12).prop_map(|(s, l)| Op::Stored(s, l)),
         4 => (0u64..4, 1u64..16).prop_map(|(back, n)| Op::Log(back, n)),
         3 => (0usize..4, any::<bool>()).prop_map(|(at, ok)| Op::Answer(at, ok)),
         1 => (0u64..24).prop_map(Op::Restored),
@@ -230,6 +230,8 @@ struct Part {
     /// Some message carried it.
     sent: bool,
     joined: bool,
+    /// The stores hold it: it wants neither space nor the log.
+    kept: bool,
 }
 
 impl Part {
@@ -272,7 +274,7 @@ impl Slow {
     fn unlogged(&self) -> [Option<u64>; 2] {
         let (carried, waiting) = self.writes.split_at(self.carried);
         let oldest = |writes: &[u64], part: &Part| {
-            writes.iter().copied().find(|write| *write > part.logged_to)
+            writes.iter().copied().find(|write| !part.kept && *write > part.logged_to)
         };
         [oldest(waiting, &self.waiting), oldest(carried, &self.flight)]
     }
@@ -295,7 +297,12 @@ impl Oracle {
             assert_eq!(slow.io.take(), Some(picked.io));
             let carried = std::mem::take(&mut slow.carried);
             let flight = std::mem::take(&mut slow.flight);
-            if converted || std::mem::take(&mut slow.discarded) {
+            let is_newer = slow.writes.len() > carried;
+            if !converted && flight.kept && is_newer && !slow.discarded {
+                slow.waiting.sent |= flight.sent || flight.logged_to > 0;
+                slow.waiting.joined |= flight.joined;
+                slow.writes.drain(..carried);
+            } else if converted || std::mem::take(&mut slow.discarded) {
                 slow.writes.drain(..carried);
             } else if slow.writes.len() == carried {
                 slow.waiting = flight;
@@ -380,11 +387,11 @@ impl Oracle {
             assert_eq!(map.pending_blocks_up_to(Lsn(cursor)), pending, "up to {cursor}");
         }
         let parts = self.0.values().flat_map(|slow| [&slow.waiting, &slow.flight]);
-        let logged = parts.filter(|part| part.logged_to > 0).count();
+        let logged = parts.filter(|part| part.logged_to > 0 && !part.kept).count();
         let asked: usize = self.1.values().map(Vec::len).sum();
         assert_eq!(map.logged_blocks(), (logged + asked) as u64);
         let told = map.waiting().map(|waiting| (waiting.lblk.0, waiting.data, waiting.is_logged));
-        let waits = self.0.iter().filter(|(_, slow)| slow.io.is_none());
+        let waits = self.0.iter().filter(|(_, slow)| slow.io.is_none() && !slow.waiting.kept);
         let is_logged = |slow: &Slow| slow.waiting.sent || slow.waiting.logged_to > 0;
         let waits =
             waits.map(|(lblk, slow)| (*lblk, slow.writes[slow.writes.len() - 1], is_logged(slow)));
@@ -410,8 +417,8 @@ impl Oracle {
         let oldest = self.0.values().filter_map(|s| s.writes.first()).min().copied();
         assert_eq!(map.oldest_lsn(), oldest.map(Lsn));
         self.check_log(map, lsn);
-        let waiting = self.0.values().filter(|s| s.waits()).count() as u64;
-        let flying = self.0.values().filter(|s| s.io.is_some()).count() as u64;
+        let waiting = self.0.values().filter(|s| s.waits() && !s.waiting.kept).count() as u64;
+        let flying = self.0.values().filter(|s| s.io.is_some() && !s.flight.kept).count() as u64;
         assert_eq!((map.waiting_blocks(), map.in_flight_blocks()), (waiting, flying));
         assert_eq!(map.is_clean(), self.0.is_empty());
     }
@@ -434,6 +441,12 @@ fn run(ops: Vec<Op>) {
                 credit += needed as i64;
                 for lblk in start..start + len {
                     let slow = oracle.0.entry(lblk).or_default();
+                    if slow.waiting.kept {
+                        let Part { joined, .. } = slow.waiting;
+                        let sent = slow.waiting.sent || slow.waiting.logged_to > 0;
+                        slow.waiting = Part { sent, joined, ..Part::default() };
+                        slow.writes.clear();
+                    }
                     slow.writes.push(lsn);
                     slow.waiting.joined |= lblk + 1 < start + len;
                 }
@@ -446,17 +459,23 @@ fn run(ops: Vec<Op>) {
                 };
                 assert!(picked.range.len >= 1);
                 assert_eq!(picked.logged_up_to, messages.last().copied().unwrap_or(0));
-                assert_eq!(picked.data.len() as u64, picked.range.len);
                 oracle.check_whole(&picked, &cut);
                 let mut oldest = u64::MAX;
-                for (lblk, data) in (picked.range.start.0..).zip(&picked.data) {
+                let mut written = Vec::new();
+                for lblk in picked.range.start.0..picked.range.end() {
                     let slow = oracle.0.get_mut(&lblk).unwrap();
                     assert_eq!(slow.io, None, "in two write-outs at once");
-                    assert_eq!(slow.writes.last(), Some(data));
-                    assert!(Lsn(*data) <= picked.max_lsn);
+                    let newest = *slow.writes.last().unwrap();
+                    assert!(Lsn(newest) <= picked.max_lsn);
+                    if !slow.waiting.kept {
+                        written.push((lblk, newest));
+                    }
                     oldest = oldest.min(slow.writes[0]);
                     slow.launch(picked.io);
                 }
+                let lblks = picked.written.iter().flat_map(|at| at.start.0..at.end());
+                assert_eq!(lblks.zip(picked.data.iter().copied()).collect::<Vec<_>>(), written);
+                assert_eq!(picked.data.len(), written.len());
                 // With nothing in flight every group is whole, so the oldest one must go.
                 if within.is_none() && flying.is_empty() {
                     let ready = oracle.0.values().filter(|s| s.waits() && s.carried == 0);
@@ -468,12 +487,16 @@ fn run(ops: Vec<Op>) {
             Op::Complete(at) if at < flying.len() => {
                 let picked = flying.remove(at);
                 let done = map.complete(picked.io).unwrap();
-                credit -= picked.range.len as i64;
+                credit -= picked.data.len() as i64;
                 let covered: u64 = done.runs.iter().map(|run| run.range.len).sum();
                 assert_eq!(covered, picked.range.len);
                 for run in &done.runs {
-                    let at = (run.range.start.0 - picked.range.start.0) as usize;
-                    assert_eq!(run.up_to, Lsn(picked.data[at]), "exact for each block");
+                    let slow = &oracle.0[&run.range.start.0];
+                    assert_eq!(
+                        run.up_to,
+                        Lsn(slow.writes[slow.carried - 1]),
+                        "exact for each block"
+                    );
                 }
                 oracle.end(&picked, true);
             }
@@ -497,12 +520,21 @@ fn run(ops: Vec<Op>) {
             Op::Stored(start, len) => {
                 let told = map.waiting().filter(|w| range(start, len).overlaps(range(w.lblk.0, 1)));
                 let told: BTreeMap<u64, Lsn> = told.map(|w| (w.lblk.0, w.lsn)).collect();
-                for clean in map.take_stored(&told) {
+                let settled = map.take_stored(&told);
+                credit -= settled.credit_freed_blocks as i64;
+                for Lblk(lblk) in settled.kept {
+                    let slow = oracle.0.get_mut(&lblk).unwrap();
+                    assert_eq!((slow.io, slow.waiting.kept, slow.waiting.ask), (None, false, None));
+                    assert!(
+                        slow.writes.last().is_some_and(|lsn| told.get(&lblk) == Some(&Lsn(*lsn)))
+                    );
+                    slow.waiting.kept = true;
+                }
+                for clean in settled.clean {
                     for lblk in clean.range.start.0..clean.range.end() {
                         let slow = oracle.0.remove(&lblk).unwrap();
                         assert_eq!((slow.io, slow.writes.last()), (None, Some(&clean.up_to.0)));
-                        assert_eq!(told.get(&lblk), Some(&clean.up_to));
-                        credit -= 1;
+                        assert!(slow.waiting.kept || told.get(&lblk) == Some(&clean.up_to));
                         // What comes next to it since is a write of its own.
                         if let Some(before) = lblk.checked_sub(1).and_then(|b| oracle.0.get_mut(&b))
                         {
@@ -510,6 +542,12 @@ fn run(ops: Vec<Op>) {
                         }
                     }
                 }
+                // Whatever is stored wants no space any more.
+                let wants = |lblk: &u64| {
+                    let slow = oracle.0.get(lblk).filter(|_| flying.is_empty());
+                    slow.is_some_and(|slow| !slow.waiting.kept && slow.waiting.ask.is_none())
+                };
+                assert_eq!(told.keys().find(|lblk| wants(lblk)), None);
             }
             Op::Log(back, blocks_max) => {
                 oracle.log(&mut map, lsn.saturating_sub(back), blocks_max);

@@ -22,14 +22,15 @@ impl<D: Clone> Gathered<D> {
         (!picks.is_empty()).then_some(Self { picks })
     }
 
-    /// The blocks; ascending, without overlap.
+    /// The blocks to write; ascending, without overlap. Empty: the stores hold all of it already, and
+    /// it is complete.
     pub fn ranges(&self) -> Vec<LblkRange> {
-        self.picks.iter().map(|picked| picked.range).collect()
+        self.picks.iter().flat_map(|picked| &picked.written).copied().collect()
     }
 
-    /// How many blocks it takes along.
+    /// How many blocks are to be written.
     pub fn blocks(&self) -> u64 {
-        self.picks.iter().map(|picked| picked.range.len).sum()
+        self.picks.iter().map(|picked| picked.data.len() as u64).sum()
     }
 
     /// The data of each block, in the order of the ranges.

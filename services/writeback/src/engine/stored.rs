@@ -60,6 +60,14 @@ impl Engine {
                 }
             }
         }
+        // A flush of it is over with this: an older record must not come back after a power loss.
+        let newest = stored.values().max().filter(|_| !volume.in_place).copied();
+        if let Some(newest) = newest
+            && let Err(error) = self.log.durable(newest).await
+        {
+            tracing::warn!(volume = %volume.name, %error, "the cache log is not durable");
+            return;
+        }
         // Under a later session the answers say nothing; it sets the map's memory back, too.
         if self.session.link().epoch.is_none() {
             return;
@@ -74,13 +82,14 @@ impl Engine {
         // What makes the volume longer is not converted, whatever the blocks hold.
         let size = state.view.durable_size_bytes();
         stored.retain(|lblk, _| ends.get(lblk).is_some_and(|end| *end <= size));
-        let clean = state.dirty.take_stored(&stored);
-        let blocks: u64 = clean.iter().map(|run| run.range.len).sum();
+        let settled = state.dirty.take_stored(&stored);
+        let blocks = settled.credit_freed_blocks;
         if blocks == 0 {
             return;
         }
         state.credit.put_back(blocks);
-        match self.log.append_clean(volume.id, &clean) {
+        // What is kept is not clean in the log: a replay needs it, to hold a write together.
+        match self.log.append_clean(volume.id, &settled.clean) {
             Ok(lsn) => state.last_clean = state.last_clean.max(lsn),
             // The next replay finds them once more.
             Err(error) => tracing::error!(volume = %volume.name, %error, "cache log"),

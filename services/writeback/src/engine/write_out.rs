@@ -61,6 +61,10 @@ impl Engine {
         out: WriteOut,
     ) -> Result<(), Failure> {
         let WriteOut { gathered, sync } = out;
+        if gathered.blocks() == 0 {
+            // The stores hold all of it, and nothing is left that it held together.
+            return self.written_out(volume, &gathered, None);
+        }
         let changing = volume.map_changes(gathered.ranges());
         let served = Served::begin(volume, &gathered);
         let job = self.write_out_job(volume, &gathered, sync, served.span.clone());
@@ -72,7 +76,7 @@ impl Engine {
             Ok(written) => {
                 // Before the blocks are clean: a read that misses the cache finds them.
                 changing.ended(written.parts);
-                self.written_out(volume, &gathered, &written.done)
+                self.written_out(volume, &gathered, Some(&written.done))
             }
             Err(failure) => {
                 changing.ended(Vec::new());
@@ -107,12 +111,14 @@ impl Engine {
         &self,
         volume: &Volume,
         gathered: &Blocks,
-        done: &Completion,
+        done: Option<&Completion>,
     ) -> Result<(), Failure> {
         let blocks = gathered.blocks();
         let mut state = volume.state();
         state.write_outs -= 1;
-        state.view.saw_size(MapVersion(done.map_version), done.size_bytes);
+        if let Some(done) = done {
+            state.view.saw_size(MapVersion(done.map_version), done.size_bytes);
+        }
         state.credit.consumed(blocks);
         state.rest_until = None;
         let clean = gathered.complete(&mut state.dirty);

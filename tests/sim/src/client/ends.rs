@@ -72,17 +72,51 @@ impl Clients {
         self.exec().note("taken over", to, &[]);
         slot.owner.set(to);
         slot.tenure.set(slot.tenure.get() + 1);
-        {
-            let known = &mut *slot.known.borrow_mut();
-            known.lose_unflushed();
-            known.unsaid_loss = false;
-            known.is_resizing = false;
-            for doubt in std::mem::take(&mut known.doubts) {
-                known.oracle.fail_write(doubt.sequence);
-            }
-        }
+        self.taken_from(slot);
         if let Some(old) = old {
             self.haunt(slot, &old, &taken).await;
+        }
+    }
+
+    /// Another writeback serves the volume: it opened it, while it was closed, for a client that had
+    /// asked before the takeover and not heard of it. Nobody works there, and without force nobody
+    /// gets the volume.
+    pub(super) async fn take_back(&self, slot: &Slot, wb: &Wb) {
+        // Not while a takeover goes on.
+        if slot.is_held.get() || !self.is_served(&slot.name) {
+            return;
+        }
+        self.exec().note("taken back", wb.at, &[]);
+        // What the owner had acknowledged and not flushed went with its generation.
+        slot.tenure.set(slot.tenure.get() + 1);
+        self.taken_from(slot);
+        let (inner, name) = (wb.clone(), slot.name.clone());
+        self.inside(wb, async move { inner.open(&name, true).await }).await;
+    }
+
+    /// Whether conversion's owner of a volume lives and has it open under the generation that counts.
+    fn is_served(&self, name: &str) -> bool {
+        let process = self.world.conversion.process.borrow();
+        let volumes = process.as_ref().map(|process| process.machine.volumes()).unwrap_or_default();
+        let Some(info) = volumes.into_iter().find(|info| info.name == name) else { return false };
+        let mut others = self.world.writebacks.iter().enumerate();
+        others.any(|(at, writeback)| {
+            let Some(engine) = writeback.serving() else { return false };
+            let is_owner = info.owner.as_ref() == Some(&engine.name);
+            let open = Wb { world: Rc::clone(&self.world), at, engine }.open_here(name);
+            let numbers = open.map(|open| (open.id, open.generation));
+            is_owner && numbers == Some((info.id, info.generation))
+        })
+    }
+
+    /// An older generation of the volume is over, and what it had not flushed.
+    fn taken_from(&self, slot: &Slot) {
+        let known = &mut *slot.known.borrow_mut();
+        known.lose_unflushed();
+        known.unsaid_loss = false;
+        known.is_resizing = false;
+        for doubt in std::mem::take(&mut known.doubts) {
+            known.oracle.fail_write(doubt.sequence);
         }
     }
 

@@ -138,6 +138,10 @@ impl Wb {
 
     /// Carries a write-out to its end: clean, or dirty again with the error noted.
     async fn write_out(&self, volume: &Rc<Volume>, gathered: Gathered<Block>) -> Outcome<()> {
+        if gathered.blocks() == 0 {
+            // The stores hold all of it, and nothing is left that it held together.
+            return self.written_out(volume, &gathered, None);
+        }
         let ranges = gathered.ranges();
         let changing = MapChanging::begin(self, volume, ranges.clone());
         let size_after_bytes = match volume.growable {
@@ -165,7 +169,7 @@ impl Wb {
                 }
                 // Before the blocks are clean: a read that misses the cache finds them.
                 changing.ended(written.parts);
-                self.written_out(volume, &gathered, &written.done)
+                self.written_out(volume, &gathered, Some(&written.done))
             }
             Err(failure) => {
                 changing.ended(Vec::new());
@@ -179,12 +183,14 @@ impl Wb {
         &self,
         volume: &Volume,
         gathered: &Gathered<Block>,
-        done: &Completion,
+        done: Option<&Completion>,
     ) -> Outcome<()> {
         let blocks = gathered.blocks();
         let mut state = volume.state.borrow_mut();
         state.write_outs -= 1;
-        state.view.saw_size(done.map_version, done.size_bytes);
+        if let Some(done) = done {
+            state.view.saw_size(done.map_version, done.size_bytes);
+        }
         state.credit.consumed(blocks);
         state.rest_until = 0;
         let clean = gathered.complete(&mut state.dirty);

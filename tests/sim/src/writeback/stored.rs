@@ -47,6 +47,13 @@ impl Wb {
                 Err(_) => stored.retain(|lblk, _| !is_logged.contains(lblk)),
             }
         }
+        // A flush of it is over with this: an older record must not come back after a power loss.
+        let newest = stored.values().max().filter(|_| !volume.in_place).copied();
+        if let Some(newest) = newest
+            && self.log_durable(newest).await.is_err()
+        {
+            return;
+        }
         // Under a later session the answers say nothing.
         if !self.engine.link_up.get() {
             return;
@@ -61,17 +68,21 @@ impl Wb {
         // What makes the volume longer is not converted, whatever the blocks hold.
         let size = state.view.durable_size_bytes();
         stored.retain(|lblk, _| ends.get(lblk).is_some_and(|end| *end <= size));
-        let clean = state.dirty.take_stored(&stored);
-        let blocks: u64 = clean.iter().map(|run| run.range.len).sum();
+        let settled = state.dirty.take_stored(&stored);
+        let blocks = settled.credit_freed_blocks;
         if blocks == 0 {
             return;
         }
-        self.exec().note("stored already", self.node(), &[volume.id.0, blocks]);
-        if let Err(why) = self.world.may_be_stored(volume.id, &clean) {
+        let kept = settled.kept.len() as u64;
+        self.exec().note("stored already", self.node(), &[volume.id.0, blocks, kept]);
+        let kept = settled.kept.iter().map(|lblk| LblkRange::new(lblk.0, 1));
+        let taken = settled.clean.iter().map(|run| run.range).chain(kept);
+        if let Err(why) = self.world.may_be_stored(volume.id, taken) {
             self.exec().fail(why);
         }
         state.credit.put_back(blocks);
-        match self.engine.log.append_clean(volume.id, &clean) {
+        // What is kept is not clean in the log: a replay needs it, to hold a write together.
+        match self.engine.log.append_clean(volume.id, &settled.clean) {
             Ok(lsn) => state.last_clean = state.last_clean.max(lsn),
             Err(error) => _ = self.log_failed(&error),
         }

@@ -43,6 +43,23 @@ impl State {
         Self { unlogged: Some(lsn), logged: None, asked: None, was_sent: false }
     }
 
+    /// The version takes the place of one that the stores hold.
+    pub(super) fn follows(&mut self, kept: &Self) {
+        self.was_sent |= kept.was_sent;
+    }
+
+    /// The stores hold the version: nothing of it is to be logged, and the cache log keeps it from
+    /// record `since` on.
+    pub(super) fn stored(&mut self, since: Lsn) {
+        self.unlogged = None;
+        self.logged = Some(since);
+    }
+
+    /// A message that carries it is on its way.
+    pub(super) fn is_asked(&self) -> bool {
+        self.asked.is_some()
+    }
+
     /// The version has newer data. Returns whether the log had all of it until now.
     pub(super) fn rewritten(&mut self, lsn: Lsn) -> bool {
         if let Some(asked) = &mut self.asked {
@@ -239,7 +256,7 @@ impl<D: Clone> DirtyMap<D> {
     /// Versions of which the data log has something, on their way there included.
     pub fn logged_blocks(&self) -> u64 {
         let asked: usize = self.asks.values().map(Vec::len).sum();
-        (self.logged.len() + asked) as u64
+        (self.logged.len() + asked) as u64 - self.kept_blocks
     }
 
     /// Enters a version where fsync and the cache log look for it.
