@@ -123,10 +123,11 @@ impl Wb {
     pub(super) fn put_back(&self, volume: &Volume, data: &[ReplayedWrite], mut logged: InLog) {
         let mut state = volume.state.borrow_mut();
         let mut blocks = 0;
-        let mut older = Vec::new();
+        let (mut older, mut outdated) = (Vec::new(), Vec::new());
         for write in data {
             for range in &write.live {
-                for part in self.newer_parts(write, *range, &mut logged, &mut older) {
+                let lists = (&mut older, &mut outdated);
+                for part in self.newer_parts(write, *range, &mut logged, lists) {
                     let Some(bytes) = write.data(part) else { continue };
                     let end_bytes = write.write.end_bytes;
                     state.view.wrote_up_to(end_bytes.min(part.end() * BLOCK_BYTES));
@@ -142,6 +143,9 @@ impl Wb {
             && let Err(error) = self.engine.log.append_clean(volume.id, &older)
         {
             self.log_failed(&error);
+        }
+        for lblk in outdated {
+            state.dirty.log_may_have(Lblk(lblk));
         }
         let lsn = self.engine.log.last_lsn();
         for (lblk, Logged { end_bytes, data, .. }) in logged {
@@ -164,14 +168,14 @@ impl Wb {
         self.dirtied(volume.id, blocks);
     }
 
-    /// The parts of a range of a replayed write that are newer than what the data log has; forgets
-    /// what that has of them. Adds the others to what is older.
+    /// The parts of a range of a replayed write that are newer than what the data log has; moves
+    /// what that has of them to what is outdated. Adds the others to what is older.
     fn newer_parts(
         &self,
         write: &ReplayedWrite,
         range: LblkRange,
         logged: &mut InLog,
-        older: &mut Vec<CleanRun>,
+        (older, outdated): (&mut Vec<CleanRun>, &mut Vec<u64>),
     ) -> Vec<LblkRange> {
         let ours = (write.write.generation, write.lsn.0);
         let is_older = |_: &u64, block: &mut Logged| match () {
@@ -179,7 +183,8 @@ impl Wb {
             () if self.world.planted(Planted::LogLosesAlways) => true,
             () => (block.generation, block.stamp) <= ours,
         };
-        logged.extract_if(range.start.0..range.end(), is_older).for_each(drop);
+        let lblks = range.start.0..range.end();
+        outdated.extend(logged.extract_if(lblks, is_older).map(|(lblk, _)| lblk));
         let mut parts = Vec::new();
         let mut at = range.start.0;
         for (newer, _) in logged.range(range.start.0..range.end()) {
