@@ -214,6 +214,27 @@ pub async fn rot(world: Rc<World>) {
     }
 }
 
+/// Ends writebacks alone, again and again, until the time of faults is over.
+pub async fn end_writebacks(world: Rc<World>) {
+    let end = world.plan.chaos_ms * MS;
+    let lease_us = u64::from(world.plan.limits.lease_ms) * MS;
+    loop {
+        let pause = world.rare.borrow_mut().between(1, 2 * world.plan.writeback_death_ms) * MS;
+        if world.exec.now() + pause >= end {
+            return;
+        }
+        world.exec.sleep(pause).await;
+        let (at, is_power, soon) = {
+            let mut rare = world.rare.borrow_mut();
+            let writebacks = world.writebacks.len() as u64;
+            (rare.below(writebacks), rare.chance(50), rare.below(lease_us))
+        };
+        let node = world.writebacks[at as usize].node;
+        kill(&world, node, if is_power { Death::Power } else { Death::Kill });
+        later(&world, soon, move |world| start(world, node));
+    }
+}
+
 /// Everything works from now on.
 fn heal(world: &Rc<World>) {
     let exec = &world.exec;

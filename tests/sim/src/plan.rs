@@ -17,6 +17,12 @@ pub const RARE: u64 = 0x7261_7265;
 /// The same for what came later still.
 const LATER: u64 = 0x6c61_7465_7221;
 
+/// The same for deaths of writebacks alone; older seeds stay as they are.
+const CROWD: u64 = 0x6372_6f77;
+
+/// First seed that may draw them.
+const CROWDED_FROM: u64 = 1_000_000;
+
 /// Numbers from one to another.
 #[derive(Clone, Copy, Debug)]
 pub struct Span(pub u64, pub u64);
@@ -201,6 +207,8 @@ pub struct Plan {
     pub hasty_flushes: u64,
     /// Writes that write zeroes, in thousandths: what they write may be there already.
     pub zero_writes: u64,
+    /// Mean pause between two deaths of writebacks alone, milliseconds; 0: only as `chaos` says.
+    pub writeback_death_ms: u64,
 }
 
 impl Plan {
@@ -233,6 +241,11 @@ impl Plan {
         let lease_ms = rng.between(60, 600) as u32;
         let is_tight = rng.chance(30);
         let capacity = if is_tight { rng.between(40, 80) } else { rng.between(100, 400) };
+        // Writebacks that die often, over stores that are full.
+        let mut crowd = Rng::new(seed ^ CROWD);
+        let is_crowded = seed >= CROWDED_FROM && crowd.chance(10);
+        let writeback_death_ms = if is_crowded { crowd.between(20, 200) } else { 0 };
+        let capacity = if is_crowded { crowd.between(12, 60) } else { capacity };
         let some = |rng: &mut Rng, max: u64| if rng.chance(50) { rng.below(max + 1) } else { 0 };
         let chaos = Chaos {
             every_ms: if rng.chance(5) { 0 } else { rng.between(10, 250) },
@@ -268,6 +281,8 @@ impl Plan {
             close: some(&mut rng, 1),
             delete: some(&mut rng, 1),
         };
+        let more = if is_crowded { 10 } else { 0 };
+        let mix = Mix { buffered: mix.buffered + more, fsync: mix.fsync + more / 5, ..mix };
         let clean_blocks = if rare.chance(50) { rare.between(1, 24) as usize } else { 0 };
         let late_creations = rare.chance(50) && late_calls > 0;
         let mix = if late_creations { Mix { delete: mix.delete + 3, ..mix } } else { mix };
@@ -398,6 +413,7 @@ impl Plan {
             is_lazy,
             hasty_flushes,
             zero_writes,
+            writeback_death_ms,
         };
         if is_lazy {
             plan.write_out_after_ms = 3_600_000;
