@@ -203,8 +203,11 @@ impl Conversion for Grpc {
         request: Request<proto::LookupRequest>,
     ) -> Answer<proto::LookupResponse> {
         let request = request.into_inner();
-        if !(1..=LOOKUP_BLOCKS_MAX).contains(&request.blocks) {
-            return Err(Malformed::new("blocks", "must be 1 to 65536").into());
+        // Who only says which attempts are over wants no map.
+        let least = u32::from(request.attempts_over == 0);
+        if !(least..=LOOKUP_BLOCKS_MAX).contains(&request.blocks) {
+            let why = "must be 1 to 65536, or 0 beside attempts_over";
+            return Err(Malformed::new("blocks", why).into());
         }
         let range = range("lblk", request.lblk, request.blocks.into())?;
         let volume = VolumeId(request.volume);

@@ -16,7 +16,7 @@ impl<T: ChunkTable> Machine<T> {
     /// The map of a range. The driver shows it once `MapView::seq` is durable. A generation that
     /// is not the current one sees the map but gets no grant. [`Reason::Limit`] while an aborted write
     /// in place may still land there: whoever read the old data would see the new one later, although
-    /// nobody is writing any more.
+    /// nobody is writing any more. An empty range is never refused so.
     ///
     /// # Errors
     /// `Ok(Err(..))` is a refusal to the caller; `Err` means that the table failed.

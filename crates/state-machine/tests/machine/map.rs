@@ -206,6 +206,7 @@ fn what_an_aborted_write_in_place_may_still_change_is_not_read_before_the_fence(
     assert_eq!(look_up(&mut rig, current, 0, 8), Err(Reason::Limit));
     assert_eq!(look_up(&mut rig, current, 0, 2), Ok(true));
     assert_eq!(look_up(&mut rig, current, 5, 3), Ok(true));
+    assert_eq!(look_up(&mut rig, current, 2, 0), Ok(true), "no block is looked at");
     assert_eq!(look_up(&mut rig, Generation(0), 0, 8), Ok(false), "without a grant nobody reads");
     rig.acknowledge();
     assert_eq!(look_up(&mut rig, current, 0, 8), Ok(true));

@@ -110,11 +110,13 @@ impl Engine {
         while volume.usable().is_ok() && !self.stop.is_cancelled() {
             let over = volume.state().attempts.over();
             if over >= number {
-                let first = LblkRange::new(0, 1);
+                // No map, which an aborted write in place could hold up for as long as its store is
+                // away.
+                let nothing = LblkRange::new(0, 0);
                 let found = tokio::select! {
                     biased;
                     () = self.stop.cancelled() => return None,
-                    found = self.look_up_after(volume, first, over, self.deadline()) => found,
+                    found = self.look_up_after(volume, nothing, over, self.deadline()) => found,
                 };
                 match found {
                     Ok(found) => return Some(found),

@@ -199,7 +199,7 @@ async fn malformed_map_calls_are_refused_with_a_reason() {
         lookup(0, generation, 0, 1),
         lookup(volume + 1, generation, 0, 1),
         lookup(u64::MAX, generation, 0, 1),
-        lookup(volume, generation, 0, 0),
+        LookupRequest { attempts_over: 0, ..lookup(volume, generation, 0, 0) },
         lookup(volume, generation, 0, 65_537),
         lookup(volume, generation, 0, u32::MAX),
         lookup(volume, generation, u64::MAX, 1),

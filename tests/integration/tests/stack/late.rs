@@ -1,8 +1,11 @@
 //! Calls that arrive, or may arrive, after their caller gave them up.
 
-use endio_api::conversion::{CreateVolumeRequest, DescribeRequest, ListVolumesRequest};
+use endio_api::conversion::{
+    BeginIo, CreateVolumeRequest, DescribeRequest, Lane, ListVolumesRequest, LookupRequest,
+    OpenVolumeRequest, ReleaseSubmitter,
+};
 use endio_api::writeback::{DeleteRequest, RangeRequest, ResizeRequest, WriteMode, WriteRequest};
-use endio_integration_tests::raw;
+use endio_integration_tests::raw::{self, RawStore, RawWriteback};
 use endio_integration_tests::services::{Conversion, Store};
 use endio_integration_tests::stack::{Stack, Writeback};
 use endio_testkit::client::{Client, Refused};
@@ -121,4 +124,48 @@ async fn a_stop_does_not_wait_for_changes_that_were_given_up() {
     client.settles().await.unwrap();
     writeback.stop().await;
     drop(store);
+}
+
+/// A store that is gone for good has not said that an aborted write in place to it cannot land any more:
+/// there is no map to read by. Who only says which tries of changes are over wants none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tries_that_were_given_up_are_settled_while_a_write_in_place_may_still_land() {
+    let directory = tempfile::tempdir().unwrap();
+    let running = Conversion::start(directory.path()).await;
+    let mut client = raw::conversion(&running.url);
+    let mut store = RawStore::register(&running.url, 1 << 10).await;
+    let (name, in_place) = (NAME.to_owned(), true);
+    let create = CreateVolumeRequest { name, size_bytes: SIZE, in_place, ..Default::default() };
+    client.create_volume(create).await.unwrap();
+    let mut writeback = RawWriteback::connect(&running.url, "wb").await;
+    let (name, owner) = (NAME.to_owned(), "wb".to_owned());
+    let open = OpenVolumeRequest { name, writeback: owner, ..Default::default() };
+    let opened = client.open_volume(open).await.unwrap().into_inner().volume.unwrap();
+    let (volume, generation) = (opened.id, opened.generation);
+    let lane: i32 = Lane::Direct.into();
+    let begin = BeginIo { volume, generation, lane, blocks: 1, ..Default::default() };
+    let first = writeback.begin(begin.clone()).await;
+    for segment in &first.segments {
+        store.release(segment.token.as_ref().unwrap()).await;
+    }
+    let submitter = first.submitter.unwrap();
+    let io_end = submitter.io_end;
+    writeback.release(submitter).await;
+    assert_eq!(writeback.completion(io_end).await.reason, 0);
+    // The overwrite goes where the block is, and is given up. The store says nothing any more.
+    let token = writeback.begin(begin).await.submitter;
+    let release = ReleaseSubmitter { token, abort: true, ..Default::default() };
+    writeback.release_as(release).await;
+    let look_up = |blocks, attempts_over| LookupRequest {
+        volume,
+        generation,
+        lblk: 0,
+        blocks,
+        attempts_over,
+    };
+    let held = client.lookup(look_up(1, 3)).await;
+    assert_eq!(reason(held), Some(Reason::Limit), "the block may still change");
+    let settled = client.lookup(look_up(0, 3)).await.unwrap().into_inner();
+    assert_eq!((settled.size_bytes, settled.extents.len()), (SIZE, 0));
+    assert_eq!(reason(client.lookup(look_up(0, 0)).await), Some(Reason::Malformed));
 }

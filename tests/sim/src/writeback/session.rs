@@ -384,8 +384,8 @@ impl Wb {
         while volume.usable().is_ok() {
             let over = volume.state.borrow().attempts.over();
             if over >= number {
-                let first = LblkRange::new(0, 1);
-                match self.look_up_after(volume, first, over, self.deadline()).await {
+                let nothing = LblkRange::new(0, 0);
+                match self.look_up_after(volume, nothing, over, self.deadline()).await {
                     Ok(found) => return Some(found),
                     Err(failure) => self.heed(volume, &failure),
                 }
