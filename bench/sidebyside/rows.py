@@ -86,8 +86,8 @@ def flush_first_log(path, size, count):
     path.write_text("\n".join([*lines, "vol close\n"]))
 
 
-def run(row, server, size, seconds, writes_max):
-    """Runs the row once and returns what was counted."""
+def run(row, server, size, seconds, writes_max, at_start=lambda: None):
+    """Runs the row once and returns what was counted. `at_start`: called when the server is ready."""
     if row.before == "cold":
         server.restart_cold()
     elif row.before == "warm":
@@ -99,6 +99,7 @@ def run(row, server, size, seconds, writes_max):
             flush_first_log(log, size, writes_max)
         options += [f"--read_iolog={log}", "--bs=4k"]
     server.forget_peaks()
+    at_start()
     load = os.getloadavg()[0]
     cpu = server.cpu_seconds()
     begin = time.monotonic()

@@ -436,14 +436,6 @@ struct Permits {
     _memory: OwnedSemaphorePermit,
 }
 
-/// What became of a request that was read.
-enum Begun {
-    /// Its reply is in the queue.
-    Answered,
-    /// It waits in a task of its own.
-    Waits,
-}
-
 struct Reader {
     input: Input,
     transmission: Arc<Transmission>,
@@ -464,10 +456,8 @@ impl Reader {
     async fn run(&mut self) -> EndReason {
         loop {
             for _ in 0..STREAK {
-                match self.next().await {
-                    Ok(Begun::Waits) => break,
-                    Ok(Begun::Answered) => {}
-                    Err(reason) => return reason,
+                if let Err(reason) = self.next().await {
+                    return reason;
                 }
             }
             // What was begun has woken others, and its replies wait to be written.
@@ -475,7 +465,7 @@ impl Reader {
         }
     }
 
-    async fn next(&mut self) -> Result<Begun, EndReason> {
+    async fn next(&mut self) -> Result<(), EndReason> {
         let mode = self.transmission.mode();
         self.input.fill(mode.request_len()).await?;
         let request = Request::decode(mode, self.input.bytes()).map_err(EndReason::Garbage)?;
@@ -502,8 +492,7 @@ impl Reader {
         match self.transmission.check(&request, payload) {
             Err(fault) => {
                 let reply = (to.failed(&fault), permits);
-                self.replies.send(reply).await.map_err(|_| EndReason::Stalled)?;
-                Ok(Begun::Answered)
+                self.replies.send(reply).await.map_err(|_| EndReason::Stalled)
             }
             Ok(job) => self.start(to, job, permits).await,
         }
@@ -528,7 +517,7 @@ impl Reader {
         to: crate::codec::ReplyTo,
         job: Job,
         permits: Permits,
-    ) -> Result<Begun, EndReason> {
+    ) -> Result<(), EndReason> {
         if job.is_mutation() && (self.seat.has_left() || self.hang_up.is_hung_up()) {
             return Err(EndReason::Closed);
         }
@@ -538,8 +527,7 @@ impl Reader {
             Poll::Ready(None) => Err(EndReason::Stopped),
             Poll::Ready(Some(frames)) => {
                 let sent = self.replies.send((frames, permits)).await;
-                sent.map_err(|_| EndReason::Stalled)?;
-                Ok(Begun::Answered)
+                sent.map_err(|_| EndReason::Stalled)
             }
             Poll::Pending => {
                 let (replies, stop) = (self.replies.clone(), self.stop.clone());
@@ -550,7 +538,7 @@ impl Reader {
                         None => stop.cancel(),
                     }
                 });
-                Ok(Begun::Waits)
+                Ok(())
             }
         }
     }

@@ -30,8 +30,15 @@ pub struct Config {
     /// Threads that write to the device. Too small: a slow write holds others up. Too large: they
     /// take turns on the processors.
     pub writer_threads: usize,
-    /// Reads that the device is asked for at once. Too small: a fast device idles. Too large: threads.
+    /// Reads that the device is asked for at once. Too small: a fast device idles. Too large: what is
+    /// written waits behind them.
     pub reads_at_once_max: usize,
+    /// Threads that wait for reads. Too small: a slow device idles. Too large: threads.
+    pub reader_threads_max: usize,
+    /// Time in which one reader thread should come back with data, in µs: of a device that takes so
+    /// many times longer for a read, so many threads wait. Too small: threads take turns on the
+    /// processors for what one of them would find ready. Too large: a slow device idles.
+    pub reader_each_us: u64,
     /// Bios and reads under way in the whole service. Too small: `LIMIT` under load. Too large:
     /// memory.
     pub in_flight_max: usize,
@@ -79,7 +86,9 @@ impl Default for Config {
             advertise: None,
             capacity_bytes: None,
             writer_threads: 1,
-            reads_at_once_max: 16,
+            reads_at_once_max: 64,
+            reader_threads_max: 16,
+            reader_each_us: 150,
             in_flight_max: 16_384,
             in_flight_per_stream_max: 1_024,
             bio_bytes_max: 64 << 20,
@@ -152,7 +161,9 @@ impl Validate for Config {
         };
         let bio_max = u64::from(IO_END_BLOCKS_MAX) * BLOCK_BYTES;
         within("writer_threads", self.writer_threads as u64, 1, 256);
-        within("reads_at_once_max", self.reads_at_once_max as u64, 1, 400);
+        within("reads_at_once_max", self.reads_at_once_max as u64, 1, 4_096);
+        within("reader_threads_max", self.reader_threads_max as u64, 1, 400);
+        within("reader_each_us", self.reader_each_us, 1, 1_000_000);
         within("in_flight_max", self.in_flight_max as u64, 1, 1 << 20);
         // A stream alone never meets the bound of all: what it sends at once would be refused as
         // a whole, again and again.

@@ -11,10 +11,10 @@ use std::{collections::HashMap, sync::Arc, time::Instant};
 use endio_api::{
     blockstore,
     conversion::StoreMessage,
-    convert::{grant_from_proto, reason_to_wire, token_from_proto},
+    convert::{grant_from_proto, token_from_proto},
 };
 use endio_chassis::{metrics::Gauge, shutdown::Shutdown};
-use endio_failpoints::{Bug, Point, is_planted, reach};
+use endio_failpoints::{Point, reach};
 use endio_state_machine::gate::{
     Admit, Cleared, FlightId, Gate, GateLimits, Outcome, PunchTurn, Registration,
 };
@@ -32,13 +32,11 @@ use crate::{
     config::Config,
     metrics::Metrics,
     outbox::{self, Outbox},
+    reader::Readers,
     wire,
     writer::{Job, Stages},
 };
 
-/// Blocks of a read that is tried on the stream's own task: the copy and the checksums of more would
-/// hold up what else the task's thread has to do.
-const AT_ONCE_BLOCKS_MAX: u32 = 16;
 /// Submitters that may wait for one segment under way, the first one aside.
 const REPEATS_MAX: usize = 4;
 
@@ -49,6 +47,7 @@ pub(crate) struct Driver {
     pub(crate) device: TrackedDevice,
     pub(crate) superblock: Superblock,
     pub(crate) stages: Stages,
+    pub(crate) readers: Readers,
     pub(crate) metrics: Metrics,
     pub(crate) shutdown: Shutdown,
     /// Rings when something lies in the outbox or has drained.
@@ -94,6 +93,7 @@ impl Driver {
             device,
             superblock,
             stages: Stages::new(),
+            readers: Readers::new(config.reader_threads_max, config.reader_each_us),
             metrics: Metrics::new(),
             shutdown,
             changed: Notify::new(),
@@ -248,66 +248,6 @@ impl Driver {
         }
         let range = PblkRange::new(request.pblk, request.blocks.into());
         self.state().gate.admit_read(self.now(), &grant, range)
-    }
-
-    /// Reads and compares. Blocks on the device.
-    pub(crate) fn read(&self, request: &blockstore::ReadRequest) -> blockstore::ReadDone {
-        let began = Instant::now();
-        let mut data = vec![0; request.blocks as usize * BLOCK_SIZE];
-        let read = self.device.read_at(endio_types::Pblk(request.pblk), &mut data);
-        self.compare(request, began, read.map(|()| data))
-    }
-
-    /// Reads and compares a few blocks, if that needs no wait for a disk.
-    pub(crate) fn read_at_once(
-        &self,
-        request: &blockstore::ReadRequest,
-    ) -> Option<blockstore::ReadDone> {
-        if request.blocks > AT_ONCE_BLOCKS_MAX {
-            return None;
-        }
-        let began = Instant::now();
-        let mut data = vec![0; request.blocks as usize * BLOCK_SIZE];
-        match self.device.read_at_once(endio_types::Pblk(request.pblk), &mut data) {
-            Ok(true) => Some(self.compare(request, began, Ok(data))),
-            Ok(false) => None,
-            Err(error) => Some(self.compare(request, began, Err(error))),
-        }
-    }
-
-    fn compare(
-        &self,
-        request: &blockstore::ReadRequest,
-        began: Instant,
-        read: std::io::Result<Vec<u8>>,
-    ) -> blockstore::ReadDone {
-        let answer = |reason: Option<Reason>, message: &str| blockstore::ReadDone {
-            request: request.request,
-            reason: reason_to_wire(reason),
-            message: message.to_owned(),
-            ..blockstore::ReadDone::default()
-        };
-        let data = match read {
-            Ok(data) => data,
-            Err(error) => {
-                let (pblk, blocks) = (request.pblk, request.blocks);
-                warn!(pblk, blocks, %error, "blocks cannot be read");
-                return answer(Some(Reason::IoError), "the device failed to read");
-            }
-        };
-        if let Some(block) = wire::first_mismatch(&data, &request.crc32c)
-            && !is_planted(Bug::ReadSkipsChecksum)
-        {
-            let bad_pblk = request.pblk + block as u64;
-            self.metrics.bad_blocks.inc();
-            warn!(pblk = bad_pblk, "a block does not match its checksum");
-            let reason = Some(Reason::ChecksumMismatch);
-            return blockstore::ReadDone { bad_pblk, ..answer(reason, "the block is damaged") };
-        }
-        self.metrics.reads.inc();
-        self.metrics.read_blocks.add(request.blocks.into());
-        self.metrics.read_us.add(began.elapsed().as_micros() as u64);
-        blockstore::ReadDone { data: data.into(), ..answer(None, "") }
     }
 
     /// A read has ended.

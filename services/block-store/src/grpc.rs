@@ -1,9 +1,11 @@
 //! The skin: decode, hand over, await, encode. No rule of the domain lives here.
 
 use std::{
+    collections::VecDeque,
     future::ready,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::{Arc, OnceLock},
+    task::Poll,
 };
 
 use endio_api::{
@@ -11,10 +13,8 @@ use endio_api::{
         Bio, BioDone, DescribeRequest, DescribeResponse, ReadDone, ReadRequest,
         block_store_server::BlockStore,
     },
-    convert::reason_to_wire,
     protocol, status,
 };
-use endio_state_machine::gate::FlightId;
 use endio_types::{BLOCK_BYTES, IO_END_BLOCKS_MAX};
 use futures_util::{Stream, StreamExt as _, stream};
 use tokio::sync::{Semaphore, mpsc};
@@ -24,7 +24,11 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::{
     bio::{Answer, Permits, Reply},
     driver::Driver,
+    reader::{self, Job},
 };
+
+/// Reads of one stream that are begun before others get their turn.
+const STREAK: usize = 32;
 
 /// Largest message: the data of the longest bio, its checksums, its token.
 pub(crate) const MESSAGE_BYTES_MAX: usize = (4 << 20) + (64 << 10);
@@ -104,14 +108,9 @@ impl BlockStore for BlockStoreService {
         protocol::check_metadata(request.metadata())?;
         let driver = Arc::clone(&self.driver);
         let (budget, answers) = Budget::new(driver.in_flight_per_stream_max, &driver.read_bytes);
-        let mut requests = request.into_inner();
-        tokio::spawn(async move {
-            while let Some(request) = next(&driver, &mut requests, &budget.broken).await {
-                let bytes = u64::from(request.blocks) * BLOCK_BYTES;
-                let Some(reply) = budget.reply(bytes).await else { return };
-                start_read(&driver, request, reply).await;
-            }
-        });
+        let waiting = VecDeque::new();
+        let reads = Reads { driver, requests: request.into_inner(), budget, waiting };
+        tokio::spawn(reads.run());
         Ok(Response::new(answers))
     }
 
@@ -136,51 +135,53 @@ async fn next<T>(driver: &Driver, from: &mut Streaming<T>, broken: &Broken) -> O
     }
 }
 
-/// Tells the gate that a read has ended, also if the reading panicked.
-struct Reading {
+/// The reads of one stream. Those that were ready together reach the threads together.
+struct Reads {
     driver: Arc<Driver>,
-    flight: FlightId,
+    requests: Streaming<ReadRequest>,
+    budget: Budget<ReadDone>,
+    waiting: VecDeque<Box<Job>>,
 }
 
-impl Drop for Reading {
-    fn drop(&mut self) {
-        self.driver.finish_read(self.flight);
+impl Reads {
+    async fn run(mut self) {
+        for streak in 1.. {
+            if self.one().await.is_none() {
+                break;
+            }
+            if streak % STREAK == 0 {
+                reader::submit(&self.driver, &mut self.waiting);
+                tokio::task::yield_now().await;
+            }
+        }
+        reader::submit(&self.driver, &mut self.waiting);
+    }
+
+    /// Takes one request. Whatever has to be waited for, what was taken before goes on meanwhile.
+    async fn one(&mut self) -> Option<()> {
+        let Self { driver, requests, budget, waiting } = self;
+        let mut hand_over = || reader::submit(driver, waiting);
+        let request = before(&mut hand_over, next(driver, requests, &budget.broken)).await?;
+        let bytes = u64::from(request.blocks) * BLOCK_BYTES;
+        let reply = before(&mut hand_over, budget.reply(bytes)).await?;
+        let turn = before(&mut hand_over, Arc::clone(&driver.reads).acquire_owned()).await.ok()?;
+        if let Some(job) = Job::admit(driver, turn, request, reply)
+            && let Err(job) = job.at_once()
+        {
+            waiting.push_back(job);
+        }
+        Some(())
     }
 }
 
-async fn start_read(driver: &Arc<Driver>, request: ReadRequest, reply: Reply<ReadDone>) {
-    let Ok(turn) = Arc::clone(&driver.reads).acquire_owned().await else { return };
-    let flight = match driver.admit_read(&request) {
-        Ok(flight) => flight,
-        Err(reason) => {
-            return reply.send(ReadDone {
-                request: request.request,
-                reason: reason_to_wire(Some(reason)),
-                message: "the read is not allowed here and now".to_owned(),
-                ..ReadDone::default()
-            });
+/// Does something before it waits, if it has to wait.
+async fn before<T>(wait: &mut impl FnMut(), wanted: impl Future<Output = T>) -> T {
+    let mut wanted = pin!(wanted);
+    match futures_util::poll!(wanted.as_mut()) {
+        Poll::Ready(found) => found,
+        Poll::Pending => {
+            wait();
+            wanted.await
         }
-    };
-    let reading = Reading { driver: Arc::clone(driver), flight };
-    let span = crate::TRACER
-        .leg("segment", &request.traceparent)
-        .with("pblk", request.pblk)
-        .with("blocks", request.blocks)
-        .with("length", u64::from(request.blocks) * BLOCK_BYTES);
-    if let Some(done) = driver.read_at_once(&request) {
-        // From the page cache: not worth two switches of threads.
-        if done.reason != 0 {
-            span.fail(&done.message);
-        }
-        drop((reading, turn, span));
-        return reply.send(done);
     }
-    tokio::task::spawn_blocking(move || {
-        let done = reading.driver.read(&request);
-        if done.reason != 0 {
-            span.fail(&done.message);
-        }
-        drop((reading, turn, span));
-        reply.send(done);
-    });
 }

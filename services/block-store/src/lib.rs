@@ -14,6 +14,7 @@ mod grpc;
 mod metrics;
 mod outbox;
 mod queue;
+mod reader;
 mod session;
 mod wire;
 mod writer;

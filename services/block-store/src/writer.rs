@@ -71,6 +71,7 @@ impl Drop for Writer {
         self.driver.stages.bios.close();
         self.driver.stages.written.close();
         self.driver.stages.punches.close();
+        self.driver.readers.close();
     }
 }
 
@@ -98,6 +99,9 @@ impl Writer {
         }
         self.driver.stages.written.close();
         self.driver.stages.punches.close();
+        if !self.driver.readers.stop() {
+            tracing::error!("a reader thread panicked");
+        }
         if !have_ended(&mut self.others) {
             tracing::error!("the flusher or puncher thread panicked");
         }

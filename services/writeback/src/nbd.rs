@@ -323,11 +323,18 @@ impl Export for VolumeExport {
 
     async fn read(&self, offset: u64, length: u32) -> Result<Vec<Piece>, Fault> {
         let volume = self.volume()?;
-        let reads = parts(offset, u64::from(length), READ_BYTES).map(|bytes| async move {
+        let part = |bytes| async move {
             let op = ReadOp { bytes, traceparent: String::new() };
             self.engine.read(volume, &op).await
-        });
-        let read = stream::iter(reads).buffered(READS_AHEAD).try_concat().await;
+        };
+        let mut parts = parts(offset, u64::from(length), READ_BYTES);
+        let read = match (parts.next(), parts.next()) {
+            (Some(only), None) => part(only).await,
+            (first, second) => {
+                let parts = first.into_iter().chain(second).chain(parts);
+                stream::iter(parts.map(part)).buffered(READS_AHEAD).try_concat().await
+            }
+        };
         let piece = |piece| match piece {
             crate::engine::Piece::Data(data) => Piece::Data(data),
             crate::engine::Piece::Zeroes(length) => Piece::Zeroes(length),

@@ -6,6 +6,7 @@ mod bench;
 mod fake;
 mod hostile;
 mod lifecycle;
+mod readers;
 mod reads;
 mod session;
 mod writes;

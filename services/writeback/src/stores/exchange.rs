@@ -18,11 +18,11 @@ use tonic::{Status, Streaming};
 use super::{Limits, store_away};
 use crate::failure::Failure;
 
-/// Questions taken by the transport before it sends them.
-const IN_TRANSPORT: usize = 4;
-
 /// What is asked and answered.
 pub(super) trait Protocol: Send + 'static {
+    /// Questions that the transport takes before it sends them, in one step if it can.
+    const IN_TRANSPORT: usize;
+
     /// The question.
     type Ask: Send + 'static;
     /// The answer as it comes over the wire.
@@ -77,7 +77,7 @@ impl<P: Protocol> Exchange<P> {
 /// Opens the stream whenever there is something to ask, until the handle is gone.
 async fn run<P: Protocol>(mut protocol: P, mut queue: mpsc::Receiver<Job<P>>, limits: Limits) {
     while let Some(first) = queue.recv().await {
-        let (asks, stream) = mpsc::channel(IN_TRANSPORT);
+        let (asks, stream) = mpsc::channel(P::IN_TRANSPORT);
         let opened = {
             let open = protocol.open(ReceiverStream::new(stream));
             timeout(limits.connect, open).await
@@ -132,7 +132,19 @@ async fn standing<P: Protocol>(
                 permit.send(job.ask);
             }
             job = queue.recv(), if next.is_none() => match job {
-                Some(job) => next = Some(job),
+                Some(job) => {
+                    next = Some(job);
+                    // What was asked together leaves together.
+                    while let Some(mut job) = next.take() {
+                        let Ok(permit) = asks.try_reserve() else {
+                            next = Some(job);
+                            break;
+                        };
+                        owed.insert(protocol.key(&mut job.ask), job.reply);
+                        permit.send(job.ask);
+                        next = queue.try_recv().ok();
+                    }
+                }
                 None => break,
             },
         }
@@ -179,6 +191,9 @@ impl Writes {
 }
 
 impl Protocol for Writes {
+    /// They may be long.
+    const IN_TRANSPORT: usize = 4;
+
     type Ask = Bio;
     type Answer = BioDone;
     type Value = ();
@@ -212,6 +227,8 @@ impl Reads {
 }
 
 impl Protocol for Reads {
+    const IN_TRANSPORT: usize = 64;
+
     type Ask = ReadRequest;
     type Answer = ReadDone;
     type Value = Bytes;
