@@ -179,6 +179,8 @@ named! {
         LossUntold = "loss-untold",
         /// A direct write goes around the cache without making it forget the range.
         ForgetSkipped = "forget-skipped",
+        /// What lies in many pieces is read and written anew without the lock of its blocks.
+        DefragmentUnlocked = "defragment-unlocked",
         /// Who opens a volume does not ask for its data log.
         DataLogUnread = "data-log-unread",
         /// The log drops segments whose data is still dirty.

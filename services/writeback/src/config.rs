@@ -91,6 +91,13 @@ pub struct Config {
     /// Bytes of clean blocks that are kept for reads, all volumes, and some 100 more for each block of
     /// 4 KiB. Too small: reads ask the block-stores. Too large: memory. 0: none; at most 2^40.
     pub read_cache_bytes: u64,
+    /// Most bytes a second that are written anew, all volumes, because they are read in sequence and lie
+    /// in many pieces. Too small: such reads stay slow for long. Too large: the disks are busy with it.
+    /// 0: none; at most 2^40.
+    pub defragment_bytes_per_s: u64,
+    /// How long nobody may have written to a volume before that, in ms. Too small: it is in the way of
+    /// writers. Too large: it never begins. 0: it does not wait; at most 86,400,000.
+    pub defragment_after_ms: u64,
     /// Sessions of retrying clients remembered.
     pub sessions_max: usize,
     /// A session is not forgotten before it was idle so long, in ms.
@@ -166,6 +173,8 @@ impl Default for Config {
             log_segment_bytes: 64 << 20,
             map_entries_per_volume: 1 << 18,
             read_cache_bytes: 128 << 20,
+            defragment_bytes_per_s: 16 << 20,
+            defragment_after_ms: 5_000,
             sessions_max: 2_048,
             session_idle_min_ms: 600_000,
             volumes_max: 4_096,
@@ -220,6 +229,8 @@ impl Validate for Config {
         within("log_segment_bytes", self.log_segment_bytes, MIB, 1 << 34);
         within("log_bytes_max", self.log_bytes_max, 4 * self.log_segment_bytes, 1 << 44);
         within("read_cache_bytes", self.read_cache_bytes, 0, 1 << 40);
+        within("defragment_bytes_per_s", self.defragment_bytes_per_s, 0, 1 << 40);
+        within("defragment_after_ms", self.defragment_after_ms, 0, 86_400_000);
         within("map_entries_per_volume", self.map_entries_per_volume as u64, 0, 1 << 24);
         within("sessions_max", self.sessions_max as u64, 1, 1 << 20);
         within("volumes_max", self.volumes_max as u64, 1, 65_536);

@@ -264,6 +264,7 @@ async fn recover(engine: Arc<Engine>, replay: Replay, readiness: Readiness) -> R
     engine.replay(replay).await?;
     // Not before: until then the log holds data that no volume knows of.
     engine.start_log_keeper();
+    engine.start_defragmenter();
     engine.serve();
     readiness.set_ready().await;
     tracing::info!(writeback = engine.identity.writeback(), "ready");

@@ -5,6 +5,7 @@
 
 mod attempts;
 mod data_log;
+mod defragment;
 pub(crate) mod direct;
 mod flusher;
 mod inspect;

@@ -79,6 +79,10 @@ pub struct Metrics {
     pub reads_at_hand: Counter,
     /// Reads that went to another replica.
     pub reads_repaired: Counter,
+    /// Blocks written anew because they lay in many pieces.
+    pub defragmented_blocks: Counter,
+    /// Windows that did not lie better afterwards, or could not be written anew.
+    pub defragment_missed: Counter,
     /// Buffered writes that were delayed.
     pub throttled_delayed: Counter,
     /// Buffered writes that waited for room.
@@ -140,6 +144,14 @@ impl Default for Metrics {
             reads_repaired: counter(
                 "endio_writeback_reads_repaired_total",
                 "Reads that went to another replica",
+            ),
+            defragmented_blocks: counter(
+                "endio_writeback_defragmented_blocks_total",
+                "Blocks written anew because they lay in many pieces",
+            ),
+            defragment_missed: counter(
+                "endio_writeback_defragment_missed_total",
+                "Windows that did not lie better afterwards, or could not be written anew",
             ),
             throttled_delayed: throttled("delayed"),
             throttled_waited: throttled("waited"),

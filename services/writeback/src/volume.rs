@@ -14,6 +14,7 @@ use endio_state_machine::writeback::attempts::Attempts;
 use endio_state_machine::writeback::credit::{Credit, CreditPolicy};
 use endio_state_machine::writeback::dirty::DirtyMap;
 use endio_state_machine::writeback::errseq::{Cursor, ErrSeq};
+use endio_state_machine::writeback::fragments::Fragments;
 use endio_state_machine::writeback::map_cache::{ChangeId, MapCache, Part};
 use endio_state_machine::writeback::rhythm::Rhythm;
 use endio_state_machine::writeback::view::VolumeView;
@@ -92,6 +93,8 @@ pub struct State {
     pub map: MapCache<Arc<Extent>>,
     /// Blocks that were read, as the map shows them now. Never of a volume that is written in place.
     pub clean: VolumeBlocks,
+    /// What is read in sequence and lies in many pieces.
+    pub fragments: Fragments,
     /// Tries of changes of the map.
     pub attempts: Attempts,
     /// Changes of the map that were given up and keep their blocks locked.
@@ -203,6 +206,7 @@ impl Volume {
                 flush_up_to: Lsn(0),
                 clean: limits.clean.volume(),
                 map: MapCache::new(if volume.in_place { 0 } else { limits.map_entries_max }),
+                fragments: Fragments::default(),
                 attempts: Attempts::default(),
                 settling: 0,
                 write_outs: 0,

@@ -9,6 +9,7 @@ pub mod cover;
 pub mod credit;
 pub mod dirty;
 pub mod errseq;
+pub mod fragments;
 pub mod gather;
 pub mod layout;
 pub mod map_cache;

@@ -139,6 +139,30 @@ impl Engine {
         outcome
     }
 
+    /// Some of the blocks of a range, written anew with the data that they have. What the caller owes is
+    /// as for [`Self::write_through`].
+    pub(super) async fn write_anew(
+        &self,
+        volume: &Arc<Volume>,
+        within: LblkRange,
+        (ranges, data): (Vec<LblkRange>, Bytes),
+        deadline: Instant,
+    ) -> Result<(), Failure> {
+        let bytes = data.len() as u64;
+        {
+            let mut state = volume.state();
+            state.direct_bytes += bytes;
+            state.direct.insert(within.start.0, within.len);
+        }
+        let span = Span::current();
+        // It ends at no byte that it did not end at before.
+        let outcome = self.write_ranges(volume, ranges, data, 0, deadline, span).await;
+        let mut state = volume.state();
+        state.direct_bytes -= bytes;
+        state.direct.remove(&within.start.0);
+        outcome.map(|_| ())
+    }
+
     async fn write_in_group(
         self: &Arc<Self>,
         volume: &Arc<Volume>,

@@ -74,7 +74,7 @@ impl Piece {
 
 /// A run of blocks that a read found in one place.
 pub(super) struct Run {
-    range: LblkRange,
+    pub(super) range: LblkRange,
     pub(super) piece: Piece,
 }
 
@@ -141,7 +141,8 @@ impl Engine {
         Ok(cut(self.read_blocks(volume, range, deadline).await?, range, bytes))
     }
 
-    async fn read_blocks(
+    /// Whole blocks, as runs in order.
+    pub(super) async fn read_blocks(
         &self,
         volume: &Arc<Volume>,
         range: LblkRange,
@@ -250,12 +251,16 @@ impl Engine {
                 }
             }
         }
+        let pieces = wanted.len() as u64;
         let read = match wanted.pop() {
             Some(only) if wanted.is_empty() => vec![only.await?],
             last => try_join_all(wanted.into_iter().chain(last)).await?,
         };
         if !volume.in_place {
             keep(volume, ticket, &read);
+            if pieces > 1 {
+                volume.state().fragments.read(range, pieces);
+            }
         }
         runs.extend(read);
         runs.sort_by_key(|run| run.range.start);

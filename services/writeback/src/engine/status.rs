@@ -36,6 +36,11 @@ impl Meter {
         }
     }
 
+    /// Requests that ended well.
+    pub(crate) fn count(&self) -> u64 {
+        self.count.load(Ordering::Relaxed)
+    }
+
     fn read(&self) -> [u64; 3] {
         [&self.count, &self.bytes, &self.us].map(|counter| counter.load(Ordering::Relaxed))
     }
