@@ -234,8 +234,10 @@ impl<T: ChunkTable> Machine<T> {
         free_space::is_feasible(usable.map(|rt| rt.space.free()), demand)
     }
 
-    /// What an allocation must leave room for: every promise but the one that it uses itself. `None`:
-    /// there is no room for all of them whatever is done, as stores were lost.
+    /// What an allocation must leave room for: every promise but the one that it uses itself. While stores
+    /// are away, or freed blocks are not safe yet, room may be short: then what they will bring back counts,
+    /// and who would take it from others by writing now waits for them. `None`: whatever is done,
+    /// there is no room for all that is promised.
     fn promised_besides(&self, replicas: u32, blocks: u64, lane: Option<Lane>) -> Option<Promised> {
         let mut demand = self.credit;
         let own = demand.get_mut(replicas as usize)?;
@@ -307,11 +309,13 @@ impl<T: ChunkTable> Machine<T> {
         if found.is_none() {
             found = free_space::allocate(&mut all, copies, blocks, promised.as_ref(), search);
         }
-        // Room that is to come back cannot be kept by all means: whoever was promised space gets it.
-        if found.is_none() && lane == Some(Lane::WriteOut) {
-            found = free_space::allocate(&mut all, copies, blocks, None, search);
-        }
-        let Some(found) = found else { return Err(self.no_space()) };
+        let Some(found) = found else {
+            let mut demand = self.credit;
+            if let Some(sum) = demand.get_mut(copies).filter(|_| lane != Some(Lane::WriteOut)) {
+                *sum = sum.saturating_add(blocks);
+            }
+            return Err(self.no_room(replicas, &demand));
+        };
         let mut at = range.start.0;
         let mut runs = Vec::with_capacity(found.len());
         for copies in found {

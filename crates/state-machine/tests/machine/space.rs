@@ -74,6 +74,26 @@ fn what_is_promised_to_others_fits_again_when_a_store_is_back() {
     rig.assert_sound();
 }
 
+/// Two copies on the two stores that are left would take what three copies want.
+#[test]
+fn a_write_out_waits_rather_than_take_what_others_were_promised() {
+    let mut rig = Rig::new(3, 10);
+    let two = rig.volume("two", 100, 2);
+    let three = rig.volume("three", 100, 3);
+    assert_eq!(reserve(&mut rig, &three, 5), Ok(5));
+    assert_eq!(reserve(&mut rig, &two, 6), Ok(6));
+    rig.input(Input::StoreLost { session: StoreSession(3) });
+    let write_out = |volume, blocks| BeginIo { lane: Lane::WriteOut, ..begin_io(volume, 0, blocks) };
+    let refused = rig.try_begin(write_out(&two, 6)).unwrap_err();
+    assert_eq!((refused.reason, refused.retry_after_ms > 0), (Reason::NotEnoughStores, true));
+    rig.join_store(3, 1, 10);
+    for (volume, blocks) in [(&two, 6), (&three, 5)] {
+        let begun = rig.try_begin(write_out(volume, blocks)).unwrap();
+        assert_eq!(rig.finish(&begun).failed, None);
+    }
+    rig.assert_sound();
+}
+
 fn free_blocks(stores: &BTreeMap<StoreId, StoreSpace>) -> Vec<u64> {
     stores.values().map(StoreSpace::free).collect()
 }
