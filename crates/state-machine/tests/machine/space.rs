@@ -65,7 +65,8 @@ fn what_is_promised_to_others_fits_again_when_a_store_is_back() {
     assert_eq!(reserve(&mut rig, &three, 5), Ok(5));
     assert_eq!(reserve(&mut rig, &one, 10), Ok(10));
     rig.input(Input::StoreLost { session: StoreSession(3) });
-    let write_out = |volume, blocks| BeginIo { lane: Lane::WriteOut, ..begin_io(volume, 0, blocks) };
+    let write_out =
+        |volume, blocks| BeginIo { lane: Lane::WriteOut, ..begin_io(volume, 0, blocks) };
     let begun = rig.try_begin(write_out(&one, 10)).unwrap();
     rig.join_store(3, 1, 10);
     let promised = rig.try_begin(write_out(&three, 5)).unwrap();
@@ -83,7 +84,8 @@ fn a_write_out_waits_rather_than_take_what_others_were_promised() {
     assert_eq!(reserve(&mut rig, &three, 5), Ok(5));
     assert_eq!(reserve(&mut rig, &two, 6), Ok(6));
     rig.input(Input::StoreLost { session: StoreSession(3) });
-    let write_out = |volume, blocks| BeginIo { lane: Lane::WriteOut, ..begin_io(volume, 0, blocks) };
+    let write_out =
+        |volume, blocks| BeginIo { lane: Lane::WriteOut, ..begin_io(volume, 0, blocks) };
     let refused = rig.try_begin(write_out(&two, 6)).unwrap_err();
     assert_eq!((refused.reason, refused.retry_after_ms > 0), (Reason::NotEnoughStores, true));
     rig.join_store(3, 1, 10);
