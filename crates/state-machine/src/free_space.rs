@@ -344,18 +344,45 @@ pub fn is_feasible(free: impl Iterator<Item = u64> + Clone, demand: &Demand) -> 
 /// One copy of each of a run of blocks: where each lies.
 pub type Copies = Vec<(StoreId, PblkRange)>;
 
+/// What must still find room after an allocation.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Promised {
+    /// Logical blocks promised, by number of copies.
+    pub demand: Demand,
+    /// Blocks of other stores that count as room.
+    pub elsewhere: Vec<u64>,
+    /// Whether what is in quarantine counts as room, too.
+    pub with_quarantined: bool,
+}
+
+impl Promised {
+    /// Blocks of a store that count as room.
+    pub fn room(&self, space: &StoreSpace) -> u64 {
+        let quarantined = if self.with_quarantined { space.quarantined() } else { 0 };
+        space.free() + quarantined
+    }
+}
+
 /// Allocates `blocks` logical blocks with `replicas` copies on distinct `stores`, in as few runs
-/// as it can. `None`, and nothing is taken: there is not enough.
+/// as it can. What was promised to others still fits afterwards: without `elsewhere` it can always
+/// be done where both fitted together.
+///
+/// That single blocks on the stores with the most room are safe, is Kleitman's and Wang's theorem: if
+/// in some placement of everything the block lies on a store with less room instead, then it can
+/// change places with a block that lies there and not here.
+///
+/// `None`, and nothing is taken: there is not enough.
 pub fn allocate(
     stores: &mut BTreeMap<StoreId, &mut StoreSpace>,
     replicas: usize,
     blocks: u64,
+    promised: Option<&Promised>,
     search: Search,
 ) -> Option<Vec<Copies>> {
     let mut runs: Vec<Copies> = Vec::new();
     let mut left = blocks;
     while left > 0 {
-        let Some(copies) = allocate_run(stores, replicas, left, search) else {
+        let Some(copies) = allocate_run(stores, replicas, left, promised, search) else {
             for (id, range) in runs.into_iter().flatten() {
                 if let Some(space) = stores.get_mut(&id) {
                     space.unallocate(range);
@@ -373,6 +400,7 @@ fn allocate_run(
     stores: &mut BTreeMap<StoreId, &mut StoreSpace>,
     replicas: usize,
     left: u64,
+    promised: Option<&Promised>,
     search: Search,
 ) -> Option<Copies> {
     let mut by_free: Vec<(u64, StoreId)> =
@@ -385,6 +413,10 @@ fn allocate_run(
     }
     // Single blocks, always from the fullest pool, use the space up to the last block.
     let mut len = if least >= left { left } else { 1 };
+    if let Some(promised) = promised {
+        let chosen = |id: &StoreId| by_free.iter().any(|(_, chosen)| chosen == id);
+        len = longest_that_leaves(promised, stores, chosen, replicas, left, len)?;
+    }
     for (_, id) in &by_free {
         len = len.min(stores.get(id)?.longest(len, search));
     }
@@ -393,4 +425,34 @@ fn allocate_run(
         copies.push((*id, stores.get_mut(id)?.allocate(len, search)?));
     }
     Some(copies)
+}
+
+/// How many blocks, at most `max`, the chosen stores can give of the `left` ones, so that the others of
+/// them and what was promised still find room. `None`: not one.
+fn longest_that_leaves(
+    promised: &Promised,
+    stores: &BTreeMap<StoreId, &mut StoreSpace>,
+    chosen: impl Fn(&StoreId) -> bool,
+    replicas: usize,
+    left: u64,
+    max: u64,
+) -> Option<u64> {
+    let here = stores.iter().map(|(id, space)| (promised.room(space), chosen(id)));
+    let here: Vec<(u64, bool)> = here.collect();
+    let leaves = |len: u64| {
+        let mut demand = promised.demand;
+        demand[replicas] = demand[replicas].saturating_add(left - len);
+        let here = here.iter().map(|(room, chosen)| room - if *chosen { len } else { 0 });
+        is_feasible(here.chain(promised.elsewhere.iter().copied()), &demand)
+    };
+    if leaves(max) {
+        return Some(max);
+    }
+    // Where so many can be taken, fewer can: the next ones may lie just there.
+    let (mut fits, mut too_many) = (0, max);
+    while too_many - fits > 1 {
+        let len = fits + (too_many - fits) / 2;
+        if leaves(len) { fits = len } else { too_many = len }
+    }
+    (fits > 0).then_some(fits)
 }

@@ -34,6 +34,7 @@ use crate::failure::Failure;
 use crate::metrics::Metrics;
 use crate::session::{Granted, Session};
 use crate::stores::{Sent, Stores};
+use crate::volume::Volume;
 
 /// A write of whole blocks.
 pub(crate) struct Job {
@@ -45,6 +46,8 @@ pub(crate) struct Job {
     pub generation: u64,
     /// Write-out or direct.
     pub lane: Lane,
+    /// Whose promise of space it uses; `None`: it uses none.
+    pub promise: Option<Arc<Volume>>,
     /// The blocks: at least one range; ascending, without overlap. More than one only on volumes
     /// that are written by redirection.
     pub ranges: Vec<LblkRange>,
@@ -244,8 +247,13 @@ impl Submitter {
         };
         let begun = async {
             self.session.up().await;
+            backed(job).await.map_err(|failure| (failure, false))?;
             reach(Point::WritebackBegin);
-            self.session.begin(request).await
+            let begun = self.session.begin(request).await;
+            begun.map_err(|failure| {
+                let begins_again = begins_again(job.lane, &failure);
+                (failure, begins_again)
+            })
         };
         let begun = tokio::time::timeout_at(job.deadline, begun).await;
         self.metrics.legs.begin.record_of(started.elapsed(), span.sampled());
@@ -256,9 +264,8 @@ impl Submitter {
                 span.set("io_end", io_end);
                 Ok(granted)
             }
-            Ok(Err(failure)) => {
+            Ok(Err((failure, is_retryable))) => {
                 span.fail(&failure.detail);
-                let is_retryable = begins_again(job.lane, &failure);
                 Err(Missed { failure, store: 0, is_retryable })
             }
             Err(_) => {
@@ -268,6 +275,25 @@ impl Submitter {
             }
         }
     }
+}
+
+/// Waits until it is known whether there is a promise of space under this session. What was tried under
+/// the one before may be converted, and have used up the promise of what waits.
+///
+/// # Errors
+/// `NO_SPACE`: nothing is promised for all that is dirty. The volume is gone.
+async fn backed(job: &Job) -> Result<(), Failure> {
+    let Some(volume) = &job.promise else { return Ok(()) };
+    let known = volume.wait(|state| match &state.gone {
+        Some(gone) => Some(Err(gone.clone())),
+        None if !state.credit.is_reset_pending() => Some(Ok(())),
+        None if state.credit.is_outstanding() => None,
+        None => {
+            let detail = "no space is promised for what is dirty";
+            Some(Err(Failure::new(Reason::NoSpace, detail)))
+        }
+    });
+    known.await
 }
 
 /// One attempt that has begun.

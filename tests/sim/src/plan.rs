@@ -430,6 +430,8 @@ impl Plan {
     /// data that is there already: what was converted unheard wants space that nobody has. Not drawn:
     /// too often an fsync then fails for want of space until something is trimmed (docs/TESTING.md).
     pub fn fill_up(&mut self, rng: &mut Rng) {
+        // A damaged block of which only the cache has a good copy wants space that there is not.
+        self.rot_ms = 0;
         for volume in &mut self.volumes {
             (volume.in_place, volume.growable) = (false, false);
             volume.blocks = volume.blocks.min(rng.between(2, 10));

@@ -1,7 +1,7 @@
 //! The simulation replays, and keeps every promise over a slice of seeds and all that failed once.
 #![allow(clippy::unwrap_used)]
 
-use endio_sim_tests::run;
+use endio_sim_tests::{run, run_full};
 use endio_testkit::seed;
 
 fn assert_kept(seed: u64) {
@@ -31,13 +31,29 @@ fn every_promise_is_kept_over_a_slice_of_seeds() {
     }
 }
 
+/// The numbers at the beginning of the lines.
+fn seeds(kept: &str) -> Vec<u64> {
+    let lines = kept.lines().filter(|line| !line.starts_with('#'));
+    let seeds: Vec<u64> =
+        lines.map(|line| line.split_whitespace().next().unwrap().parse().unwrap()).collect();
+    assert!(!seeds.is_empty());
+    seeds
+}
+
 #[test]
 fn seeds_that_failed_once_do_not_fail_again() {
-    let kept = include_str!("../seeds.txt").lines().filter(|line| !line.starts_with('#'));
-    let mut count = 0;
-    for line in kept {
-        assert_kept(line.split_whitespace().next().unwrap().parse().unwrap());
-        count += 1;
+    for seed in seeds(include_str!("../seeds.txt")) {
+        assert_kept(seed);
     }
-    assert!(count > 0);
+}
+
+#[test]
+fn seeds_that_failed_once_over_full_stores_do_not_fail_again() {
+    for seed in seeds(include_str!("../seeds_full.txt")) {
+        let report = run_full(seed, false);
+        assert_eq!(
+            report.broken, None,
+            "cargo run -p endio-sim-tests --bin sim -- --full --seed {seed}"
+        );
+    }
 }

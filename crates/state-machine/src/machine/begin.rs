@@ -12,7 +12,7 @@ use super::state::StoreRt;
 use super::{Durability, Machine, MachineError, Step};
 use crate::chunk::{ExtentState, Place};
 use crate::extent_map::{self, ChunkTable};
-use crate::free_space::{self, Demand, Search, StoreSpace};
+use crate::free_space::{self, Demand, Promised, Search, StoreSpace};
 use crate::ledger::{IoEnd, Piece, PieceKind, Segment, owes_conversion};
 use crate::limits::Limits;
 use crate::record::{Run, VolumeState};
@@ -234,8 +234,33 @@ impl<T: ChunkTable> Machine<T> {
         free_space::is_feasible(usable.map(|rt| rt.space.free()), demand)
     }
 
+    /// What an allocation must leave room for: every promise but the one that it uses itself. While stores
+    /// are away, or freed blocks are not safe yet, room may be short: then what they will bring back counts,
+    /// and who would take it from others by writing now waits for them. `None`: whatever is done,
+    /// there is no room for all that is promised.
+    fn promised_besides(&self, replicas: u32, blocks: u64, lane: Option<Lane>) -> Option<Promised> {
+        let mut demand = self.credit;
+        let own = demand.get_mut(replicas as usize)?;
+        if lane == Some(Lane::WriteOut) {
+            *own = own.saturating_sub(blocks);
+        }
+        let mut all = demand;
+        all[replicas as usize] = all[replicas as usize].saturating_add(blocks);
+        if self.fits(&all) {
+            return Some(Promised { demand, elsewhere: Vec::new(), with_quarantined: false });
+        }
+        let will_have = |rt: &StoreRt| rt.space.free() + rt.space.quarantined();
+        if !free_space::is_feasible(self.stores.values().map(will_have), &all) {
+            return None;
+        }
+        let away = self.stores.values().filter(|rt| !rt.is_usable());
+        let elsewhere = away.map(will_have).collect();
+        Some(Promised { demand, elsewhere, with_quarantined: true })
+    }
+
     /// Reserves blocks for a logical range. `lane`: `WriteOut` takes from the promise, everything
-    /// else must leave the promises intact.
+    /// else must leave the promises intact. Where the blocks come from leaves room for what is promised
+    /// to others: that may want more copies, each on another store.
     pub(super) fn reserve_blocks(
         &mut self,
         replicas: u32,
@@ -259,6 +284,7 @@ impl<T: ChunkTable> Machine<T> {
         }
         let Limits { search_runs_max: runs, reuse_blocks, .. } = self.limits;
         let search = Search { runs, reuse_blocks };
+        let promised = self.promised_besides(replicas, range.len, lane);
         let mut all: BTreeMap<StoreId, &mut StoreSpace> = self
             .stores
             .iter_mut()
@@ -269,12 +295,27 @@ impl<T: ChunkTable> Machine<T> {
         for id in avoid {
             avoided.extend(all.remove_entry(id));
         }
-        let mut found = free_space::allocate(&mut all, replicas as usize, range.len, search);
-        if found.is_none() && !avoided.is_empty() {
+        let (copies, blocks) = (replicas as usize, range.len);
+        let mut found = None;
+        if !avoided.is_empty() {
+            let mut promised = promised.clone();
+            if let Some(promised) = &mut promised {
+                let room: Vec<u64> = avoided.values().map(|space| promised.room(space)).collect();
+                promised.elsewhere.extend(room);
+            }
+            found = free_space::allocate(&mut all, copies, blocks, promised.as_ref(), search);
             all.append(&mut avoided);
-            found = free_space::allocate(&mut all, replicas as usize, range.len, search);
         }
-        let Some(found) = found else { return Err(self.no_space()) };
+        if found.is_none() {
+            found = free_space::allocate(&mut all, copies, blocks, promised.as_ref(), search);
+        }
+        let Some(found) = found else {
+            let mut demand = self.credit;
+            if let Some(sum) = demand.get_mut(copies).filter(|_| lane != Some(Lane::WriteOut)) {
+                *sum = sum.saturating_add(blocks);
+            }
+            return Err(self.no_room(replicas, &demand));
+        };
         let mut at = range.start.0;
         let mut runs = Vec::with_capacity(found.len());
         for copies in found {

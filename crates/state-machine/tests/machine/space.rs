@@ -1,7 +1,11 @@
 //! Free space, credit, fences.
 
+use std::collections::BTreeMap;
+
+use endio_state_machine::free_space::{self, Demand, Promised, Search, StoreSpace, is_feasible};
 use endio_state_machine::machine::*;
 use endio_types::*;
+use proptest::prelude::*;
 
 use crate::map::reserve;
 use crate::rig::*;
@@ -27,6 +31,116 @@ fn promised_space_is_kept_from_direct_writes_and_survives_a_restart() {
     assert_eq!(rig.finish(&begun).failed, None);
     assert_eq!(rig.machine.volume("v").unwrap().credit_blocks, 0);
     rig.assert_sound();
+}
+
+/// Five blocks of two copies want five blocks of each store. Whoever takes ten of the other ones must not
+/// take them all from one store.
+#[test]
+fn what_is_promised_to_others_still_fits_after_an_allocation() {
+    for (lane, avoid) in [(Lane::Direct, 0), (Lane::Direct, 1), (Lane::WriteOut, 0)] {
+        let mut rig = Rig::new(2, 10);
+        let one = rig.volume("one", 100, 1);
+        let two = rig.volume("two", 100, 2);
+        assert_eq!(reserve(&mut rig, &two, 5), Ok(5));
+        if lane == Lane::WriteOut {
+            assert_eq!(reserve(&mut rig, &one, 10), Ok(10));
+        }
+        let avoid_stores = (avoid > 0).then_some(StoreId(avoid)).into_iter().collect();
+        let begin = BeginIo { lane, avoid_stores, ..begin_io(&one, 0, 10) };
+        let begun = rig.try_begin(begin).unwrap();
+        let begin = BeginIo { lane: Lane::WriteOut, ..begin_io(&two, 0, 5) };
+        let promised = rig.try_begin(begin).unwrap();
+        assert_eq!(rig.finish(&promised).failed, None);
+        assert_eq!(rig.finish(&begun).failed, None);
+        rig.assert_sound();
+    }
+}
+
+/// While a store is away, not all that is promised has room. The room that it brings back counts.
+#[test]
+fn what_is_promised_to_others_fits_again_when_a_store_is_back() {
+    let mut rig = Rig::new(3, 10);
+    let one = rig.volume("one", 100, 1);
+    let three = rig.volume("three", 100, 3);
+    assert_eq!(reserve(&mut rig, &three, 5), Ok(5));
+    assert_eq!(reserve(&mut rig, &one, 10), Ok(10));
+    rig.input(Input::StoreLost { session: StoreSession(3) });
+    let write_out =
+        |volume, blocks| BeginIo { lane: Lane::WriteOut, ..begin_io(volume, 0, blocks) };
+    let begun = rig.try_begin(write_out(&one, 10)).unwrap();
+    rig.join_store(3, 1, 10);
+    let promised = rig.try_begin(write_out(&three, 5)).unwrap();
+    assert_eq!(rig.finish(&promised).failed, None);
+    assert_eq!(rig.finish(&begun).failed, None);
+    rig.assert_sound();
+}
+
+/// Two copies on the two stores that are left would take what three copies want.
+#[test]
+fn a_write_out_waits_rather_than_take_what_others_were_promised() {
+    let mut rig = Rig::new(3, 10);
+    let two = rig.volume("two", 100, 2);
+    let three = rig.volume("three", 100, 3);
+    assert_eq!(reserve(&mut rig, &three, 5), Ok(5));
+    assert_eq!(reserve(&mut rig, &two, 6), Ok(6));
+    rig.input(Input::StoreLost { session: StoreSession(3) });
+    let write_out =
+        |volume, blocks| BeginIo { lane: Lane::WriteOut, ..begin_io(volume, 0, blocks) };
+    let refused = rig.try_begin(write_out(&two, 6)).unwrap_err();
+    assert_eq!((refused.reason, refused.retry_after_ms > 0), (Reason::NotEnoughStores, true));
+    rig.join_store(3, 1, 10);
+    for (volume, blocks) in [(&two, 6), (&three, 5)] {
+        let begun = rig.try_begin(write_out(volume, blocks)).unwrap();
+        assert_eq!(rig.finish(&begun).failed, None);
+    }
+    rig.assert_sound();
+}
+
+fn free_blocks(stores: &BTreeMap<StoreId, StoreSpace>) -> Vec<u64> {
+    stores.values().map(StoreSpace::free).collect()
+}
+
+proptest! {
+    /// Where a request and what is promised fit together, the request is served and the rest still fits.
+    #[test]
+    fn an_allocation_leaves_room_for_what_is_promised(
+        free in prop::collection::vec(0u64..20, 1..6),
+        demand in prop::array::uniform4(0u64..10),
+        (replicas, blocks) in (1usize..4, 1u64..12),
+        taken in prop::collection::vec((0usize..6, 0u64..12), 0..6),
+    ) {
+        let mut stores: BTreeMap<_, _> =
+            (1..).zip(&free).map(|(id, free)| (StoreId(id), StoreSpace::empty(*free))).collect();
+        // Holes, so that runs are short.
+        for (at, block) in taken {
+            if let Some(space) = stores.values_mut().nth(at) {
+                let free = space.free();
+                let _ = space.allocate(block % (free + 1), Search { runs: 4, reuse_blocks: 0 });
+            }
+        }
+        let fits = |demand: &Demand| is_feasible(free_blocks(&stores).into_iter(), demand);
+        let mut all = [0; 4];
+        all[replicas] = blocks;
+        prop_assume!(fits(&all));
+        // As much of what is wanted as there is room for.
+        for (copies, wanted) in (1..).zip(&demand[1..]) {
+            let most = (0..=*wanted).rev().find(|more| {
+                let mut more_of_them = all;
+                more_of_them[copies] += more;
+                fits(&more_of_them)
+            });
+            all[copies] += most.unwrap_or(0);
+        }
+        let mut demand = all;
+        demand[replicas] -= blocks;
+        let promised = Promised { demand, elsewhere: Vec::new(), with_quarantined: false };
+        let mut spaces = stores.iter_mut().map(|(id, space)| (*id, space)).collect();
+        let search = Search { runs: 4, reuse_blocks: 0 };
+        let runs = free_space::allocate(&mut spaces, replicas, blocks, Some(&promised), search);
+        let runs = runs.expect("there is room");
+        prop_assert_eq!(runs.iter().map(|copies| copies[0].1.len).sum::<u64>(), blocks);
+        prop_assert!(is_feasible(free_blocks(&stores).into_iter(), &demand));
+    }
 }
 
 /// A limit delays a write; it never makes one impossible.

@@ -257,6 +257,7 @@ impl Engine {
             name: Arc::clone(&volume.name),
             generation: volume.generation,
             lane: Lane::Direct,
+            promise: None,
             ranges,
             data,
             size_after_bytes: size_after.unwrap_or(0),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use endio_api::common::Extent;
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::dirty::Waiting;
-use endio_types::{BLOCK_BYTES, BLOCK_SIZE, LblkRange};
+use endio_types::{BLOCK_BYTES, BLOCK_SIZE, LblkRange, Reason};
 
 use super::Engine;
 use super::read::{Piece, READ_BLOCKS_MAX};
@@ -144,8 +144,14 @@ impl Engine {
                     let at = usize::try_from(block.start.0 - extent.lblk).unwrap_or(usize::MAX);
                     let is_likely = extent.crc32c.get(at) == Some(&crc32c::crc32c(data));
                     is_likely && {
-                        let found = self.read_extent(volume, &grant, block, extent).await?;
-                        matches!(found.piece, Piece::Data(found) if found == *data)
+                        match self.read_extent(volume, &grant, block, extent).await {
+                            Ok(found) => {
+                                matches!(found.piece, Piece::Data(found) if found == *data)
+                            }
+                            // That one is dirty still, and the only good copy.
+                            Err(failure) if failure.reason == Reason::ChecksumMismatch => false,
+                            Err(failure) => return Err(failure),
+                        }
                     }
                 }
             };

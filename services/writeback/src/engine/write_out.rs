@@ -89,7 +89,13 @@ impl Engine {
         }
     }
 
-    fn write_out_job(&self, volume: &Volume, gathered: &Blocks, sync: bool, span: Span) -> Job {
+    fn write_out_job(
+        &self,
+        volume: &Arc<Volume>,
+        gathered: &Blocks,
+        sync: bool,
+        span: Span,
+    ) -> Job {
         let end_bytes = gathered.end_bytes();
         let size_after = volume.growable.then(|| volume.state().view.size_after(end_bytes));
         Job {
@@ -97,6 +103,7 @@ impl Engine {
             name: Arc::clone(&volume.name),
             generation: volume.generation,
             lane: Lane::WriteOut,
+            promise: Some(Arc::clone(volume)),
             ranges: gathered.ranges(),
             data: one_buffer(gathered),
             size_after_bytes: size_after.unwrap_or(0),
@@ -147,9 +154,16 @@ impl Engine {
         state.credit.put_back(freed);
         // What is logged no flush asks for: it has to grow old.
         state.dirty_since.get_or_insert_with(Instant::now);
+        state.rest_until = Some(Instant::now() + Duration::from_millis(self.config.retry_max_ms));
+        // Nobody has refused the data: it waits for a promise of space, and is tried then.
+        let is_unbacked = failure.reason == Reason::NoSpace && state.credit.is_reset_pending();
+        if is_unbacked {
+            drop(state);
+            self.undirtied(volume.id, freed);
+            return volume.changed();
+        }
         state.errors.set(failure.clone());
         state.error_count += 1;
-        state.rest_until = Some(Instant::now() + Duration::from_millis(self.config.retry_max_ms));
         drop(state);
         self.undirtied(volume.id, freed);
         self.heed(volume, failure);

@@ -116,7 +116,8 @@ fn many(args: &Args) -> bool {
     }
     if let Some(first) = failures.first() {
         let seed = first.seed;
-        println!("replay: cargo run -p endio-sim-tests --release --bin sim -- --seed {seed}");
+        let full = if args.full { " --full" } else { "" };
+        println!("replay: cargo run -p endio-sim-tests --release --bin sim --{full} --seed {seed}");
     }
     !failures.is_empty()
 }

@@ -175,14 +175,17 @@ impl Wb {
         };
         let begun = async {
             self.up().await;
-            self.begin(begin).await
+            if let Err(failure) = self.backed(volume, job).await {
+                return Err((failure, false));
+            }
+            let begun = self.begin(begin).await;
+            begun.map_err(|failure| (failure, begins_again(job.lane, &failure)))
         };
         let store = StoreId(0);
         match self.exec().until(job.deadline, begun).await {
             Some(Ok(granted)) => Ok(granted),
-            Some(Err(failure)) => {
+            Some(Err((failure, is_retryable))) => {
                 self.exec().note("begin refused", self.node(), &[failure.reason as u64]);
-                let is_retryable = begins_again(job.lane, &failure);
                 Err(Missed { failure, store, is_retryable })
             }
             None => {
@@ -190,6 +193,22 @@ impl Wb {
                 Err(Missed { failure, store, is_retryable: false })
             }
         }
+    }
+
+    /// Waits until it is known whether a write-out has its promise of space under this session. What was
+    /// tried under the one before may be converted, and have used up the promise of what waits.
+    async fn backed(&self, volume: &Volume, job: &Job) -> Outcome<()> {
+        if job.lane != Lane::WriteOut {
+            return Ok(());
+        }
+        volume
+            .wait(|state| match &state.credit {
+                _ if state.gone.is_some() => Some(state.gone.map_or(Ok(()), Err)),
+                credit if !credit.is_reset_pending() => Some(Ok(())),
+                credit if credit.is_outstanding() => None,
+                _ => Some(Err(Failure::new(Reason::NoSpace))),
+            })
+            .await
     }
 
     /// Waits for the io_end's end. A bio that fails or whose stream breaks gives it up.

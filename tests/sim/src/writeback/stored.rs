@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::dirty::Waiting;
-use endio_types::LblkRange;
+use endio_types::{LblkRange, Reason};
 
 use super::read::UnderWay;
 use super::{Outcome, Volume, Wb};
@@ -131,8 +131,15 @@ impl Wb {
                 None => waiting.data == ZEROES,
                 Some(extent) => {
                     let at = (block.start.0 - extent.range.start.0) as usize;
-                    extent.crcs.get(at) == Some(&crc(&waiting.data))
-                        && self.read_extent(volume, &grant, block, extent).await? == [waiting.data]
+                    let is_likely = extent.crcs.get(at) == Some(&crc(&waiting.data));
+                    is_likely && {
+                        match self.read_extent(volume, &grant, block, extent).await {
+                            Ok(found) => found == [waiting.data],
+                            // That one is dirty still, and the only good copy.
+                            Err(failure) if failure.reason == Reason::ChecksumMismatch => false,
+                            Err(failure) => return Err(failure),
+                        }
+                    }
                 }
             };
             if is_same {
