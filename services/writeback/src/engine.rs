@@ -124,6 +124,11 @@ pub struct Engine {
 }
 
 impl Engine {
+    /// The numbers of the service.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
     /// When a request that begins now gives up.
     pub(crate) fn deadline(&self) -> Instant {
         Instant::now() + Duration::from_millis(self.config.io_timeout_ms)

@@ -56,6 +56,12 @@ impl Writeback {
         Client::new(&self.url)
     }
 
+    /// Blocks that it has written anew because they lay in many pieces.
+    pub fn defragmented_blocks(&self) -> u64 {
+        let running = self.running.as_ref().expect("it runs");
+        running.engine().metrics().defragmented_blocks.value()
+    }
+
     /// Stops it; it must drain.
     pub async fn stop(&mut self) {
         self.shutdown.request();

@@ -219,6 +219,10 @@ impl Slot {
             call_timeout_ms: 1_500,
             confirm_every_ms: 50,
             drain_deadline_ms: 1_500,
+            // Reads say how blocks lie only where they are not in memory.
+            read_cache_bytes: if plan.defragments { 0 } else { 128 << 20 },
+            defragment_bytes_per_s: if plan.defragments { 1 << 30 } else { 0 },
+            defragment_after_ms: 0,
             server: serving(plan.io_timeout_ms + 5_000),
             dialer: dialing(),
             ..endio_writeback::Config::default()

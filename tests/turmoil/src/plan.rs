@@ -90,6 +90,8 @@ pub struct Plan {
     pub io_timeout_ms: u64,
     /// How long data stays dirty, in ms.
     pub write_out_after_ms: u64,
+    /// Whether blocks are written anew all the time that are read in sequence and lie in many pieces.
+    pub defragments: bool,
     /// Longest way of a message in calm weather, in ms.
     pub latency_ms: u64,
     /// When all faults are mended, in ms.
@@ -97,6 +99,9 @@ pub struct Plan {
     /// Faults and their ends, in order of their instants in ms.
     pub events: Vec<(u64, Event)>,
 }
+
+/// Drawn apart, so that what older seeds do stays.
+const DEFRAGMENTS: u64 = 0x6672_6167_6d65_6e74;
 
 impl Plan {
     /// The plan of a seed. Equal seeds give equal plans.
@@ -118,6 +123,7 @@ impl Plan {
             lease_ms: rng.between(600, 3_000) as u32,
             io_timeout_ms: rng.between(3_000, 20_000),
             write_out_after_ms: rng.between(20, 1_000),
+            defragments: Rng::new(seed ^ DEFRAGMENTS).chance(50),
             latency_ms: [2, 5, 20, 60][draw(&mut rng, 0, 3)],
             heal_ms: rng.between(4_000, 12_000),
             events: Vec::new(),

@@ -14,7 +14,6 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 use endio_api::common::Extent;
 use endio_api::conversion::ListStoresRequest;
-use endio_chassis::trace::Span;
 use endio_failpoints::{Bug, is_planted};
 use endio_state_machine::chunk::Place;
 use endio_state_machine::writeback::fragments::Layout;
@@ -149,7 +148,8 @@ impl Engine {
 
     /// Whether no store is short of free blocks.
     async fn has_room(&self) -> bool {
-        let call = |mut client: Client| async move { client.list_stores(ListStoresRequest {}).await };
+        let call =
+            |mut client: Client| async move { client.list_stores(ListStoresRequest {}).await };
         let Ok(list) = self.conversion.call(self.deadline(), call).await else { return false };
         list.stores.iter().all(|store| store.free_blocks > store.capacity_blocks / FREE_PART)
     }

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod data_log;
+mod defragment;
 mod faults;
 mod history;
 mod hostile_block_store;
