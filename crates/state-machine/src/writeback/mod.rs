@@ -11,6 +11,7 @@ pub mod dirty;
 pub mod errseq;
 pub mod gather;
 pub mod layout;
+pub mod log_reader;
 pub mod map_cache;
 pub mod range_lock;
 pub mod rhythm;
