@@ -121,6 +121,8 @@ fn put(logs: &mut DataLogs, model: &mut Model, volume: VolumeId, input: &mut Inp
         assert_eq!(put.is_ok(), fits);
         return;
     }
+    assert!((1..=1 << 62).contains(&number) && (1..=1024).contains(&entries.len()));
+    assert!(entries.is_sorted_by(|one, next| one.lblk < next.lblk), "{entries:?}");
     for (entry, block) in entries.iter().zip(data.chunks_exact(BLOCK_SIZE)) {
         model.insert((volume, entry.lblk.0), (number, block[0]));
     }
