@@ -2,7 +2,7 @@
 
 use endio_types::planted::{self, Bug};
 use endio_types::{
-    BLOCK_BYTES, BLOCK_SIZE, Generation, IO_END_BLOCKS_MAX, IoEndId, Lblk, Reason,
+    BLOCK_BYTES, BLOCK_SIZE, Generation, IO_END_BLOCKS_MAX, IoEndId, Lblk, LblkRange, Reason,
     VOLUME_BYTES_MAX, VolumeId,
 };
 
@@ -77,8 +77,20 @@ impl<T: ChunkTable> Machine<T> {
             || logs.blocks() + more > self.limits.log_blocks_max;
         match is_full {
             true => refuse(Reason::Limit, "the data log is full"),
+            // Whoever opens the volume next could have no room to write it out.
+            false if self.logged_with(log) > volume.promised => {
+                refuse(Reason::NoSpace, "no space is promised for the data")
+            }
             false => Ok(()),
         }
+    }
+
+    /// Blocks that the log would hold of the volume.
+    fn logged_with(&self, log: &LogData) -> u64 {
+        let logs = &self.durable.logs;
+        let block = |entry: &&LogEntry| LblkRange { start: entry.lblk, len: 1 };
+        let fresh = log.entries.iter().filter(|e| !logs.has(log.volume, block(e), u64::MAX));
+        logs.blocks_of(log.volume) + fresh.count() as u64
     }
 
     /// What of the data log ends with the conversion of an io_end.

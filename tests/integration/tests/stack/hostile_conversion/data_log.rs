@@ -34,6 +34,19 @@ fn one(volume: &Volume, block: LoggedBlock) -> LogData {
     LogData { blocks: vec![block], ..log(volume, 100, &[0]) }
 }
 
+/// Space for data of a volume is promised from now on, in so many blocks.
+async fn promise(rig: &mut Rig, volume: &Volume, add_blocks: u64) {
+    let (volume, generation) = (volume.id, volume.generation);
+    let reserve =
+        Reserve { request: 99, volume, generation, reset: true, add_blocks, drop_blocks: 0 };
+    rig.writeback.send(FromWriteback::Reserve(reserve)).await;
+    let promised = rig.writeback.wait(|answer| match answer {
+        Answer::Reserved(reserved) if reserved.request == 99 => Some(reserved.blocks),
+        _ => None,
+    });
+    assert_eq!(promised.await, add_blocks);
+}
+
 /// Everything in the log of a volume.
 async fn in_log(client: &mut ConversionClient<Channel>, volume: &Volume) -> Vec<LoggedBlock> {
     let (volume, generation) = (volume.id, volume.generation);
@@ -134,6 +147,7 @@ async fn data_that_the_log_must_not_take_is_refused_with_a_reason() {
     let mut rig = rig().await;
     let volume = rig.volume.clone();
     let others = others(&mut rig).await;
+    promise(&mut rig, &volume, 5).await;
     rig.writeback.try_log(log(&volume, 5, &[0, 9, END - 1])).await.unwrap();
     let before = picture(&mut rig.client).await;
     let in_log_before = in_log(&mut rig.client, &volume).await;
@@ -145,6 +159,8 @@ async fn data_that_the_log_must_not_take_is_refused_with_a_reason() {
         ("an overtaken number", overtaken(4), Reason::WrongState),
         ("the first number", overtaken(1), Reason::WrongState),
     ];
+    let unpromised = [("more than was promised", log(&volume, 6, &[1, 2, 3]), Reason::NoSpace)];
+    let late = late.into_iter().chain(unpromised);
     let cases = malformed(&volume).into_iter().chain(misplaced(&volume, &others)).chain(late);
     for (what, log, reason) in cases {
         match rig.writeback.try_log(log).await {
@@ -170,6 +186,7 @@ async fn a_writeback_that_fills_the_log_is_told_so_and_others_are_not_held_up() 
     let mut rig = rig().await;
     let volume = rig.volume.clone();
     let most = rig.conversion.config.limits.log_blocks_per_volume_max;
+    promise(&mut rig, &volume, most + 1024).await;
     let mut number = 0;
     let refused = loop {
         number += 1;
@@ -188,6 +205,9 @@ async fn a_writeback_that_fills_the_log_is_told_so_and_others_are_not_held_up() 
     assert_eq!(picture(&mut rig.client).await, before);
     let create = CreateVolumeRequest { name: "v2".into(), size_bytes: SIZE, ..Default::default() };
     let other = volume_of(&mut rig, "wb-1", create).await;
+    let unpromised = rig.writeback.try_log(log(&other, 1, &[0])).await.unwrap_err();
+    assert_eq!(unpromised.reason(), Reason::NoSpace);
+    promise(&mut rig, &other, 1).await;
     rig.writeback.try_log(log(&other, 1, &[0])).await.unwrap();
     assert_eq!(in_log(&mut rig.client, &other).await.len(), 1);
 }
@@ -214,6 +234,7 @@ async fn whoever_asks_for_a_log_that_is_not_its_own_is_refused_with_a_reason() {
     let mut rig = rig().await;
     let volume = rig.volume.clone();
     let [in_place, elsewhere, closed] = others(&mut rig).await;
+    promise(&mut rig, &volume, 2).await;
     rig.writeback.try_log(log(&volume, 1, &[0, END - 1])).await.unwrap();
     let before = picture(&mut rig.client).await;
     let ask = |volume, generation, lblk| ReadLogRequest { volume, generation, lblk };
