@@ -190,7 +190,10 @@ impl Life {
                     Ok(Err(failure)) => {
                         shutdown.request();
                         let _ = server.await;
+                        stop_nbd(nbd, Instant::now() + UNLOCK_PATIENCE, &shutdown).await;
                         engine.stop.cancel();
+                        session.await.map_err(RunError::Panicked)?;
+                        unlock(engine).await;
                         return Err(RunError::Recovery(failure));
                     }
                     Err(panic) => return Err(RunError::Panicked(panic)),

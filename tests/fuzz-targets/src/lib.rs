@@ -5,6 +5,7 @@
 //! `fuzz/` runs the targets under a fuzzer, `tests/corpus.rs` replays what the fuzzer kept.
 #![allow(clippy::unwrap_used)]
 
+mod data_log;
 mod formats;
 mod input;
 mod metadata;
@@ -23,6 +24,8 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("cache_log", formats::cache_log),
     ("journal", metadata::journal),
     ("checkpoint", metadata::checkpoint),
+    ("data_log", data_log::data_log),
+    ("log_answers", data_log::log_answers),
 ];
 
 /// Runs the target of that name.

@@ -5,3 +5,4 @@ pub mod raw;
 pub mod secured;
 pub mod services;
 pub mod stack;
+pub mod tampering;

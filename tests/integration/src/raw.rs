@@ -128,6 +128,20 @@ impl RawWriteback {
         .await
     }
 
+    /// Sends data for the data log, under a request number of its own.
+    pub async fn try_log(&mut self, mut log: LogData) -> Result<(), BeginRefused> {
+        self.request += 1;
+        log.request = self.request;
+        let request = self.request;
+        self.send(FromWriteback::Log(log)).await;
+        self.wait(|answer| match answer {
+            Answer::Logged(logged) if logged.request == request => Some(Ok(())),
+            Answer::Refused(refused) if refused.request == request => Some(Err(refused.clone())),
+            _ => None,
+        })
+        .await
+    }
+
     /// Releases the submitter's token; returns the reason of the answer (0: accepted).
     pub async fn release(&mut self, token: Token) -> Reason {
         self.release_as(ReleaseSubmitter { token: Some(token), ..Default::default() }).await

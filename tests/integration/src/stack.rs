@@ -71,6 +71,29 @@ impl Writeback {
         }
     }
 
+    /// Ends it without writing anything out, as a crash would.
+    pub async fn crash(&mut self) {
+        self.shutdown.force();
+        if let Some(running) = self.running.take() {
+            let ended = tokio::time::timeout(STOP_WAIT, running.wait()).await;
+            // A stop that does not drain says so; that is what a crash is.
+            let _ = ended.expect("a forced stop ends in time");
+        }
+    }
+
+    /// Starts it again after it ended, on the same port.
+    pub async fn start_again(&mut self) {
+        let url = self.url.clone();
+        self.launch(address(&url)).await;
+    }
+
+    /// Waits for a start that fails by itself; returns why.
+    pub async fn fails(&mut self) -> endio_writeback::RunError {
+        let running = self.running.take().expect("it was started");
+        let ended = tokio::time::timeout(STOP_WAIT, running.wait()).await;
+        ended.expect("it ends in time").expect_err("it does not end well")
+    }
+
     /// Stops it and starts it again on the same port.
     pub async fn restart(&mut self) {
         self.stop().await;

@@ -2,7 +2,7 @@
 
 use endio_types::planted::{self, Bug};
 use endio_types::{
-    BLOCK_BYTES, BLOCK_SIZE, Generation, IO_END_BLOCKS_MAX, IoEndId, Lblk, Reason,
+    BLOCK_BYTES, BLOCK_SIZE, Generation, IO_END_BLOCKS_MAX, IoEndId, Lblk, LblkRange, Reason,
     VOLUME_BYTES_MAX, VolumeId,
 };
 
@@ -53,7 +53,7 @@ impl<T: ChunkTable> Machine<T> {
             Ok(volume) => volume,
             Err(reason) => return refuse(reason, "the volume is not open here"),
         };
-        if let Some(message) = log_fault(log) {
+        if let Some(message) = log.fault() {
             return refuse(Reason::Malformed, message);
         }
         if volume.in_place {
@@ -77,8 +77,20 @@ impl<T: ChunkTable> Machine<T> {
             || logs.blocks() + more > self.limits.log_blocks_max;
         match is_full {
             true => refuse(Reason::Limit, "the data log is full"),
+            // Whoever opens the volume next could have no room to write it out.
+            false if self.logged_with(log) > volume.promised => {
+                refuse(Reason::NoSpace, "no space is promised for the data")
+            }
             false => Ok(()),
         }
+    }
+
+    /// Blocks that the log would hold of the volume.
+    fn logged_with(&self, log: &LogData) -> u64 {
+        let logs = &self.durable.logs;
+        let block = |entry: &&LogEntry| LblkRange { start: entry.lblk, len: 1 };
+        let fresh = log.entries.iter().filter(|e| !logs.has(log.volume, block(e), u64::MAX));
+        logs.blocks_of(log.volume) + fresh.count() as u64
     }
 
     /// What of the data log ends with the conversion of an io_end.
@@ -109,7 +121,7 @@ impl<T: ChunkTable> Machine<T> {
     /// when the volume was opened was durable before the answer to that.
     ///
     /// # Errors
-    /// The volume is not open under that generation.
+    /// The volume is not open under that generation, or no volume has such a block.
     pub fn logged(
         &self,
         volume: VolumeId,
@@ -122,6 +134,10 @@ impl<T: ChunkTable> Machine<T> {
             None => Err(self.unknown()),
             Some(state) if state.owner.is_none() || state.generation != generation => {
                 Err(self.refusal(Reason::OldGeneration, "the volume is not open under that"))
+            }
+            // Behind the end of this volume there is nothing, as whoever has read its last block may ask.
+            Some(_) if from.0 > VOLUME_BYTES_MAX / BLOCK_BYTES => {
+                Err(self.refusal(Reason::OutOfRange, "no volume is that large"))
             }
             Some(_) => {
                 let found = self.durable.logs.from(volume, from).take(blocks_max);
@@ -155,29 +171,33 @@ impl<T: ChunkTable> Machine<T> {
 /// Largest number of a message: whoever opens the volume next counts on from there.
 const LOG_NUMBER_MAX: u64 = 1 << 62;
 
-fn log_fault(log: &LogData) -> Option<&'static str> {
-    let entries = &log.entries;
-    if !(1..=LOG_NUMBER_MAX).contains(&log.number) {
-        return Some("a number is 1 to 2^62");
-    }
-    if entries.is_empty() || entries.len() > IO_END_BLOCKS_MAX as usize {
-        return Some("no blocks, or more than an io_end may have");
-    }
-    if log.data.len() != entries.len() * BLOCK_SIZE {
-        return Some("4096 bytes for each block");
-    }
-    if !entries.windows(2).all(|pair| pair[0].lblk < pair[1].lblk) {
-        return Some("blocks ascend");
-    }
-    let is_behind = |entry: &LogEntry| {
-        entry.end_bytes > entry.lblk.0.saturating_add(1).saturating_mul(BLOCK_BYTES)
-    };
-    if entries.iter().any(is_behind) {
-        return Some("the size lies beyond what is logged");
-    }
-    let is_damaged = |(entry, data): (&LogEntry, &[u8])| crc32c::crc32c(data) != entry.crc;
-    match entries.iter().zip(log.data.chunks_exact(BLOCK_SIZE)).any(is_damaged) {
-        true => Some("the data does not match its checksum"),
-        false => None,
+impl LogData {
+    /// What is wrong with the message itself, whatever the volume: nobody else looks at its blocks
+    /// before the volume is opened the next time.
+    pub fn fault(&self) -> Option<&'static str> {
+        let entries = &self.entries;
+        if !(1..=LOG_NUMBER_MAX).contains(&self.number) {
+            return Some("a number is 1 to 2^62");
+        }
+        if entries.is_empty() || entries.len() > IO_END_BLOCKS_MAX as usize {
+            return Some("no blocks, or more than an io_end may have");
+        }
+        if self.data.len() != entries.len() * BLOCK_SIZE {
+            return Some("4096 bytes for each block");
+        }
+        if !entries.windows(2).all(|pair| pair[0].lblk < pair[1].lblk) {
+            return Some("blocks ascend");
+        }
+        let is_behind = |entry: &LogEntry| {
+            entry.end_bytes > entry.lblk.0.saturating_add(1).saturating_mul(BLOCK_BYTES)
+        };
+        if entries.iter().any(is_behind) {
+            return Some("the size lies beyond what is logged");
+        }
+        let is_damaged = |(entry, data): (&LogEntry, &[u8])| crc32c::crc32c(data) != entry.crc;
+        match entries.iter().zip(self.data.chunks_exact(BLOCK_SIZE)).any(is_damaged) {
+            true => Some("the data does not match its checksum"),
+            false => None,
+        }
     }
 }

@@ -12,6 +12,7 @@ pub mod errseq;
 pub mod fragments;
 pub mod gather;
 pub mod layout;
+pub mod log_reader;
 pub mod map_cache;
 pub mod range_lock;
 pub mod rhythm;

@@ -75,6 +75,7 @@ fn unanswered(rig: &mut Rig, log: LogData) -> u64 {
 fn a_flush_is_answered_when_its_data_is_durable_and_then_it_is_there_after_a_crash() {
     let mut rig = Rig::new(1, 100);
     let volume = rig.volume("v", 100, 1);
+    rig.promise(volume.id, volume.generation, 4);
     rig.auto_commit = false;
     let first = unanswered(&mut rig, log_data(&volume, 1, &[(3, 1), (4, 2)]));
     rig.commit();
@@ -271,7 +272,8 @@ fn of_a_write_out_in_part_the_entries_of_the_durable_part_end() {
     rig.drain();
     let volume = rig.volume("v", 100, 1);
     rig.log(&volume, 1, &[(0, 1), (1, 1), (2, 1), (3, 1)]).unwrap();
-    let begun = rig.try_begin(newer_than(&volume, 0, 4, 1)).unwrap();
+    let write_out = BeginIo { lane: Lane::WriteOut, ..newer_than(&volume, 0, 4, 1) };
+    let begun = rig.try_begin(write_out).unwrap();
     assert_eq!(begun.segments.len(), 2);
     let sent = &begun.segments[1];
     assert_eq!(rig.durable_release(&sent.token), None);

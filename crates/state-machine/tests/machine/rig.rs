@@ -351,7 +351,32 @@ impl Rig {
     }
 
     /// Under a request's number of its own.
-    pub fn try_log(&mut self, mut log: LogData) -> Result<(), Refusal> {
+    /// Space for buffered data of a volume, if there is any.
+    pub fn promise(&mut self, volume: VolumeId, generation: Generation, add_blocks: u64) {
+        let (request, drop_blocks) = (log_request(), 0);
+        let reset = false;
+        self.say(FromWriteback::Reserve {
+            request,
+            volume,
+            generation,
+            reset,
+            add_blocks,
+            drop_blocks,
+        });
+    }
+
+    /// Sends data for the log; for what has no promise of space, one is asked for.
+    pub fn try_log(&mut self, log: LogData) -> Result<(), Refusal> {
+        match self.try_log_as_it_is(log.clone()) {
+            Err(refusal) if refusal.reason == Reason::NoSpace => {
+                self.promise(log.volume, log.generation, log.entries.len() as u64);
+                self.try_log_as_it_is(log)
+            }
+            answer => answer,
+        }
+    }
+
+    pub fn try_log_as_it_is(&mut self, mut log: LogData) -> Result<(), Refusal> {
         let request = log_request();
         log.request = request;
         self.say(FromWriteback::Log(log));

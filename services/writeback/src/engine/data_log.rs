@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use endio_api::conversion::{LogData, LoggedBlock, ReadLogRequest};
+use endio_api::conversion::{LogData, LoggedBlock, ReadLogRequest, Volume as Described};
 use endio_chassis::trace::Span;
 use endio_failpoints::{Bug, Point, is_planted, reach};
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::dirty::{LogPick, TooMuch};
-use endio_types::{BLOCK_BYTES, BLOCK_SIZE, Reason};
+use endio_state_machine::writeback::log_reader::{LogFault, LogReader, ReadBlock};
+use endio_types::{BLOCK_BYTES, BLOCK_SIZE, Generation, Lblk, Reason, VOLUME_BYTES_MAX};
 use tokio::time::Instant;
 
 use super::Engine;
@@ -174,49 +175,75 @@ impl Engine {
     /// What the data log holds of a volume that was opened just now.
     ///
     /// # Errors
-    /// Conversion is away, or something in the log is damaged.
+    /// Conversion is away, or something in the log is damaged: `CHECKSUM_MISMATCH`, `MALFORMED`.
     pub(super) async fn read_log(
         &self,
         opened: &Opened,
     ) -> Result<BTreeMap<u64, LoggedBlock>, Failure> {
+        let Described { id, name, generation, size_bytes, growable, .. } = &opened.volume;
+        // One that grows may have been written to behind the end that the map knows.
+        let end_bytes = if *growable { VOLUME_BYTES_MAX } else { *size_bytes };
         match opened.volume.logged_blocks {
             _ if is_planted(Bug::DataLogUnread) => Ok(BTreeMap::new()),
             0 => Ok(BTreeMap::new()),
-            _ => self.read_log_of(opened.volume.id, opened.volume.generation).await,
+            _ => self.read_log_of(name, (*id, *generation), end_bytes).await,
         }
     }
 
-    /// What the data log holds of a volume that is open here.
+    /// What the data log holds of a volume that is open here, in which no data lies behind `end_bytes`.
     ///
     /// # Errors
     /// As [`Self::read_log`].
     pub(super) async fn read_log_of(
         &self,
-        volume: u64,
-        generation: u64,
+        name: &str,
+        (volume, generation): (u64, u64),
+        end_bytes: u64,
     ) -> Result<BTreeMap<u64, LoggedBlock>, Failure> {
         let deadline = self.deadline();
+        let mut reader = LogReader::new(Generation(generation), end_bytes);
         let mut all = BTreeMap::new();
-        let mut lblk = 0;
-        loop {
+        while let Some(Lblk(lblk)) = reader.next() {
             let request = ReadLogRequest { volume, generation, lblk };
             let call = |mut client: Client| async move { client.read_log(request).await };
             let blocks = self.conversion.call(deadline, call).await?.blocks;
-            let Some(last) = blocks.last() else { return Ok(all) };
-            if last.lblk < lblk {
-                return Err(Failure::new(Reason::Malformed, "the data log goes back"));
+            if blocks.is_empty() {
+                break;
             }
-            lblk = last.lblk + 1;
             for block in blocks {
-                let is_whole = block.data.len() == BLOCK_SIZE;
-                if !is_whole || crc32c::crc32c(&block.data) != block.crc32c {
-                    let detail = format!("block {} of the data log is damaged", block.lblk);
-                    return Err(Failure::new(Reason::ChecksumMismatch, detail));
-                }
+                let looked_at = reader.take(read_block(&block));
+                looked_at.map_err(|fault| damaged(name, block.lblk, fault))?;
                 all.insert(block.lblk, block);
             }
         }
+        Ok(all)
     }
+}
+
+fn read_block(block: &LoggedBlock) -> ReadBlock<'_> {
+    ReadBlock {
+        lblk: Lblk(block.lblk),
+        end_bytes: block.end_bytes,
+        crc: block.crc32c,
+        generation: Generation(block.generation),
+        data: &block.data,
+    }
+}
+
+/// Nothing of such a log becomes dirty: newer data may hide behind what is damaged.
+fn damaged(name: &str, lblk: u64, fault: LogFault) -> Failure {
+    let reason = match fault {
+        LogFault::Length { .. } | LogFault::Checksum => Reason::ChecksumMismatch,
+        LogFault::GoesBack { .. }
+        | LogFault::BehindEnd
+        | LogFault::EndsElsewhere { .. }
+        | LogFault::FromLater { .. } => Reason::Malformed,
+    };
+    let detail = format!(
+        "the data log of volume {name} is damaged, or was on its way: block {lblk} {fault}; \
+         nothing of it was used"
+    );
+    Failure::new(reason, detail)
 }
 
 fn message(volume: &Volume, pick: LogPick<CachedBlock>, span: &Span) -> LogData {

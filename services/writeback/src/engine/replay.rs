@@ -22,8 +22,8 @@ impl Engine {
     /// tail, and puts the data back into the dirty cache. Waits for conversion as long as it takes.
     ///
     /// # Errors
-    /// The log cannot be read. A volume that is somebody else's by now loses its data, and the log
-    /// says so.
+    /// The log cannot be read, or conversion gives a volume neither here nor to somebody else: its data
+    /// is still in the log. A volume that is somebody else's by now loses its data, and the log says so.
     pub async fn replay(self: &Arc<Self>, mut replay: Replay) -> Result<(), Failure> {
         reach(Point::WritebackReplay);
         let power_lost = replay.power_lost();
@@ -93,7 +93,10 @@ impl Engine {
                 self.give_back(&opened).await;
                 namesake()
             }
-            Err(failure) => failure,
+            Err(failure) if failure.ends_volume() => failure,
+            // Whatever it is, it is no reason to let acknowledged data go. The volume stays open here at
+            // conversion: the next start takes it over again, and nobody else without force.
+            Err(failure) => return Err(kept(name, &failure)),
         };
         tracing::error!(
             volume = name, writes = data.len(), error = %lost,
@@ -239,6 +242,15 @@ fn namesake() -> Failure {
     Failure::new(Reason::UnknownVolume, "another volume has that name now")
 }
 
+fn kept(name: &str, failure: &Failure) -> Failure {
+    let detail = &failure.detail;
+    let detail = format!(
+        "volume {name} cannot be opened again: {detail}; what was acknowledged stays in the cache log, \
+         for the next start"
+    );
+    Failure::new(failure.reason, detail)
+}
+
 /// Whether waiting can help.
 fn passes(failure: &Failure) -> bool {
     matches!(
@@ -301,6 +313,22 @@ mod tests {
         let (parts, kept, outdated) = merged(&write, log);
         assert_eq!(parts, [LblkRange::new(0, 2), LblkRange::new(3, 5)]);
         assert_eq!((kept, outdated), (vec![2, 9], vec![3, 4]));
+    }
+
+    /// What is acknowledged is let go if somebody else has the volume, or it is gone; for no other reason.
+    #[test]
+    fn only_a_volume_that_is_not_ours_any_more_lets_its_data_go() {
+        let failure = |reason: &Reason| Failure::new(*reason, "why");
+        let let_go = Reason::ALL.iter().filter(|reason| failure(reason).ends_volume());
+        let let_go: Vec<&Reason> = let_go.collect();
+        assert_eq!(let_go, [&Reason::UnknownVolume, &Reason::OldGeneration]);
+        for reason in Reason::ALL {
+            let failure = failure(reason);
+            assert!(!(passes(&failure) && failure.ends_volume()), "{reason}");
+            let kept = kept("disk", &failure);
+            assert_eq!(kept.reason, *reason);
+            assert!(kept.detail.contains("disk") && kept.detail.contains("why"), "{kept}");
+        }
     }
 
     /// Numbers of records may begin anew behind a power loss: the generation comes first.

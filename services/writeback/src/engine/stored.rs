@@ -7,7 +7,7 @@ use std::sync::Arc;
 use endio_api::common::Extent;
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::dirty::Waiting;
-use endio_types::{BLOCK_BYTES, BLOCK_SIZE, LblkRange, Reason};
+use endio_types::{BLOCK_BYTES, BLOCK_SIZE, LblkRange, Reason, VOLUME_BYTES_MAX};
 
 use super::Engine;
 use super::read::{Piece, READ_BLOCKS_MAX};
@@ -52,7 +52,9 @@ impl Engine {
         // Whoever opens the volume next takes what the data log has, which may be older than what is
         // dirty here: it ends only with a conversion.
         if !is_logged.is_empty() {
-            match self.read_log_of(volume.id, volume.generation).await {
+            // Only which blocks it has is of interest, and the size may change meanwhile.
+            let (open, end_bytes) = ((volume.id, volume.generation), VOLUME_BYTES_MAX);
+            match self.read_log_of(&volume.name, open, end_bytes).await {
                 Ok(logged) => stored.retain(|lblk, _| !logged.contains_key(lblk)),
                 Err(error) => {
                     tracing::warn!(volume = %volume.name, %error, "the data log was not read");

@@ -1,5 +1,7 @@
 //! Hostile peers of the conversion service: each gets an error with a reason, and nothing changes.
 
+mod data_log;
+
 use std::fmt::Debug;
 use std::time::Duration;
 

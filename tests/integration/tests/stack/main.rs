@@ -5,6 +5,7 @@ mod data_log;
 mod defragment;
 mod faults;
 mod history;
+mod hostile_answers;
 mod hostile_block_store;
 mod hostile_conversion;
 mod hostile_writeback;

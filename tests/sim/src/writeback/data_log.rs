@@ -9,8 +9,11 @@ use endio_state_machine::data_log::{LogEntry, Logged};
 use endio_state_machine::machine::{LogData, VolumeInfo};
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::dirty::{CleanRun, LogBlock, LogPick};
+use endio_state_machine::writeback::log_reader::{LogReader, ReadBlock};
 use endio_store::cache_log::ReplayedWrite;
-use endio_types::{BLOCK_BYTES, BLOCK_SIZE, Generation, Lblk, LblkRange, VolumeId};
+use endio_types::{
+    BLOCK_BYTES, BLOCK_SIZE, Generation, Lblk, LblkRange, VOLUME_BYTES_MAX, VolumeId,
+};
 
 use super::{Failure, Outcome, Volume, Wb};
 use crate::block::{Block, from_bytes, to_bytes};
@@ -87,19 +90,21 @@ impl Wb {
         if info.logged_blocks == 0 || self.world.planted(Planted::LogUnread) {
             return Ok(InLog::new());
         }
-        self.read_log_of(info.id, info.generation).await
+        // One that grows may have been written to behind the end that the map knows.
+        let end_bytes = if info.growable { VOLUME_BYTES_MAX } else { info.size_bytes };
+        self.read_log_of((info.id, info.generation), end_bytes).await
     }
 
-    /// What the data log holds of a volume that is open here.
+    /// What the data log holds of a volume that is open here, in which no data lies behind `end_bytes`.
     pub(super) async fn read_log_of(
         &self,
-        volume: VolumeId,
-        generation: Generation,
+        (volume, generation): (VolumeId, Generation),
+        end_bytes: u64,
     ) -> Outcome<InLog> {
         let deadline = self.deadline();
+        let mut reader = LogReader::new(generation, end_bytes);
         let mut all = InLog::new();
-        let mut from = Lblk(0);
-        loop {
+        while let Some(from) = reader.next() {
             let next = || (Message::ReadLog(volume, generation, from), ());
             let blocks = self.call_until(next, deadline, |answer| match answer {
                 Message::InLog(Ok(blocks)) => Ok(blocks),
@@ -107,15 +112,17 @@ impl Wb {
                 _ => Err(Failure::away()),
             });
             let blocks = blocks.await?;
-            let Some((last, _)) = blocks.last() else { return Ok(all) };
-            from = Lblk(last.0 + 1);
+            if blocks.is_empty() {
+                break;
+            }
             for (lblk, logged) in blocks {
-                if crc32c::crc32c(&logged.data) != logged.crc {
-                    self.exec().fail(format!("log-reads-back: {volume}:{lblk} is damaged"));
+                if let Err(fault) = reader.take(read_block(lblk, &logged)) {
+                    self.exec().fail(format!("log-is-checked: {volume}:{lblk} {fault}"));
                 }
                 all.insert(lblk.0, logged);
             }
         }
+        Ok(all)
     }
 
     /// Makes dirty what the cache log and the data log hold of a volume: of each block the newer
@@ -205,6 +212,11 @@ impl Wb {
         parts.retain(|part| part.len > 0);
         parts
     }
+}
+
+fn read_block(lblk: Lblk, logged: &Logged) -> ReadBlock<'_> {
+    let Logged { end_bytes, crc, generation, .. } = *logged;
+    ReadBlock { lblk, end_bytes, crc, generation, data: &logged.data }
 }
 
 /// Blocks of which the data log has newer data than a replay.

@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::dirty::Waiting;
-use endio_types::{LblkRange, Reason};
+use endio_types::{LblkRange, Reason, VOLUME_BYTES_MAX};
 
 use super::read::UnderWay;
 use super::{Outcome, Volume, Wb};
@@ -42,7 +42,8 @@ impl Wb {
         // Whoever opens the volume next takes what the data log has, which may be older than what is
         // dirty here: it ends only with a conversion.
         if !is_logged.is_empty() && !self.world.planted(Planted::StoredThoughLogged) {
-            match self.read_log_of(volume.id, volume.generation).await {
+            let open = (volume.id, volume.generation);
+            match self.read_log_of(open, VOLUME_BYTES_MAX).await {
                 Ok(logged) => stored.retain(|lblk, _| !logged.contains_key(lblk)),
                 Err(_) => stored.retain(|lblk, _| !is_logged.contains(lblk)),
             }

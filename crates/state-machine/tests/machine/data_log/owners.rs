@@ -85,6 +85,36 @@ fn what_may_not_be_logged_is_refused_and_changes_nothing() {
     rig.assert_sound();
 }
 
+/// Invariant `credit-backed`: whoever opens the volume next has the space for what it finds in the log.
+#[test]
+fn the_log_holds_no_more_blocks_of_a_volume_than_space_was_promised() {
+    let mut rig = Rig::new(1, 100);
+    let volume = rig.volume("v", 100, 1);
+    let log = |rig: &mut Rig, number, blocks: &[(u64, u8)]| {
+        rig.try_log_as_it_is(log_data(&volume, number, blocks)).map_err(|refusal| refusal.reason)
+    };
+    assert_eq!(log(&mut rig, 1, &[(3, 1)]), Err(Reason::NoSpace));
+    rig.promise(volume.id, volume.generation, 3);
+    let before = rig.machine.snapshot();
+    assert_eq!(log(&mut rig, 1, &[(3, 1), (4, 1), (5, 1), (6, 1)]), Err(Reason::NoSpace));
+    assert_eq!(rig.machine.snapshot(), before);
+    assert_eq!(log(&mut rig, 1, &[(3, 1), (4, 1)]), Ok(()));
+    // What is there already needs no more.
+    assert_eq!(log(&mut rig, 2, &[(3, 2), (4, 2), (5, 2)]), Ok(()));
+    assert_eq!(log(&mut rig, 3, &[(5, 3), (6, 3)]), Err(Reason::NoSpace));
+    // A write-out has its part of the promise until it ends, and so has what the log holds of it.
+    let begin = BeginIo { lane: Lane::WriteOut, ..newer_than(&volume, 3, 2, 2) };
+    let begun = rig.try_begin(begin).unwrap();
+    assert_eq!(log(&mut rig, 3, &[(5, 3)]), Ok(()));
+    assert_eq!(log(&mut rig, 4, &[(6, 4)]), Err(Reason::NoSpace));
+    assert_eq!(rig.finish(&begun).failed, None);
+    assert_eq!(logged(&rig, &volume), [(5, 3)]);
+    assert_eq!(log(&mut rig, 4, &[(6, 4)]), Err(Reason::NoSpace), "the promise is used up");
+    rig.promise(volume.id, volume.generation, 1);
+    assert_eq!(log(&mut rig, 4, &[(6, 4)]), Ok(()));
+    rig.assert_sound();
+}
+
 #[test]
 fn a_growable_volume_may_have_data_in_the_log_behind_its_end() {
     let mut rig = Rig::new(1, 100);

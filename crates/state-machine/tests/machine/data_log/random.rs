@@ -68,6 +68,7 @@ impl World {
         };
         let mut rig = Rig::with_limits(STORES, CAPACITY, small);
         let volume = rig.volume("v", 2 * CHUNK_BLOCKS, replicas);
+        rig.promise(volume.id, volume.generation, 20);
         rig.auto_commit = false;
         Self {
             volume,
