@@ -143,7 +143,7 @@ mod tests {
         for window in [5, 1, 3] {
             fragments.read(LblkRange::new(window * WINDOW_BLOCKS, WINDOW_BLOCKS), 200);
         }
-        let first = fragments.take().unwrap();
+        let first = fragments.take().expect("three wait");
         assert_eq!(first, LblkRange::new(256, 256));
         fragments.put_back(first);
         assert_eq!(taken(&mut fragments), [3 * 256, 5 * 256, 256]);
