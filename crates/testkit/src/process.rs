@@ -120,6 +120,22 @@ pub struct Process {
     starts: u32,
 }
 
+/// Longest wait until a process has stopped.
+const STOPPED_WAIT: Duration = Duration::from_secs(5);
+/// Pause between two looks at whether it has.
+const STOPPED_LOOK: Duration = Duration::from_millis(1);
+
+/// Whether a thread of a process is neither stopped nor dead.
+fn is_running(pid: u32) -> bool {
+    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { return false };
+    threads.flatten().any(|thread| {
+        let Ok(stat) = fs::read_to_string(thread.path().join("stat")) else { return false };
+        // Behind the name, which may have anything in it.
+        let state = stat.rsplit(')').next().and_then(|rest| rest.trim_start().chars().next());
+        !matches!(state, Some('T' | 't' | 'Z' | 'X'))
+    })
+}
+
 impl Process {
     /// Starts it and waits until it is ready.
     ///
@@ -308,9 +324,16 @@ impl Process {
         self.signal(Signal::KILL);
     }
 
-    /// SIGSTOP: it keeps everything and does nothing.
+    /// SIGSTOP: it keeps everything and does nothing. Waits, bounded, until that is so: on a busy
+    /// machine its threads go on until one of them has taken the signal.
     pub fn pause(&self) {
         self.signal(Signal::STOP);
+        let deadline = Instant::now() + STOPPED_WAIT;
+        while self.child.as_ref().is_some_and(|child| is_running(child.id()))
+            && Instant::now() < deadline
+        {
+            thread::sleep(STOPPED_LOOK);
+        }
     }
 
     /// SIGCONT.
