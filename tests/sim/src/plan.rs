@@ -244,6 +244,8 @@ impl Plan {
         // Writebacks that die often, over stores that are full.
         let mut crowd = Rng::new(seed ^ CROWD);
         let is_crowded = seed >= CROWDED_FROM && crowd.chance(10);
+        // See `fill_up`.
+        let rot_ms = if is_crowded { 0 } else { rot_ms };
         let writeback_death_ms = if is_crowded { crowd.between(20, 200) } else { 0 };
         let capacity = if is_crowded { crowd.between(12, 60) } else { capacity };
         let some = |rng: &mut Rng, max: u64| if rng.chance(50) { rng.below(max + 1) } else { 0 };
