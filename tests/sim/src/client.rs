@@ -605,9 +605,16 @@ impl Clients {
         let (inner, open) = (wb.clone(), Rc::clone(volume));
         let patience = self.patience_of_a_flush();
         let exec = self.exec().clone();
+        let of = Rc::clone(slot);
         let work = async move {
             // Whoever goes away drops the flush where it is.
             let outcome = exec.until(patience, inner.fsync(&open, &mut cursor)).await?;
+            // Said from here on: who comes after this one is not told, though its answer is on its way.
+            if of.tenure.get() == tenure
+                && outcome.as_ref().is_err_and(|failure| failure.reason == Reason::LostWrites)
+            {
+                of.known.borrow_mut().unsaid_loss = false;
+            }
             let set = open.state.borrow().errors_set;
             Some((outcome, cursor, set))
         };

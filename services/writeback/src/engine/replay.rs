@@ -131,10 +131,12 @@ impl Engine {
             }
             match self.open_at_conversion(&described, false, deadline).await {
                 // Somebody was faster, or a try of this call whose answer was lost. What is
-                // decided, is decided by the volume as it is now.
-                Err(failure)
-                    if failure.reason == Reason::OldGeneration && Instant::now() < deadline =>
-                {
+                // decided, is decided by the volume as it is now: never by this answer, however late.
+                Err(failure) if failure.reason == Reason::OldGeneration => {
+                    if Instant::now() >= deadline {
+                        let detail = "somebody, or a try whose answer was lost, opened it meanwhile";
+                        return Err(Failure::new(Reason::TimedOut, detail));
+                    }
                     let pause = Duration::from_millis(self.config.retry_first_ms);
                     tokio::time::sleep(pause).await;
                 }

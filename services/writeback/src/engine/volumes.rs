@@ -380,8 +380,11 @@ impl Engine {
         }
         volume.usable()?;
         self.forget(volume, beyond, deadline).await?;
-        let old = volume.state().view.size_bytes();
         let tail = size_bytes % BLOCK_BYTES;
+        if volume.growable && tail > 0 {
+            self.see_size(volume, deadline).await?;
+        }
+        let old = volume.state().view.size_bytes();
         if size_bytes < old && tail > 0 {
             // A volume that grows again must not show what was cut off.
             let len = (BLOCK_BYTES - tail).min(old - size_bytes);
@@ -412,6 +415,15 @@ impl Engine {
             Some(number) => self.learn_size(volume, size_bytes, number, changing, held),
         }
         outcome
+    }
+
+    /// Asks for the size of a volume that grows: a direct write that was given up may have extended it, and
+    /// nobody here heard. Under a session that is newer than that write's its end is known to conversion.
+    async fn see_size(&self, volume: &Arc<Volume>, deadline: Instant) -> Result<(), Failure> {
+        if tokio::time::timeout_at(deadline, self.session.up()).await.is_err() {
+            return Err(Failure::conversion_away());
+        }
+        self.look_up(volume, LblkRange::new(0, 0), deadline).await.map(drop)
     }
 
     /// A try of a resize was given up that may have been carried out all the same: what is

@@ -168,6 +168,10 @@ impl Wb {
                 Err(failure) if self.is_overtaken(&failure, deadline) => {
                     self.exec().sleep(MS).await;
                 }
+                // The volume as it is now decides, and not an answer to what was asked before.
+                Err(failure) if failure.reason == Reason::OldGeneration => {
+                    return Err(Failure::new(Reason::TimedOut));
+                }
                 opened => return opened,
             }
         }
@@ -358,8 +362,15 @@ impl Wb {
         let held = self.alone(volume, first, deadline).await?;
         let beyond = LblkRange::new(first, u64::MAX - first);
         self.forget(volume, beyond, deadline).await?;
-        let old = volume.state.borrow().view.size_bytes();
         let tail = size_bytes % BLOCK_BYTES;
+        if volume.growable && tail > 0 {
+            // A direct write that was given up may have extended it, and nobody here heard.
+            if self.exec().until(deadline, self.up()).await.is_none() {
+                return Err(Failure::away());
+            }
+            self.look_up(volume, LblkRange::new(0, 0), deadline).await?;
+        }
+        let old = volume.state.borrow().view.size_bytes();
         if size_bytes < old && tail > 0 {
             let len = (BLOCK_BYTES - tail).min(old - size_bytes);
             let (first, cells) = (size_bytes / CELL_BYTES, len / CELL_BYTES);
