@@ -134,7 +134,8 @@ impl Engine {
                 // decided, is decided by the volume as it is now: never by this answer, however late.
                 Err(failure) if failure.reason == Reason::OldGeneration => {
                     if Instant::now() >= deadline {
-                        let detail = "somebody, or a try whose answer was lost, opened it meanwhile";
+                        let detail =
+                            "somebody, or a try whose answer was lost, opened it meanwhile";
                         return Err(Failure::new(Reason::TimedOut, detail));
                     }
                     let pause = Duration::from_millis(self.config.retry_first_ms);
