@@ -97,8 +97,7 @@ impl Writeback {
     /// Stops it and starts it again on the same port.
     pub async fn restart(&mut self) {
         self.stop().await;
-        let url = self.url.clone();
-        self.launch(address(&url)).await;
+        self.start_again().await;
     }
 }
 

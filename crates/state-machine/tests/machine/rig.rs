@@ -350,7 +350,6 @@ impl Rig {
         })
     }
 
-    /// Under a request's number of its own.
     /// Space for buffered data of a volume, if there is any.
     pub fn promise(&mut self, volume: VolumeId, generation: Generation, add_blocks: u64) {
         let (request, drop_blocks) = (log_request(), 0);
@@ -376,6 +375,7 @@ impl Rig {
         }
     }
 
+    /// Under a request's number of its own.
     pub fn try_log_as_it_is(&mut self, mut log: LogData) -> Result<(), Refusal> {
         let request = log_request();
         log.request = request;

@@ -73,7 +73,12 @@ impl Engine {
             let quiet = Duration::from_millis(engine.config.defragment_after_ms);
             let mut book = Book::new();
             loop {
-                let bytes = engine.defragment_some(&mut book, quiet).await;
+                // A stop does not wait for a conversion that is away; a window under way has its own task.
+                let bytes = tokio::select! {
+                    biased;
+                    () = engine.stop.cancelled() => return,
+                    bytes = engine.defragment_some(&mut book, quiet) => bytes,
+                };
                 let paced = Duration::from_micros(bytes.saturating_mul(1_000_000) / rate);
                 let pause = if bytes > 0 { paced } else { LOOK };
                 tokio::select! {
@@ -106,9 +111,13 @@ impl Engine {
             }
             // In a task of its own: a stop waits for it, and nothing cuts it short.
             let engine = Arc::clone(self);
-            let (of, span) = (Arc::clone(&volume), crate::TRACER.entry("defragment", ""));
+            let of = Arc::clone(&volume);
+            let span = crate::TRACER
+                .entry("defragment", "")
+                .with("volume", &volume.name)
+                .with("offset", window.start.0 * BLOCK_BYTES);
             let work = async move {
-                let work = engine.defragment(&of, window).await;
+                let work = span.clone().scope(engine.defragment(&of, window)).await;
                 if let Err(failure) = &work {
                     span.fail(&failure.detail);
                 }
