@@ -192,10 +192,16 @@ fn is_quiet(world: &World) -> Result<(), String> {
         let extents = extents.map_err(|error| error.to_string())?.unwrap_or_default();
         world.mirror.borrow().compare(volume.id, &extents)?;
     }
+    let may_stay = |volume, waiting: &[u64]| world.may_stay(machine, volume, waiting);
+    let mut stay = 0;
     for writeback in &world.writebacks {
         if let Some(engine) = writeback.serving() {
-            engine.is_quiet()?;
+            stay += engine.is_quiet(may_stay)?;
         }
+    }
+    if stay > 0 {
+        world.exec.note("stays dirty", WORLD, &[stay]);
+        return Ok(());
     }
     // Nothing is dirty any more.
     world.mirror.borrow().logs().is_empty()

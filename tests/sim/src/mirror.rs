@@ -130,8 +130,13 @@ impl Mirror {
 
     /// Checksum of a block, if it is written and has one.
     pub fn sum(&self, volume: VolumeId, lblk: u64) -> Option<u32> {
+        self.written_at(volume, lblk).map(|(_, sum)| sum)
+    }
+
+    /// Where a block is, and its checksum, if it is written and has one.
+    pub fn written_at(&self, volume: VolumeId, lblk: u64) -> Option<(&[Home], u32)> {
         let mapped = self.maps.get(&volume)?.get(&lblk)?;
-        mapped.sum.filter(|_| mapped.written)
+        mapped.sum.filter(|_| mapped.written).map(|sum| (mapped.homes.as_slice(), sum))
     }
 
     /// Whether the volume is written in place.

@@ -244,8 +244,6 @@ impl Plan {
         // Writebacks that die often, over stores that are full.
         let mut crowd = Rng::new(seed ^ CROWD);
         let is_crowded = seed >= CROWDED_FROM && crowd.chance(10);
-        // See `fill_up`.
-        let rot_ms = if is_crowded { 0 } else { rot_ms };
         let writeback_death_ms = if is_crowded { crowd.between(20, 200) } else { 0 };
         let capacity = if is_crowded { crowd.between(12, 60) } else { capacity };
         let some = |rng: &mut Rng, max: u64| if rng.chance(50) { rng.below(max + 1) } else { 0 };
@@ -432,8 +430,6 @@ impl Plan {
     /// data that is there already: what was converted unheard wants space that nobody has. Not drawn:
     /// too often an fsync then fails for want of space until something is trimmed (docs/TESTING.md).
     pub fn fill_up(&mut self, rng: &mut Rng) {
-        // A damaged block of which only the cache has a good copy wants space that there is not.
-        self.rot_ms = 0;
         for volume in &mut self.volumes {
             (volume.in_place, volume.growable) = (false, false);
             volume.blocks = volume.blocks.min(rng.between(2, 10));

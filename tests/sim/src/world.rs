@@ -4,7 +4,8 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::{Rc, Weak};
 
-use endio_state_machine::machine::{Call, ToStore, ToWriteback};
+use endio_state_machine::extent_map::MemoryTable;
+use endio_state_machine::machine::{Call, Machine, ToStore, ToWriteback};
 use endio_state_machine::record::Record;
 use endio_state_machine::token::ReadGrant;
 use endio_testkit::seed::Rng;
@@ -287,6 +288,30 @@ impl World {
     pub fn disk_of(&self, store: StoreId) -> Option<&SimDevice> {
         let at = *self.numbers.borrow().get(&store)?;
         self.stores.get(at).map(|store| &store.disk)
+    }
+
+    /// Whether blocks may wait for ever, if a promise for all of them is refused: copies of some are
+    /// damaged, and nobody has space for others, so their fsync fails until something is trimmed
+    /// (docs/SAFETY.md). All others have their promise.
+    pub fn may_stay(
+        &self,
+        machine: &Machine<MemoryTable>,
+        volume: VolumeId,
+        waiting: &[u64],
+    ) -> bool {
+        let damaged = waiting.iter().filter(|lblk| self.is_damaged(volume, **lblk)).count();
+        let info = machine.volumes().into_iter().find(|info| info.id == volume);
+        let promised = info.map_or(0, |info| info.credit_blocks);
+        damaged > 0 && (waiting.len() - damaged) as u64 <= promised
+    }
+
+    /// Whether the map shows a block with a checksum that no copy of it has any more.
+    fn is_damaged(&self, volume: VolumeId, lblk: u64) -> bool {
+        let mirror = self.mirror.borrow();
+        let Some((homes, sum)) = mirror.written_at(volume, lblk) else { return false };
+        let is_good =
+            |(store, pblk): &Home| self.disk_of(*store).is_some_and(|disk| disk.holds(*pblk, sum));
+        !homes.iter().any(is_good)
     }
 
     /// A bio of a volume, or a punch, changes a block.

@@ -82,8 +82,9 @@ impl Clients {
     /// asked before the takeover and not heard of it. Nobody works there, and without force nobody
     /// gets the volume.
     pub(super) async fn take_back(&self, slot: &Slot, wb: &Wb) {
-        // Not while a takeover goes on.
-        if slot.is_held.get() || !self.is_served(&slot.name) {
+        // Not while a takeover goes on. Who deletes it has nobody else who would take it.
+        let is_taken = slot.is_held.get() && !slot.is_deleting.get();
+        if is_taken || !self.is_served(&slot.name) {
             return;
         }
         self.exec().note("taken back", wb.at, &[]);
@@ -176,7 +177,8 @@ impl Clients {
 
     async fn try_inspect(&self, slot: &Rc<Slot>) -> bool {
         let Some((wb, volume)) = self.volume(slot).await else { return false };
-        if !self.fsync(slot, &wb, &volume, &mut None).await {
+        let is_flushed = self.fsync(slot, &wb, &volume, &mut None).await;
+        if !is_flushed && !self.may_stay(&volume) {
             return false;
         }
         {
@@ -225,6 +227,15 @@ impl Clients {
             }
         }
         true
+    }
+
+    /// Whether what is dirty of a volume may stay so.
+    fn may_stay(&self, volume: &Volume) -> bool {
+        let process = self.world.conversion.process.borrow();
+        let unbacked = volume.state.borrow().unbacked();
+        process.as_ref().zip(unbacked).is_some_and(|(process, waiting)| {
+            self.world.may_stay(&process.machine, volume.id, &waiting)
+        })
     }
 
     /// Whether a store holds what the map says of a block.
