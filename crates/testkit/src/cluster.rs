@@ -14,6 +14,7 @@ use tonic::transport::Channel;
 use crate::checkers::{self, Broken};
 use crate::client::Client;
 use crate::process::{LISTEN, Process, Spec, binaries};
+use crate::seed::Rng;
 
 /// Directory of the authority, in that of the cluster.
 const PKI: &str = "pki";
@@ -54,6 +55,13 @@ impl Default for Options {
             env: vec![("ENDIO_CONVERSION_LIMITS__LEASE_MS".to_owned(), "2000".to_owned())],
         }
     }
+}
+
+/// From which size on the block-stores write around the page cache: small, or as always. For
+/// [`Options::env`].
+pub fn drawn_direct(rng: &mut Rng) -> (String, String) {
+    let bytes = if rng.chance(50) { "4096" } else { "262144" };
+    ("ENDIO_BLOCK_STORE_DIRECT_WRITE_BYTES_MIN".to_owned(), bytes.to_owned())
 }
 
 /// Which process.

@@ -30,6 +30,13 @@ pub struct Config {
     /// Threads that write to the device. Too small: a slow write holds others up. Too large: they
     /// take turns on the processors.
     pub writer_threads: usize,
+    /// Bytes from which on a write goes around the page cache (`O_DIRECT`), where the file system can;
+    /// 0: none does. Too small: small writes wait for the disk one by one, and what is read again soon
+    /// is not in memory. Too large: the page cache costs a multiple of the processor (docs/PERFORMANCE.md).
+    pub direct_write_bytes_min: usize,
+    /// Threads that make such writes, beside the others. Too small: a fast disk idles, and a slow one
+    /// holds them up. Too large: threads, and 1 MiB of memory for each.
+    pub direct_writer_threads: usize,
     /// Reads that the device is asked for at once. Too small: a fast device idles. Too large: what is
     /// written waits behind them.
     pub reads_at_once_max: usize,
@@ -86,6 +93,8 @@ impl Default for Config {
             advertise: None,
             capacity_bytes: None,
             writer_threads: 1,
+            direct_write_bytes_min: 256 << 10,
+            direct_writer_threads: 2,
             reads_at_once_max: 64,
             reader_threads_max: 16,
             reader_each_us: 150,
@@ -148,6 +157,11 @@ impl Config {
     pub fn capacity_blocks(&self) -> Option<u64> {
         self.capacity_bytes.map(|bytes| bytes / BLOCK_BYTES)
     }
+
+    /// From how many bytes on a write goes around the page cache, if any does.
+    pub fn direct_write_bytes_min(&self) -> Option<usize> {
+        (self.direct_write_bytes_min > 0).then_some(self.direct_write_bytes_min)
+    }
 }
 
 impl Validate for Config {
@@ -161,6 +175,7 @@ impl Validate for Config {
         };
         let bio_max = u64::from(IO_END_BLOCKS_MAX) * BLOCK_BYTES;
         within("writer_threads", self.writer_threads as u64, 1, 256);
+        within("direct_writer_threads", self.direct_writer_threads as u64, 1, 256);
         within("reads_at_once_max", self.reads_at_once_max as u64, 1, 4_096);
         within("reader_threads_max", self.reader_threads_max as u64, 1, 400);
         within("reader_each_us", self.reader_each_us, 1, 1_000_000);

@@ -92,7 +92,7 @@ impl Driver {
             state: Mutex::new(state),
             device,
             superblock,
-            stages: Stages::new(),
+            stages: Stages::new(config.direct_write_bytes_min().unwrap_or(usize::MAX)),
             readers: Readers::new(config.reader_threads_max, config.reader_each_us),
             metrics: Metrics::new(),
             shutdown,

@@ -137,11 +137,15 @@ pub async fn start(config: Config, deps: Deps) -> Result<Running, StartError> {
         dir: config.data_dir.clone(),
         capacity_blocks: config.capacity_blocks(),
         new_uuid: rand::random(),
+        direct_write_bytes_min: config.direct_write_bytes_min(),
     };
     let opened = tokio::task::spawn_blocking(move || open.open());
     let file = opened.await.map_err(StartError::Interrupted)??;
     if file.was_repaired() {
         warn!("one copy of the superblock was damaged and has been written anew");
+    }
+    if config.direct_write_bytes_min > 0 && !file.has_direct_writes() {
+        info!("the file system has no direct writes: all go through the page cache");
     }
     let superblock = file.superblock();
     start_on(config, deps, Arc::new(file), superblock).await
@@ -162,7 +166,7 @@ pub async fn start_on(
     let url = listener.url().to_owned();
     let device = TrackedDevice::new(device);
     let driver = Arc::new(Driver::new(&config, device, superblock, shutdown.clone()));
-    let writer = Writer::start(&driver, config.writer_threads).map_err(StartError::Threads)?;
+    let writer = Writer::start(&driver, &config).map_err(StartError::Threads)?;
     let readiness = Readiness::new(&["endio.blockstore.v1.BlockStore"]).await;
     admin::watch("block-store", &readiness);
     driver.show_gauges();

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   bios ──► [queue] ──► writer threads: pwrite ──► [written] ──► flusher thread: one fdatasync for
-//!                                                                 everything written before it
+//!            [large]     others for those that              everything written before it
+//!                        go around the page cache
 //! ```
 //! While one flush runs, what is written meanwhile gathers for the next.
 
@@ -17,7 +18,7 @@ use endio_state_machine::gate::{FlightId, PunchTurn};
 use endio_store::block::{TrackedDevice, WriteTicket};
 use endio_types::Reason;
 
-use crate::{bio::Segment, driver::Driver, queue::Queue};
+use crate::{bio::Segment, config::Config, driver::Driver, queue::Queue};
 
 /// One admitted bio on its way to the device.
 #[derive(Debug)]
@@ -38,13 +39,23 @@ struct Written {
 #[derive(Debug)]
 pub(crate) struct Stages {
     bios: Queue<Box<Job>>,
+    /// What waits for the disk while it is written, and would hold up the others.
+    large: Queue<Box<Job>>,
+    large_bytes_min: usize,
     written: Queue<Box<Written>>,
     punches: Queue<PunchTurn>,
 }
 
 impl Stages {
-    pub(crate) fn new() -> Self {
-        Self { bios: Queue::new(), written: Queue::new(), punches: Queue::new() }
+    /// Bios of at least so many bytes are large.
+    pub(crate) fn new(large_bytes_min: usize) -> Self {
+        Self {
+            bios: Queue::new(),
+            large: Queue::new(),
+            large_bytes_min,
+            written: Queue::new(),
+            punches: Queue::new(),
+        }
     }
 
     /// Hands a punch to its thread, or gives it back when that has stopped.
@@ -54,7 +65,10 @@ impl Stages {
 
     /// Hands a job to the writers, or gives it back when they have stopped.
     pub(crate) fn submit(&self, job: Box<Job>) -> Result<(), Box<Job>> {
-        self.bios.push(job)
+        match job.data.len() >= self.large_bytes_min {
+            true => self.large.push(job),
+            false => self.bios.push(job),
+        }
     }
 }
 
@@ -69,6 +83,7 @@ pub(crate) struct Writer {
 impl Drop for Writer {
     fn drop(&mut self) {
         self.driver.stages.bios.close();
+        self.driver.stages.large.close();
         self.driver.stages.written.close();
         self.driver.stages.punches.close();
         self.driver.readers.close();
@@ -76,15 +91,21 @@ impl Drop for Writer {
 }
 
 impl Writer {
-    /// Starts `threads` writers and the flusher.
-    pub(crate) fn start(driver: &Arc<Driver>, threads: usize) -> io::Result<Self> {
+    /// Starts the writers, the flusher and the puncher.
+    pub(crate) fn start(driver: &Arc<Driver>, config: &Config) -> io::Result<Self> {
         let spawn = |name: String, run: fn(&Driver)| {
             let driver = Arc::clone(driver);
             thread::Builder::new().name(name).spawn(move || run(&driver))
         };
-        let mut writers = Vec::with_capacity(threads);
+        let mut writers = Vec::new();
+        for index in 0..config.writer_threads {
+            let run = |driver: &Driver| write_loop(driver, &driver.stages.bios);
+            writers.push(spawn(format!("bio-writer-{index}"), run)?);
+        }
+        let threads = config.direct_write_bytes_min().map_or(0, |_| config.direct_writer_threads);
         for index in 0..threads {
-            writers.push(spawn(format!("bio-writer-{index}"), write_loop)?);
+            let run = |driver: &Driver| write_loop(driver, &driver.stages.large);
+            writers.push(spawn(format!("bio-direct-{index}"), run)?);
         }
         let flusher = spawn("bio-flusher".to_owned(), flush_loop)?;
         let puncher = spawn("block-puncher".to_owned(), punch_loop)?;
@@ -94,6 +115,7 @@ impl Writer {
     /// Finishes what is queued and ends the threads. Blocks on the device.
     pub(crate) fn stop(mut self) {
         self.driver.stages.bios.close();
+        self.driver.stages.large.close();
         if !have_ended(&mut self.writers) {
             tracing::error!("a writer thread panicked");
         }
@@ -113,8 +135,8 @@ fn have_ended(threads: &mut Vec<JoinHandle<()>>) -> bool {
     threads.drain(..).fold(true, |fine, thread| thread.join().is_ok() & fine)
 }
 
-fn write_loop(driver: &Driver) {
-    while let Some(job) = driver.stages.bios.pop() {
+fn write_loop(driver: &Driver, jobs: &Queue<Box<Job>>) {
+    while let Some(job) = jobs.pop() {
         let Job { flight, mut segment, data } = *job;
         driver.metrics.legs.wait.record_of(segment.next_leg(), segment.span.sampled());
         segment.span.phase("write");

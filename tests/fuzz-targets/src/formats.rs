@@ -39,6 +39,7 @@ pub(crate) fn superblock(bytes: &[u8]) {
             dir: dir.clone(),
             capacity_blocks,
             new_uuid: [5; 16],
+            direct_write_bytes_min: None,
         };
         let first = make(Some(4)).open().expect("a new store");
         let made = first.superblock().incarnation;

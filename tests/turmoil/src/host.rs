@@ -176,6 +176,7 @@ impl Slot {
             dir: self.directory.clone(),
             capacity_blocks: Some(STORE_BYTES / endio_types::BLOCK_BYTES),
             new_uuid: rand::random(),
+            direct_write_bytes_min: None,
         };
         let mut tries = 0;
         let file = loop {

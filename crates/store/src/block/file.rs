@@ -17,7 +17,7 @@ use endio_types::{BLOCK_BYTES, BLOCK_SIZE, Incarnation, Pblk, PblkRange};
 use rustix::fs::{FallocateFlags, FlockOperation};
 use rustix::io::{Errno, ReadWriteFlags};
 
-use super::{BlockDevice, Superblock, SuperblockError, device::checked_offset};
+use super::{BlockDevice, Superblock, SuperblockError, device::checked_offset, direct::Direct};
 
 const LOCK: &str = "LOCK";
 const SUPERBLOCK: &str = "superblock";
@@ -36,6 +36,9 @@ pub struct OpenBlockFile {
     pub capacity_blocks: Option<u64>,
     /// Identity of the store if it is a new one; must be random.
     pub new_uuid: [u8; 16],
+    /// Writes of at least so many bytes go around the page cache, where the file system can; `None`:
+    /// none do.
+    pub direct_write_bytes_min: Option<usize>,
 }
 
 /// Why a data directory could not be opened. Nothing was changed.
@@ -88,6 +91,7 @@ pub struct BlockFile {
     superblock: Superblock,
     was_repaired: bool,
     blocks: File,
+    direct: Option<Direct>,
     /// Keeps the flock.
     _lock: File,
 }
@@ -123,7 +127,9 @@ impl OpenBlockFile {
         let mut superblock = found.next_start(wanted).map_err(bad)?;
         superblock.write(&file).map_err(bad)?;
         let was_repaired = found.is_one_slot_damaged;
-        Ok(BlockFile { superblock, was_repaired, blocks, _lock: lock })
+        let path = dir.join(BLOCKS);
+        let direct = self.direct_write_bytes_min.and_then(|min| Direct::open(&path, min));
+        Ok(BlockFile { superblock, was_repaired, blocks, direct, _lock: lock })
     }
 
     fn open_blocks(&self, present: u64) -> Result<File, OpenBlockFileError> {
@@ -184,6 +190,11 @@ impl BlockFile {
         self.superblock
     }
 
+    /// Whether large writes go around the page cache.
+    pub fn has_direct_writes(&self) -> bool {
+        self.direct.is_some()
+    }
+
     /// Whether one copy of the superblock was damaged and has been written anew.
     pub fn was_repaired(&self) -> bool {
         self.was_repaired
@@ -197,7 +208,10 @@ impl BlockDevice for BlockFile {
 
     fn write_at(&self, pblk: Pblk, data: &[u8]) -> io::Result<()> {
         let offset = checked_offset(self.superblock.capacity_blocks, pblk, data.len())?;
-        self.blocks.write_all_at(data, offset)
+        match self.direct.as_ref().and_then(|direct| direct.write_at(data, offset)) {
+            Some(written) => written,
+            None => self.blocks.write_all_at(data, offset),
+        }
     }
 
     fn read_at(&self, pblk: Pblk, data: &mut [u8]) -> io::Result<()> {
@@ -276,7 +290,13 @@ mod tests {
     use super::*;
 
     fn options(dir: &Path, capacity_blocks: Option<u64>) -> OpenBlockFile {
-        OpenBlockFile { dir: dir.to_owned(), capacity_blocks, new_uuid: [9; 16] }
+        let direct_write_bytes_min = Some(2 * BLOCK_SIZE);
+        OpenBlockFile {
+            dir: dir.to_owned(),
+            capacity_blocks,
+            new_uuid: [9; 16],
+            direct_write_bytes_min,
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The data of a block-store: superblock, block file, and devices that misbehave on purpose.
 
 mod device;
+mod direct;
 mod file;
 mod memory;
 mod superblock;
