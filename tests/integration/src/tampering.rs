@@ -1,13 +1,19 @@
 //! A conversion between a writeback and the real one: it passes everything on, and says of a volume's
-//! data log what a test wants to be said.
+//! data log what a test wants to be said. What it hears in a writeback's session it may lose or answer
+//! by itself, and it breaks sessions.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use endio_api::conversion::conversion_client::ConversionClient;
+use endio_api::conversion::conversion_message::Message as FromConversion;
 use endio_api::conversion::conversion_server::{Conversion, ConversionServer};
+use endio_api::conversion::writeback_message::Message as FromWriteback;
 use endio_api::conversion::*;
 use endio_chassis::net::Incoming;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status, Streaming};
@@ -18,11 +24,35 @@ use crate::services::bind;
 /// What is made of an answer; the request is the one that it answers.
 pub type Tamper = Box<dyn Fn(&ReadLogRequest, ReadLogResponse) -> ReadLogResponse + Send + Sync>;
 
+/// A message of a writeback's session, on its way.
+pub enum Said<'a> {
+    /// To conversion.
+    ByWriteback(&'a FromWriteback),
+    /// To the writeback.
+    ByConversion(&'a FromConversion),
+}
+
+/// What becomes of it.
+pub enum Verdict {
+    /// It arrives.
+    PassOn,
+    /// It is lost.
+    Lose,
+    /// It is lost, and the writeback is told this.
+    Tell(FromConversion),
+}
+
+/// What becomes of each message of a session; it is asked before the message arrives.
+pub type Judge = Box<dyn Fn(Said<'_>) -> Verdict + Send + Sync>;
+type Judged = Arc<Mutex<Option<Judge>>>;
+
 /// The conversion between.
 pub struct Tampering {
     /// Where it answers.
     pub url: String,
     tamper: Arc<Mutex<Option<Tamper>>>,
+    judge: Judged,
+    sessions: Arc<Mutex<JoinSet<()>>>,
     server: tokio::task::JoinHandle<()>,
 }
 
@@ -37,14 +67,29 @@ impl Tampering {
     pub async fn start(conversion: &str) -> Self {
         let listener = bind("127.0.0.1:0").await;
         let url = listener.url().to_owned();
-        let tamper = Arc::default();
-        let service = Between { client: raw::conversion(conversion), tamper: Arc::clone(&tamper) };
+        let service = Between {
+            client: raw::conversion(conversion),
+            tamper: Arc::default(),
+            judge: Arc::default(),
+            sessions: Arc::default(),
+        };
+        let Between { tamper, judge, sessions, .. } = service.clone();
         let server = tokio::spawn(async move {
             let mut server = tonic::transport::Server::builder();
             let router = server.add_service(ConversionServer::new(service));
             router.serve_with_incoming(Incoming::new([listener])).await.expect("it serves");
         });
-        Self { url, tamper, server }
+        Self { url, tamper, judge, sessions, server }
+    }
+
+    /// Messages of writebacks' sessions are judged like this from now on.
+    pub fn judges(&self, judge: impl Fn(Said<'_>) -> Verdict + Send + Sync + 'static) {
+        *self.judge.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(judge));
+    }
+
+    /// Ends every session of a writeback; new ones are taken.
+    pub fn break_sessions(&self) {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner).abort_all();
     }
 
     /// Answers of the data log are changed like this from now on.
@@ -61,9 +106,12 @@ impl Tampering {
     }
 }
 
+#[derive(Clone)]
 struct Between {
     client: ConversionClient<Channel>,
     tamper: Arc<Mutex<Option<Tamper>>>,
+    judge: Judged,
+    sessions: Arc<Mutex<JoinSet<()>>>,
 }
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -71,6 +119,82 @@ type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 fn streamed<T: Send + 'static>(answer: Response<Streaming<T>>) -> Response<Streamed<T>> {
     Response::new(Box::pin(answer.into_inner()))
+}
+
+fn judge(judge: &Judged, said: Said<'_>) -> Verdict {
+    let judge = judge.lock().unwrap_or_else(PoisonError::into_inner);
+    judge.as_ref().map_or(Verdict::PassOn, |judge| judge(said))
+}
+
+/// What arrives of what a writeback says, and what it is told instead of the rest.
+fn to_conversion(judged: &Judged, said: WritebackBatch) -> (WritebackBatch, ConversionBatch) {
+    let (mut arrives, mut instead) = (WritebackBatch::default(), ConversionBatch::default());
+    for message in said.messages {
+        let said = message.message.as_ref().map(Said::ByWriteback);
+        match said.map_or(Verdict::PassOn, |said| judge(judged, said)) {
+            Verdict::PassOn => arrives.messages.push(message),
+            Verdict::Lose => {}
+            Verdict::Tell(answer) => {
+                instead.messages.push(ConversionMessage { message: Some(answer) });
+            }
+        }
+    }
+    (arrives, instead)
+}
+
+/// What arrives of what conversion says.
+fn to_writeback(judged: &Judged, said: ConversionBatch) -> ConversionBatch {
+    let mut arrives = ConversionBatch::default();
+    for message in said.messages {
+        let said = message.message.as_ref().map(Said::ByConversion);
+        match said.map_or(Verdict::PassOn, |said| judge(judged, said)) {
+            Verdict::PassOn => arrives.messages.push(message),
+            Verdict::Lose => {}
+            Verdict::Tell(answer) => {
+                arrives.messages.push(ConversionMessage { message: Some(answer) });
+            }
+        }
+    }
+    arrives
+}
+
+impl Between {
+    /// A session, in a task of its own that can be ended at any time.
+    fn session(&self, mut said: Streaming<WritebackBatch>) -> Streamed<ConversionBatch> {
+        let (judged, mut client) = (Arc::clone(&self.judge), self.client.clone());
+        let (tell, told) = mpsc::channel(1);
+        let (pass_on, passed_on) = mpsc::channel(1);
+        let session = async move {
+            let up = async {
+                while let Ok(Some(batch)) = said.message().await {
+                    let (arrives, instead) = to_conversion(&judged, batch);
+                    // Whoever has gone hears nothing.
+                    if !instead.messages.is_empty() {
+                        let _ = tell.send(Ok(instead)).await;
+                    }
+                    let _ = pass_on.send(arrives).await;
+                }
+            };
+            let down = async {
+                let mut answers = client.writeback_session(ReceiverStream::new(passed_on)).await?;
+                while let Some(batch) = answers.get_mut().message().await? {
+                    let _ = tell.send(Ok(to_writeback(&judged, batch))).await;
+                }
+                Ok(())
+            };
+            let ended = tokio::select! {
+                biased;
+                () = tell.closed() => Ok(()),
+                () = up => Ok(()),
+                ended = down => ended,
+            };
+            if let Err(status) = ended {
+                let _ = tell.send(Err(status)).await;
+            }
+        };
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner).spawn(session);
+        Box::pin(ReceiverStream::new(told))
+    }
 }
 
 macro_rules! passes_on {
@@ -97,8 +221,7 @@ macro_rules! passes_on {
                 &self,
                 request: Request<Streaming<WritebackBatch>>,
             ) -> Answer<Self::WritebackSessionStream> {
-                let messages = request.into_inner().map_while(Result::ok);
-                Ok(streamed(self.client.clone().writeback_session(messages).await?))
+                Ok(Response::new(self.session(request.into_inner())))
             }
 
             type StoreSessionStream = Streamed<StoreCommandBatch>;

@@ -14,3 +14,4 @@ mod protocol;
 mod read_cache;
 mod scenarios;
 mod surface;
+mod unheard;
