@@ -5,6 +5,8 @@ use std::borrow::Cow;
 use endio_types::Reason;
 use tonic::Status;
 
+const UNBACKED: &str = "no space is promised for what is dirty";
+
 /// A failure with its machine-readable reason.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{detail}")]
@@ -55,6 +57,16 @@ impl Failure {
     /// Whether it says that the volume is not open here any more.
     pub fn ends_volume(&self) -> bool {
         matches!(self.reason, Reason::OldGeneration | Reason::UnknownVolume)
+    }
+
+    /// Nothing was tried, because no space is promised for what is dirty.
+    pub fn unbacked() -> Self {
+        Self::new(Reason::NoSpace, UNBACKED)
+    }
+
+    /// Whether it is [`Self::unbacked`].
+    pub fn is_unbacked(&self) -> bool {
+        self.reason == Reason::NoSpace && self.detail == UNBACKED
     }
 
     /// A newer generation of the volume exists.

@@ -288,10 +288,7 @@ async fn backed(job: &Job) -> Result<(), Failure> {
         Some(gone) => Some(Err(gone.clone())),
         None if !state.credit.is_reset_pending() => Some(Ok(())),
         None if state.credit.is_outstanding() => None,
-        None => {
-            let detail = "no space is promised for what is dirty";
-            Some(Err(Failure::new(Reason::NoSpace, detail)))
-        }
+        None => Some(Err(Failure::unbacked())),
     });
     known.await
 }

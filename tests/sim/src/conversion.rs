@@ -423,6 +423,9 @@ impl Process {
                 self.stores.insert(session, end);
                 Ok(())
             }
+            Event::Ask(Message::Lookup(_, _, LblkRange { len: 0, .. }, 0), _) => {
+                Err("MALFORMED: a look-up of no blocks".to_owned())
+            }
             Event::Ask(Message::Lookup(volume, generation, range, over), end) => {
                 if let Err(refusal) = self.machine.attempts_over(volume, generation, over) {
                     end.send(Message::View(Err(refusal)));

@@ -24,7 +24,7 @@ fn assert_all_kept(seeds: Range<u64>, full: bool) {
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
-                let mut take = || next.fetch_add(1, Ordering::Relaxed);
+                let take = || next.fetch_add(1, Ordering::Relaxed);
                 for seed in std::iter::from_fn(|| Some(take())).take_while(|seed| *seed < seeds.end)
                 {
                     assert_kept(seed, full);

@@ -382,7 +382,7 @@ impl Engine {
         self.forget(volume, beyond, deadline).await?;
         let tail = size_bytes % BLOCK_BYTES;
         if volume.growable && tail > 0 {
-            self.see_size(volume, deadline).await?;
+            self.see_size(volume, LblkRange::new(first, 1), deadline).await?;
         }
         let old = volume.state().view.size_bytes();
         if size_bytes < old && tail > 0 {
@@ -419,11 +419,17 @@ impl Engine {
 
     /// Asks for the size of a volume that grows: a direct write that was given up may have extended it, and
     /// nobody here heard. Under a session that is newer than that write's its end is known to conversion.
-    async fn see_size(&self, volume: &Arc<Volume>, deadline: Instant) -> Result<(), Failure> {
+    /// A question is about blocks: about those that are cut.
+    async fn see_size(
+        &self,
+        volume: &Arc<Volume>,
+        cut: LblkRange,
+        deadline: Instant,
+    ) -> Result<(), Failure> {
         if tokio::time::timeout_at(deadline, self.session.up()).await.is_err() {
             return Err(Failure::conversion_away());
         }
-        self.look_up(volume, LblkRange::new(0, 0), deadline).await.map(drop)
+        self.look_up(volume, cut, deadline).await.map(drop)
     }
 
     /// A try of a resize was given up that may have been carried out all the same: what is

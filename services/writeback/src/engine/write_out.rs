@@ -156,8 +156,8 @@ impl Engine {
         state.dirty_since.get_or_insert_with(Instant::now);
         state.rest_until = Some(Instant::now() + Duration::from_millis(self.config.retry_max_ms));
         // Nobody has refused the data: it waits for a promise of space, and is tried then.
-        let is_unbacked = failure.reason == Reason::NoSpace && state.credit.is_reset_pending();
-        if is_unbacked {
+        let is_pending = failure.reason == Reason::NoSpace && state.credit.is_reset_pending();
+        if failure.is_unbacked() || is_pending {
             drop(state);
             self.undirtied(volume.id, freed);
             return volume.changed();

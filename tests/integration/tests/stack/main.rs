@@ -4,6 +4,7 @@
 mod data_log;
 mod defragment;
 mod faults;
+mod growing;
 mod history;
 mod hostile_answers;
 mod hostile_block_store;

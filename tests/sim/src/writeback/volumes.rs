@@ -368,7 +368,7 @@ impl Wb {
             if self.exec().until(deadline, self.up()).await.is_none() {
                 return Err(Failure::away());
             }
-            self.look_up(volume, LblkRange::new(0, 0), deadline).await?;
+            self.look_up(volume, LblkRange::new(first, 1), deadline).await?;
         }
         let old = volume.state.borrow().view.size_bytes();
         if size_bytes < old && tail > 0 {
