@@ -58,11 +58,18 @@ pub struct Config {
     /// even rhythm. Off: such a flush takes the time of one answer longer. On: a client that breaks its
     /// rhythm costs a message and a commit for nothing.
     pub log_ahead: bool,
+    /// Buffered writes of at least so many bytes go straight to the stores, and are converted when they
+    /// are acknowledged. Too small: what memory could take waits for stores. Too large: each byte is
+    /// written twice, to the cache log first (docs/PERFORMANCE.md). 0: none does.
+    pub write_around_bytes: u64,
+    /// How long such a write waits for the stores before the cache takes it, in ms. Too small: a
+    /// hiccup is as good as no stores. Too large: writers wait for stores that are away. 1 to 60,000.
+    pub write_around_patience_ms: u64,
     /// Most blocks in one write-out. Too small: more conversions. Too large: one failure costs
     /// more. 1 to 1,024.
     pub write_out_blocks: u64,
-    /// Write-outs under way per volume. Too small: slow fsync. Too large: one volume takes the
-    /// capacity. 1 to 1,024.
+    /// Write-outs under way per volume. Too small: stores that are far away idle. Too large: small groups,
+    /// and bursts that durable writes wait behind (docs/PERFORMANCE.md). 1 to 1,024.
     pub write_outs_per_volume: usize,
     /// Bytes of write-out in flight, all volumes. At least 4 MiB.
     pub write_out_bytes_in_flight: u64,
@@ -159,8 +166,10 @@ impl Default for Config {
             write_out_after_ms: 1_000,
             flush_log_bytes: 256 << 10,
             log_ahead: true,
+            write_around_bytes: 256 << 10,
+            write_around_patience_ms: 2_000,
             write_out_blocks: 256,
-            write_outs_per_volume: 16,
+            write_outs_per_volume: 4,
             write_out_bytes_in_flight: 64 << 20,
             direct_bytes_in_flight: 64 << 20,
             read_bytes_in_flight: 64 << 20,
@@ -217,6 +226,7 @@ impl Validate for Config {
         within("dirty_delay_max_ms", self.dirty_delay_max_ms, 0, 1_000);
         within("write_out_after_ms", self.write_out_after_ms, 1, 600_000);
         within("flush_log_bytes", self.flush_log_bytes, 0, MIB);
+        within("write_around_patience_ms", self.write_around_patience_ms, 1, 60_000);
         within("write_out_blocks", self.write_out_blocks, 1, 1_024);
         within("write_outs_per_volume", self.write_outs_per_volume as u64, 1, 1_024);
         within("write_out_bytes_in_flight", self.write_out_bytes_in_flight, 4 * MIB, 1 << 36);

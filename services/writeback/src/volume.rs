@@ -111,6 +111,8 @@ pub struct State {
     pub last_clean: Lsn,
     /// Write-out rests until then, after a failure.
     pub rest_until: Option<Instant>,
+    /// Until then the cache takes large writes, too: the stores did not answer one in time.
+    pub around_rests_until: Option<Instant>,
     /// Permission to read, as conversion gave it last.
     pub grant: Option<ReadGrant>,
     /// Bytes of direct writes under way.
@@ -215,6 +217,7 @@ impl Volume {
                 rhythm: Rhythm::default(),
                 last_clean: Lsn(0),
                 rest_until: None,
+                around_rests_until: None,
                 grant,
                 direct_bytes: 0,
                 direct: BTreeMap::new(),

@@ -9,7 +9,7 @@ use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::credit::Take;
 use endio_state_machine::writeback::throttle::Verdict;
 use endio_store::cache_log::{CacheLogError, WriteRecord};
-use endio_types::{BLOCK_SIZE, ByteRange, Generation, LblkRange, Reason, VolumeId};
+use endio_types::{BLOCK_BYTES, BLOCK_SIZE, ByteRange, Generation, LblkRange, Reason, VolumeId};
 use futures_util::FutureExt as _;
 use tokio::time::{Duration, Instant};
 
@@ -20,10 +20,13 @@ use crate::locks::Held;
 use crate::metrics::Kind;
 use crate::volume::{CachedBlock, Volume};
 
+/// How long the cache takes large writes, too, after the stores did not take one in time.
+const AROUND_RESTS: Duration = Duration::from_secs(10);
+
 /// When a write is acknowledged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
-    /// From the dirty cache.
+    /// From the dirty cache, or converted if it is large (`write_around_bytes`).
     Buffered,
     /// Durable: small ones from the dirty cache and conversion's data log, others converted.
     Durable,
@@ -249,6 +252,11 @@ impl Write {
             reach(Point::WritebackDirectDone);
             self.note_done(admission);
             convert_us
+        } else if self.is_for_the_stores()
+            && let Some(convert_us) = self.around().await?
+        {
+            self.note_done(admission);
+            convert_us
         } else {
             self.buffered(admission).await?;
             if self.op.mode == Mode::Durable {
@@ -286,6 +294,54 @@ impl Write {
             Mode::Buffered => false,
             Mode::Durable => !self.engine.is_loggable(&self.volume, self.blocks.len),
             Mode::Direct => true,
+        }
+    }
+
+    /// Whether a buffered write is so large that the cache is a detour: whole blocks, of which nothing is
+    /// dirty.
+    fn is_for_the_stores(&self) -> bool {
+        let Self { engine, volume, .. } = self;
+        let least = engine.config.write_around_bytes;
+        let ByteRange { offset, len } = self.bytes();
+        let is_whole = offset.is_multiple_of(BLOCK_BYTES) && len.is_multiple_of(BLOCK_BYTES);
+        if self.op.mode != Mode::Buffered
+            || least == 0
+            || len < least
+            || !is_whole
+            || volume.in_place
+        {
+            return false;
+        }
+        let state = volume.state();
+        let rests = state.around_rests_until.is_some_and(|until| Instant::now() < until);
+        !rests && !state.dirty.touches(self.blocks)
+    }
+
+    /// A buffered write straight to the stores. `None`: they do not take it soon; nothing of it is under
+    /// way any more, and the cache takes it.
+    ///
+    /// # Errors
+    /// The volume is gone.
+    async fn around(&self) -> Result<Option<u64>, Failure> {
+        let Self { engine, volume, .. } = self;
+        let patience = Duration::from_millis(engine.config.write_around_patience_ms);
+        let deadline = self.deadline.min(Instant::now() + patience);
+        let written = async {
+            engine.forget(volume, self.blocks, deadline).await?;
+            let data = self.op.data.clone();
+            engine.write_through(volume, self.blocks, data, self.end_bytes(), deadline).await
+        };
+        match written.await {
+            Ok(done) => {
+                reach(Point::WritebackDirectDone);
+                Ok(Some(done.convert_us))
+            }
+            Err(failure) => {
+                volume.usable()?;
+                tracing::debug!(volume = %volume.name, %failure, "the cache takes a large write");
+                volume.state().around_rests_until = Some(Instant::now() + AROUND_RESTS);
+                Ok(None)
+            }
         }
     }
 

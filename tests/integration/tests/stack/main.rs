@@ -1,6 +1,7 @@
 //! The real stack in one process says what the contract says.
 #![allow(clippy::unwrap_used)]
 
+mod around;
 mod data_log;
 mod defragment;
 mod faults;
