@@ -133,9 +133,14 @@ a.pwrite(b"6" * 4096, 12 * LARGE, nbd.CMD_FLAG_FUA)
 assert state(a, 12 * LARGE) in (DELAYED, IN_FLIGHT, WRITTEN), state(a, 12 * LARGE)
 # b sees what a wrote, and its flush covers it.
 assert b.pread(4096, LARGE) == b"2" * 4096
-a.pwrite(b"5" * LARGE, 16 * LARGE)
+# More than a flush sends to the data log, in writes that the cache takes.
+for at in range(8):
+    a.pwrite(b"5" * (LARGE >> 3), 16 * LARGE + at * (LARGE >> 3))
 b.flush()
 assert state(a, LARGE) == WRITTEN and state(a, 16 * LARGE) == WRITTEN
+# What is large goes straight to the stores, also behind a flush.
+a.pwrite(b"7" * LARGE, 20 * LARGE)
+assert state(a, 20 * LARGE) == WRITTEN
 a.zero(4096, 0, nbd.CMD_FLAG_NO_HOLE)
 a.trim(4096, 4096)
 assert state(a, 0) == UNWRITTEN and state(a, 4096) == HOLE

@@ -57,11 +57,14 @@ impl Default for Options {
     }
 }
 
-/// From which size on the block-stores write around the page cache: small, or as always. For
-/// [`Options::env`].
-pub fn drawn_direct(rng: &mut Rng) -> (String, String) {
-    let bytes = if rng.chance(50) { "4096" } else { "262144" };
-    ("ENDIO_BLOCK_STORE_DIRECT_WRITE_BYTES_MIN".to_owned(), bytes.to_owned())
+/// From which size on block-stores write around the page cache, and writebacks around theirs: small, or
+/// as always. For [`Options::env`].
+pub fn drawn_sizes(rng: &mut Rng) -> [(String, String); 2] {
+    let mut drawn = |name: &str| {
+        let bytes = if rng.chance(50) { "4096" } else { "262144" };
+        (name.to_owned(), bytes.to_owned())
+    };
+    [drawn("ENDIO_BLOCK_STORE_DIRECT_WRITE_BYTES_MIN"), drawn("ENDIO_WRITEBACK_WRITE_AROUND_BYTES")]
 }
 
 /// Which process.

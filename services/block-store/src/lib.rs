@@ -132,7 +132,7 @@ impl Running {
 ///
 /// # Errors
 /// See [`StartError`].
-pub async fn start(config: Config, deps: Deps) -> Result<Running, StartError> {
+pub async fn start(mut config: Config, deps: Deps) -> Result<Running, StartError> {
     let open = OpenBlockFile {
         dir: config.data_dir.clone(),
         capacity_blocks: config.capacity_blocks(),
@@ -146,6 +146,7 @@ pub async fn start(config: Config, deps: Deps) -> Result<Running, StartError> {
     }
     if config.direct_write_bytes_min > 0 && !file.has_direct_writes() {
         info!("the file system has no direct writes: all go through the page cache");
+        config.direct_write_bytes_min = 0;
     }
     let superblock = file.superblock();
     start_on(config, deps, Arc::new(file), superblock).await

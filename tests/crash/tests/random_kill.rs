@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use endio_testkit::client::Client;
-use endio_testkit::cluster::{Cluster, Options, Who, drawn_direct};
+use endio_testkit::cluster::{Cluster, Options, Who, drawn_sizes};
 use endio_testkit::oracle::Crash;
 use endio_testkit::seed::{self, Rng};
 use endio_testkit::workload::Workload;
@@ -27,7 +27,7 @@ struct Rig {
 async fn rig(stores: usize, replicas: u32, seed: u64) -> anyhow::Result<Rig> {
     let mut rng = Rng::new(seed);
     let mut options = Options { stores, capacity: "256MiB".to_owned(), ..Options::default() };
-    options.env.push(drawn_direct(&mut rng));
+    options.env.extend(drawn_sizes(&mut rng));
     let cluster = block_in_place(|| Cluster::start(options))?;
     let client = patient(&cluster);
     let mut loads = Vec::new();

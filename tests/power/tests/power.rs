@@ -7,7 +7,7 @@ use std::time::Duration;
 use endio_power_tests::disk::{Disk, Loss, Policy};
 use endio_power_tests::mount::{self, Mounted};
 use endio_testkit::client::Client;
-use endio_testkit::cluster::{Cluster, Options, Who, drawn_direct};
+use endio_testkit::cluster::{Cluster, Options, Who, drawn_sizes};
 use endio_testkit::oracle::Crash;
 use endio_testkit::seed::{self, Rng};
 use endio_testkit::workload::Workload;
@@ -58,7 +58,7 @@ impl Rig {
         std::fs::create_dir(&place)?;
         let mounted = Mounted::new(Disk::default(), &place)?;
         let mut options = options(&place, env);
-        options.env.push(drawn_direct(&mut rng));
+        options.env.extend(drawn_sizes(&mut rng));
         let cluster = block_in_place(|| Cluster::start(options))?;
         let client = cluster.client().with_patience(PATIENCE);
         client.create(VOLUME, VOLUME_BYTES, 1).await?;

@@ -193,16 +193,15 @@ fn is_quiet(world: &World) -> Result<(), String> {
         world.mirror.borrow().compare(volume.id, &extents)?;
     }
     let may_stay = |volume, waiting: &[u64]| world.may_stay(machine, volume, waiting);
-    let mut stay = 0;
+    let mut stay = Vec::new();
     for writeback in &world.writebacks {
         if let Some(engine) = writeback.serving() {
-            stay += engine.is_quiet(may_stay)?;
+            stay.extend(engine.is_quiet(may_stay)?);
         }
     }
-    if stay > 0 {
-        world.exec.note("stays dirty", WORLD, &[stay]);
-        return Ok(());
+    for volume in &stay {
+        world.exec.note("stays dirty", WORLD, &[volume.0]);
     }
-    // Nothing is dirty any more.
-    world.mirror.borrow().logs().is_empty()
+    // Nothing else is dirty any more.
+    world.mirror.borrow().logs().is_empty_but_for(&stay)
 }

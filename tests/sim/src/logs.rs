@@ -75,8 +75,9 @@ impl Logs {
     ///
     /// # Errors
     /// What is.
-    pub fn is_empty(&self) -> Result<(), String> {
-        let left: Vec<_> = self.0.iter().map(|(at, logged)| (at, logged.number)).collect();
+    pub fn is_empty_but_for(&self, stay: &[VolumeId]) -> Result<(), String> {
+        let left = self.0.iter().filter(|((volume, _), _)| !stay.contains(volume));
+        let left: Vec<_> = left.map(|(at, logged)| (at, logged.number)).collect();
         match left.is_empty() {
             true => Ok(()),
             false => Err(format!("logged-until-converted: {left:?} stay in the log")),

@@ -22,6 +22,9 @@ const CROWD: u64 = 0x6372_6f77;
 
 /// First seed that may draw them.
 const CROWDED_FROM: u64 = 1_000_000;
+/// The same for writes around the cache, and a log that does not take what is clean.
+const AROUND: u64 = 0x6172_6f75;
+const AROUND_FROM: u64 = 4_000_000;
 
 /// Numbers from one to another.
 #[derive(Clone, Copy, Debug)]
@@ -207,6 +210,12 @@ pub struct Plan {
     pub hasty_flushes: u64,
     /// Writes that write zeroes, in thousandths: what they write may be there already.
     pub zero_writes: u64,
+    /// Buffered writes of at least so many blocks go straight to the stores; 0: none do.
+    pub write_around_blocks: u64,
+    /// How long such a write waits for the stores before the cache takes it, milliseconds.
+    pub around_patience_ms: u64,
+    /// Notes that blocks are clean which the log does not take, in thousandths.
+    pub clean_fails: u64,
     /// Mean pause between two deaths of writebacks alone, milliseconds; 0: only as `chaos` says.
     pub writeback_death_ms: u64,
 }
@@ -246,6 +255,12 @@ impl Plan {
         let is_crowded = seed >= CROWDED_FROM && crowd.chance(10);
         let writeback_death_ms = if is_crowded { crowd.between(20, 200) } else { 0 };
         let capacity = if is_crowded { crowd.between(12, 60) } else { capacity };
+        let mut around = Rng::new(seed ^ AROUND);
+        let goes_around = seed >= AROUND_FROM && around.chance(40);
+        let write_around_blocks = if goes_around { around.between(1, 4) } else { 0 };
+        let around_patience_ms = around.between(5, 1_000);
+        let is_unnoted = seed >= AROUND_FROM && around.chance(25);
+        let clean_fails = if is_unnoted { around.between(20, 400) } else { 0 };
         let some = |rng: &mut Rng, max: u64| if rng.chance(50) { rng.below(max + 1) } else { 0 };
         let chaos = Chaos {
             every_ms: if rng.chance(5) { 0 } else { rng.between(10, 250) },
@@ -414,6 +429,9 @@ impl Plan {
             hasty_flushes,
             zero_writes,
             writeback_death_ms,
+            write_around_blocks,
+            around_patience_ms,
+            clean_fails,
         };
         if is_lazy {
             plan.write_out_after_ms = 3_600_000;

@@ -9,7 +9,7 @@ use endio_state_machine::machine::{Call, Machine, ToStore, ToWriteback};
 use endio_state_machine::record::Record;
 use endio_state_machine::token::ReadGrant;
 use endio_testkit::seed::Rng;
-use endio_types::{ClusterEpoch, Generation, LblkRange, StoreId, VolumeId};
+use endio_types::{ClusterEpoch, Generation, LblkRange, Millis, StoreId, VolumeId};
 
 use crate::client::Clients;
 use crate::conversion::Conversion;
@@ -76,6 +76,8 @@ pub enum Planted {
     LogOfOlderSession,
     /// What the stores hold is clean, whatever the data log has of it.
     StoredThoughLogged,
+    /// Whatever is not dirty is taken for clean in the log.
+    CleanGuessed,
 }
 
 impl Planted {
@@ -105,6 +107,7 @@ impl Planted {
         Self::FailedNeverOld,
         Self::LogOfOlderSession,
         Self::StoredThoughLogged,
+        Self::CleanGuessed,
     ];
 }
 
@@ -300,9 +303,24 @@ impl World {
         waiting: &[u64],
     ) -> bool {
         let damaged = waiting.iter().filter(|lblk| self.is_damaged(volume, **lblk)).count();
-        let info = machine.volumes().into_iter().find(|info| info.id == volume);
-        let promised = info.map_or(0, |info| info.credit_blocks);
-        damaged > 0 && (waiting.len() - damaged) as u64 <= promised
+        let volumes = machine.volumes();
+        let Some(info) = volumes.iter().find(|info| info.id == volume) else { return false };
+        let (wanted, promised) = (waiting.len() as u64, info.credit_blocks);
+        // What all are promised, and this volume wants besides, does not fit.
+        let copies = |blocks: u64, replicas: u32| blocks * u64::from(replicas);
+        let owed: u64 =
+            volumes.iter().map(|other| copies(other.credit_blocks, other.replicas)).sum();
+        let more = copies(wanted.saturating_sub(promised), info.replicas);
+        let stores = machine.stores(Millis(u64::MAX / 2));
+        let free: u64 = stores.iter().map(|store| store.free_blocks).sum();
+        let is_full = match info.replicas {
+            1 => owed + more > free,
+            // One store may be full and another not.
+            _ => {
+                owed + more + stores.iter().map(|store| store.free_blocks).max().unwrap_or(0) > free
+            }
+        };
+        damaged > 0 && wanted - damaged as u64 <= promised && promised < wanted && is_full
     }
 
     /// Whether the map shows a block with a checksum that no copy of it has any more.

@@ -7,6 +7,7 @@ use endio_chassis::trace::Span;
 use endio_failpoints::{Bug, Point, is_planted, reach};
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::credit::Take;
+use endio_state_machine::writeback::dirty::CleanRun;
 use endio_state_machine::writeback::throttle::Verdict;
 use endio_store::cache_log::{CacheLogError, WriteRecord};
 use endio_types::{BLOCK_BYTES, BLOCK_SIZE, ByteRange, Generation, LblkRange, Reason, VolumeId};
@@ -162,6 +163,12 @@ impl Engine {
             let clean = volume.state().last_clean;
             self.log.durable(clean).await?;
         }
+        // The log did not take that they are clean when they became so: a replay would put them back.
+        if self.log.holds(volume.id, range) {
+            let clean = CleanRun { range, up_to: self.log.last() };
+            let clean = self.log.append_clean(volume.id, &[clean])?;
+            self.log.durable(clean).await?;
+        }
         reach(Point::WritebackForgot);
         Ok(())
     }
@@ -252,11 +259,15 @@ impl Write {
             reach(Point::WritebackDirectDone);
             self.note_done(admission);
             convert_us
-        } else if self.is_for_the_stores()
-            && let Some(convert_us) = self.around().await?
-        {
-            self.note_done(admission);
-            convert_us
+        } else if self.is_for_the_stores() {
+            match self.around().await? {
+                Ok(convert_us) => convert_us,
+                Err(unknown) => {
+                    // What was tried may be converted all the same: a refusal would say that it is not.
+                    self.buffered(admission).await.map_err(|_| unknown)?;
+                    0
+                }
+            }
         } else {
             self.buffered(admission).await?;
             if self.op.mode == Mode::Durable {
@@ -298,7 +309,7 @@ impl Write {
     }
 
     /// Whether a buffered write is so large that the cache is a detour: whole blocks, of which nothing is
-    /// dirty.
+    /// dirty. What may be sent again is the cache's: its key is in one record with the data.
     fn is_for_the_stores(&self) -> bool {
         let Self { engine, volume, .. } = self;
         let least = engine.config.write_around_bytes;
@@ -317,15 +328,17 @@ impl Write {
         !rests && !state.dirty.touches(self.blocks)
     }
 
-    /// A buffered write straight to the stores. `None`: they do not take it soon; nothing of it is under
-    /// way any more, and the cache takes it.
+    /// A buffered write straight to the stores. The inner error: they do not take it soon, and the cache is
+    /// to take it. Nothing of it is under way any more, or its session is gone.
     ///
     /// # Errors
     /// The volume is gone.
-    async fn around(&self) -> Result<Option<u64>, Failure> {
+    async fn around(&self) -> Result<Result<u64, Failure>, Failure> {
         let Self { engine, volume, .. } = self;
         let patience = Duration::from_millis(engine.config.write_around_patience_ms);
         let deadline = self.deadline.min(Instant::now() + patience);
+        // What the cache will need if it has to take the next one while conversion is away.
+        engine.ask_credit(volume, false);
         let written = async {
             engine.forget(volume, self.blocks, deadline).await?;
             let data = self.op.data.clone();
@@ -334,13 +347,13 @@ impl Write {
         match written.await {
             Ok(done) => {
                 reach(Point::WritebackDirectDone);
-                Ok(Some(done.convert_us))
+                Ok(Ok(done.convert_us))
             }
             Err(failure) => {
                 volume.usable()?;
                 tracing::debug!(volume = %volume.name, %failure, "the cache takes a large write");
                 volume.state().around_rests_until = Some(Instant::now() + AROUND_RESTS);
-                Ok(None)
+                Ok(Err(failure))
             }
         }
     }

@@ -195,10 +195,7 @@ impl Wb {
         state.rest_until = 0;
         let clean = gathered.complete(&mut state.dirty);
         let clean = clean.map_err(|_| Failure::new(Reason::WrongState))?;
-        match self.engine.log.append_clean(volume.id, &clean) {
-            Ok(lsn) => state.last_clean = state.last_clean.max(lsn),
-            Err(error) => _ = self.log_failed(&error),
-        }
+        self.note_clean(volume, &mut state, &clean);
         if state.dirty.waiting_blocks() == 0 {
             state.dirty_since = None;
         }

@@ -152,19 +152,23 @@ pub fn want_everything_out(world: &Rc<World>) {
 
 impl Engine {
     /// Whether nothing is dirty and no credit is held, but for volumes of which `may_stay` says that
-    /// what waits there must wait. Says how many these are.
+    /// what waits there must wait. Says which these are.
     ///
     /// # Errors
     /// What is left.
-    pub fn is_quiet(&self, may_stay: impl Fn(VolumeId, &[u64]) -> bool) -> Result<u64, String> {
-        let mut stay = 0;
+    pub fn is_quiet(
+        &self,
+        may_stay: impl Fn(VolumeId, &[u64]) -> bool,
+    ) -> Result<Vec<VolumeId>, String> {
+        let (mut stay, mut stay_bytes) = (Vec::new(), 0);
         for (name, volume) in &*self.table.borrow() {
             let state = volume.state.borrow();
             if !state.dirty.is_clean() {
                 if !state.unbacked().is_some_and(|waiting| may_stay(volume.id, &waiting)) {
                     return Err(format!("liveness: volume {name} stays dirty"));
                 }
-                stay += 1;
+                stay.push(volume.id);
+                stay_bytes += state.dirty.waiting_blocks() * BLOCK_BYTES;
                 continue;
             }
             if state.credit.held() > 0 {
@@ -173,10 +177,8 @@ impl Engine {
             }
         }
         match self.throttle.borrow().total_bytes() {
-            left if left > 0 && stay == 0 => {
-                Err(format!("space_adds_up: {left} bytes count as dirty"))
-            }
-            _ => Ok(stay),
+            left if left == stay_bytes => Ok(stay),
+            left => Err(format!("space_adds_up: {left} bytes count as dirty, not {stay_bytes}")),
         }
     }
 }
@@ -235,6 +237,8 @@ pub struct State {
     dirty_since: Option<u64>,
     credit: Credit,
     credit_reset: Option<u64>,
+    /// The last reset of it was refused.
+    is_reset_refused: bool,
     /// Failed write-outs.
     pub errors: ErrSeq<Failure>,
     error_count: u64,
@@ -252,7 +256,8 @@ pub struct State {
 impl State {
     /// The blocks that wait for a promise of space, if it was refused.
     pub fn unbacked(&self) -> Option<Vec<u64>> {
-        let is_refused = self.credit.is_reset_pending() && self.dirty.write_outs() == 0;
+        let is_refused = self.is_reset_refused && self.credit.is_reset_pending();
+        let is_refused = is_refused && self.dirty.write_outs() == 0;
         is_refused.then(|| self.dirty.waiting().map(|block| block.lblk.0).collect())
     }
 }
@@ -285,6 +290,7 @@ impl Volume {
                 dirty_since: None,
                 credit: Credit::new(world.plan.credit),
                 credit_reset: None,
+                is_reset_refused: false,
                 errors: ErrSeq::new(),
                 error_count: 0,
                 errors_set: 0,

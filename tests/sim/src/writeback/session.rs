@@ -122,6 +122,7 @@ impl Wb {
             state.clean.forget(ALONE, LblkRange::new(0, u64::MAX));
             let ask = state.credit.reset();
             state.credit_reset = Some(ask.request);
+            state.is_reset_refused = false;
             drop(state);
             let request = self.number(Owed::Reset(volume.id));
             self.push(FromWriteback::Reserve {

@@ -83,10 +83,7 @@ impl Wb {
         }
         state.credit.put_back(blocks);
         // What is kept is not clean in the log: a replay needs it, to hold a write together.
-        match self.engine.log.append_clean(volume.id, &settled.clean) {
-            Ok(lsn) => state.last_clean = state.last_clean.max(lsn),
-            Err(error) => _ = self.log_failed(&error),
-        }
+        self.note_clean(volume, &mut state, &settled.clean);
         if state.dirty.waiting_blocks() == 0 {
             state.dirty_since = None;
         }

@@ -6,6 +6,7 @@ use endio_state_machine::machine::{Call, Completion, Lane, MapChange, ReplyBody}
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::cover::inner_and_edges;
 use endio_state_machine::writeback::credit::Take;
+use endio_state_machine::writeback::dirty::CleanRun;
 use endio_state_machine::writeback::errseq::Cursor;
 use endio_state_machine::writeback::sessions::{Decision, RequestKey};
 use endio_state_machine::writeback::throttle::Verdict;
@@ -13,7 +14,7 @@ use endio_store::cache_log::{CacheLogError, WriteRecord};
 use endio_types::{BLOCK_BYTES, ByteRange, LblkRange, Reason};
 
 use super::io_end::Job;
-use super::{Admission, Failure, Held, MapChanging, Outcome, Volume, Wb};
+use super::{Admission, Failure, Held, MapChanging, Outcome, State, Volume, Wb};
 use crate::block::{Block, CELL_BYTES, CELLS, ZEROES, crc, to_bytes};
 use crate::exec::MS;
 use crate::world::Planted;
@@ -128,6 +129,44 @@ impl Wb {
             return Ok(());
         }
         let whole = self.merge(volume, first, &cells, deadline).await?;
+        if !self.is_for_the_stores(volume, bytes) {
+            return self.buffered(volume, (blocks, whole), end, admission, deadline).await;
+        }
+        let patience = self.world.plan.around_patience_ms * MS;
+        let soon = deadline.min(self.exec().now() + patience);
+        self.ask_credit(volume, false);
+        let written = async {
+            self.forget(volume, blocks, soon).await?;
+            self.write_through(volume, blocks, whole.clone(), end, soon).await
+        };
+        let Err(unknown) = written.await else {
+            self.note_done(admission, bytes.len);
+            return Ok(());
+        };
+        volume.usable()?;
+        self.exec().note("the cache takes it", self.node(), &[blocks.start.0, blocks.len]);
+        // What was tried may be converted all the same: a refusal would say that it is not.
+        let taken = self.buffered(volume, (blocks, whole), end, admission, deadline).await;
+        taken.map_err(|_| unknown)
+    }
+
+    /// Whether a buffered write goes straight to the stores: large, of whole blocks, and nothing of them is
+    /// dirty.
+    fn is_for_the_stores(&self, volume: &Volume, bytes: ByteRange) -> bool {
+        let least = self.world.plan.write_around_blocks * BLOCK_BYTES;
+        let is_whole = bytes.offset % BLOCK_BYTES == 0 && bytes.len % BLOCK_BYTES == 0;
+        let is_large = least > 0 && bytes.len >= least && is_whole && !volume.in_place;
+        is_large && !volume.state.borrow().dirty.touches(bytes.blocks())
+    }
+
+    async fn buffered(
+        &self,
+        volume: &Rc<Volume>,
+        (blocks, whole): (LblkRange, Vec<Block>),
+        end: u64,
+        admission: Option<Admission>,
+        deadline: u64,
+    ) -> Outcome<()> {
         self.make_room(volume, blocks.len, deadline).await?;
         self.take_credit(volume, blocks.len, deadline).await?;
         let inserted = self.insert(volume, blocks, &whole, end, admission.as_ref(), deadline);
@@ -140,7 +179,7 @@ impl Wb {
         };
         self.dirtied(volume.id, used);
         if let Some(admission) = admission {
-            admission.applied(bytes.len);
+            admission.applied(whole.len() as u64 * BLOCK_BYTES);
         }
         self.ask_credit(volume, false);
         volume.changed.notify();
@@ -211,7 +250,27 @@ impl Wb {
             let clean = volume.state.borrow().last_clean;
             self.log_durable(clean).await?;
         }
+        // The log did not take that they are clean when they became so.
+        if self.engine.log.holds(volume.id, range) && !self.world.planted(Planted::CleanGuessed) {
+            let clean = CleanRun { range, up_to: self.engine.log.last_lsn() };
+            let clean = self.engine.log.append_clean(volume.id, &[clean]);
+            let clean = clean.map_err(|error| self.log_failed(&error))?;
+            self.log_durable(clean).await?;
+        }
         Ok(())
+    }
+
+    /// Notes in the log that blocks are clean; the volume's state is in the caller's hands.
+    pub(super) fn note_clean(&self, volume: &Volume, state: &mut State, clean: &[CleanRun]) {
+        // As if the disk of the log was full for a moment.
+        let fails = self.world.plan.clean_fails;
+        if fails > 0 && self.world.rare.borrow_mut().below(1000) < fails {
+            return self.exec().note("clean is not noted", self.node(), &[volume.id.0]);
+        }
+        match self.engine.log.append_clean(volume.id, clean) {
+            Ok(lsn) => state.last_clean = state.last_clean.max(lsn),
+            Err(error) => _ = self.log_failed(&error),
+        }
     }
 
     /// Asks conversion for credit where a volume wants some.
@@ -220,11 +279,16 @@ impl Wb {
         let (wb, volume) = (self.clone(), Rc::clone(volume));
         self.spawn(async move {
             match wb.reserve(&volume, ask.reset, ask.add_blocks, ask.drop_blocks).await {
-                Ok(_) => _ = volume.state.borrow_mut().credit.granted(ask.request),
+                Ok(_) => {
+                    let mut state = volume.state.borrow_mut();
+                    state.is_reset_refused = false;
+                    _ = state.credit.granted(ask.request);
+                }
                 // The next session sets the credit anew and replaces this request.
                 Err(failure) if failure.reason == Reason::PeerAway => return,
                 Err(failure) => {
                     wb.heed(&volume, &failure);
+                    volume.state.borrow_mut().is_reset_refused |= ask.reset;
                     wb.exec().tell(wb.node(), || {
                         let waits: Vec<u64> =
                             volume.state.borrow().dirty.waiting().map(|w| w.lblk.0).collect();
