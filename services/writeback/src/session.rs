@@ -73,6 +73,24 @@ pub(crate) struct Granted {
     pub done: oneshot::Receiver<Completion>,
 }
 
+/// A write whose begin is awaited. Dropped with a grant that came and was not taken, it gives the io_end up:
+/// nobody else knows of it.
+struct Asked<'a> {
+    session: &'a Session,
+    answer: oneshot::Receiver<Result<Granted, Failure>>,
+}
+
+impl Drop for Asked<'_> {
+    fn drop(&mut self) {
+        if let Ok(Ok(Granted { session, begun, .. })) = self.answer.try_recv() {
+            let release =
+                ReleaseSubmitter { token: begun.submitter, abort: true, ..Default::default() };
+            // Where the queue is full, the io_end lives until conversion ends it.
+            let _ = self.session.commands.try_send(Command::Release(session, release));
+        }
+    }
+}
+
 enum Command {
     Begin(BeginIo, oneshot::Sender<Result<Granted, Failure>>),
     /// Under the session of that number only.
@@ -164,8 +182,9 @@ impl Session {
     /// What conversion refused, or that it is away.
     pub(crate) async fn begin(&self, begin: BeginIo) -> Result<Granted, Failure> {
         let (reply, answer) = oneshot::channel();
+        let mut asked = Asked { session: self, answer };
         self.send(Command::Begin(begin, reply)).await?;
-        answer.await.unwrap_or_else(|_| Err(Failure::conversion_away()))
+        (&mut asked.answer).await.unwrap_or_else(|_| Err(Failure::conversion_away()))
     }
 
     /// Releases a submitter's token. Lost with its session, like the token itself.

@@ -224,6 +224,8 @@ impl Slot {
             read_cache_bytes: if plan.defragments { 0 } else { 128 << 20 },
             defragment_bytes_per_s: if plan.defragments { 1 << 30 } else { 0 },
             defragment_after_ms: 0,
+            write_around_bytes: if plan.goes_around { 4_096 } else { 256 << 10 },
+            write_around_patience_ms: plan.io_timeout_ms / 8,
             server: serving(plan.io_timeout_ms + 5_000),
             dialer: dialing(),
             ..endio_writeback::Config::default()

@@ -92,6 +92,8 @@ pub struct Plan {
     pub write_out_after_ms: u64,
     /// Whether blocks are written anew all the time that are read in sequence and lie in many pieces.
     pub defragments: bool,
+    /// Whether buffered writes of whole blocks go straight to the stores.
+    pub goes_around: bool,
     /// Longest way of a message in calm weather, in ms.
     pub latency_ms: u64,
     /// When all faults are mended, in ms.
@@ -102,6 +104,8 @@ pub struct Plan {
 
 /// Drawn apart, so that what older seeds do stays.
 const DEFRAGMENTS: u64 = 0x6672_6167_6d65_6e74;
+/// The same for writes around the cache.
+const AROUND: u64 = 0x6172_6f75;
 
 impl Plan {
     /// The plan of a seed. Equal seeds give equal plans.
@@ -124,6 +128,7 @@ impl Plan {
             io_timeout_ms: rng.between(3_000, 20_000),
             write_out_after_ms: rng.between(20, 1_000),
             defragments: Rng::new(seed ^ DEFRAGMENTS).chance(50),
+            goes_around: Rng::new(seed ^ AROUND).chance(50),
             latency_ms: [2, 5, 20, 60][draw(&mut rng, 0, 3)],
             heal_ms: rng.between(4_000, 12_000),
             events: Vec::new(),

@@ -154,7 +154,8 @@ impl Wb {
     /// dirty.
     fn is_for_the_stores(&self, volume: &Volume, bytes: ByteRange) -> bool {
         let least = self.world.plan.write_around_blocks * BLOCK_BYTES;
-        let is_whole = bytes.offset % BLOCK_BYTES == 0 && bytes.len % BLOCK_BYTES == 0;
+        let is_whole =
+            bytes.offset.is_multiple_of(BLOCK_BYTES) && bytes.len.is_multiple_of(BLOCK_BYTES);
         let is_large = least > 0 && bytes.len >= least && is_whole && !volume.in_place;
         is_large && !volume.state.borrow().dirty.touches(bytes.blocks())
     }
