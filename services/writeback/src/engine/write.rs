@@ -259,7 +259,7 @@ impl Write {
             reach(Point::WritebackDirectDone);
             self.note_done(admission);
             convert_us
-        } else if self.is_for_the_stores() {
+        } else if admission.is_none() && self.is_for_the_stores() {
             match self.around().await? {
                 Ok(convert_us) => convert_us,
                 Err(unknown) => {
@@ -309,7 +309,7 @@ impl Write {
     }
 
     /// Whether a buffered write is so large that the cache is a detour: whole blocks, of which nothing is
-    /// dirty. What may be sent again is the cache's: its key is in one record with the data.
+    /// dirty. What may be sent again (an admission) is the cache's: its key is in one record with the data.
     fn is_for_the_stores(&self) -> bool {
         let Self { engine, volume, .. } = self;
         let least = engine.config.write_around_bytes;

@@ -107,24 +107,28 @@ async fn unaligned_writes_in_one_block_keep_each_others_bytes() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_late_retry_never_overwrites_newer_data() {
     let (mut stack, client) = stack().await;
-    for mode in [WriteMode::Buffered, WriteMode::Direct] {
-        let session = Bytes::from(vec![mode as u8 + 1; 16]);
+    // The last one is so large that without a key it would go around the cache.
+    let writes =
+        [(WriteMode::Buffered, 4096), (WriteMode::Direct, 4096), (WriteMode::Buffered, 512 << 10)];
+    for (at, (mode, length)) in (1..).zip(writes) {
+        let session = Bytes::from(vec![at; 16]);
+        let (old, new) = (vec![1; length], vec![2; length]);
         let key =
             |sequence, is_retry| Some(RetryKey { session: session.clone(), sequence, is_retry });
-        let first = WriteRequest { retry: key(1, false), ..write_of(0, &[1; 4096], mode) };
-        let second = WriteRequest { retry: key(2, false), ..write_of(0, &[2; 4096], mode) };
+        let first = WriteRequest { retry: key(1, false), ..write_of(0, &old, mode) };
+        let second = WriteRequest { retry: key(2, false), ..write_of(0, &new, mode) };
         assert!(!client.io().write(first.clone()).await.unwrap().into_inner().duplicate);
         client.io().write(second).await.unwrap();
         let late = WriteRequest { retry: key(1, true), ..first };
         let answer = client.io().write(late.clone()).await.unwrap().into_inner();
         assert!(answer.duplicate, "{answer:?}");
-        assert_eq!(client.read("vol1", 0, 4096).await.unwrap(), vec![2; 4096]);
+        assert_eq!(client.read("vol1", 0, length as u64).await.unwrap(), new);
         // The memory of what was applied outlives the process.
         stack.writeback.restart().await;
         client.fsync("vol1").await.unwrap();
         let answer = client.io().write(late).await.unwrap().into_inner();
         assert!(answer.duplicate, "{answer:?}");
-        assert_eq!(client.read("vol1", 0, 4096).await.unwrap(), vec![2; 4096]);
+        assert_eq!(client.read("vol1", 0, length as u64).await.unwrap(), new);
     }
 }
 
