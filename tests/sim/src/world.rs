@@ -78,6 +78,9 @@ pub enum Planted {
     StoredThoughLogged,
     /// Whatever is not dirty is taken for clean in the log.
     CleanGuessed,
+    /// What fails while conversion is away is dirty again at once, and wants no more space when it is
+    /// written anew.
+    DoubtIgnored,
 }
 
 impl Planted {
@@ -108,6 +111,7 @@ impl Planted {
         Self::LogOfOlderSession,
         Self::StoredThoughLogged,
         Self::CleanGuessed,
+        Self::DoubtIgnored,
     ];
 }
 

@@ -84,6 +84,7 @@ impl Engine {
                 // The log line names the trace.
                 let noting = async { self.not_written_out(volume, &gathered, &failure) };
                 served.span.clone().scope(noting).await;
+                self.fall_back(volume, gathered);
                 Err(failure)
             }
         }
@@ -149,27 +150,21 @@ impl Engine {
 
     fn not_written_out(&self, volume: &Volume, gathered: &Blocks, failure: &Failure) {
         let mut state = volume.state();
-        state.write_outs -= 1;
-        let freed = gathered.fail(&mut state.dirty);
-        state.credit.put_back(freed);
         // What is logged no flush asks for: it has to grow old.
         state.dirty_since.get_or_insert_with(Instant::now);
         state.rest_until = Some(Instant::now() + Duration::from_millis(self.config.retry_max_ms));
         // Nobody has refused the data: it waits for a promise of space, and is tried then.
         let is_pending = failure.reason == Reason::NoSpace && state.credit.is_reset_pending();
         if failure.is_unbacked() || is_pending {
-            drop(state);
-            self.undirtied(volume.id, freed);
-            return volume.changed();
+            return;
         }
         state.errors.set(failure.clone());
         state.error_count += 1;
         drop(state);
-        self.undirtied(volume.id, freed);
         self.heed(volume, failure);
         if volume.usable().is_err() {
             // The flusher says what is lost with a volume that is not ours any more.
-            return volume.changed();
+            return;
         }
         tracing::error!(
             volume = %volume.name,
@@ -179,6 +174,36 @@ impl Engine {
             error = %failure,
             "write-out failed; the data stays dirty and is tried again"
         );
+        volume.changed();
+    }
+
+    /// The blocks of a write-out that failed are dirty again. While conversion is away it may have
+    /// converted them unheard, with the space promised for them: they stay under writeback until the next
+    /// session counts promises anew, so that a write over them takes space of its own
+    /// (`credit-backed`).
+    fn fall_back(self: &Arc<Self>, volume: &Arc<Volume>, gathered: Blocks) {
+        if self.session.link().epoch.is_some() {
+            return self.dirty_again(volume, &gathered);
+        }
+        let (engine, volume) = (Arc::clone(self), Arc::clone(volume));
+        self.tasks.spawn(async move {
+            tokio::select! {
+                biased;
+                () = engine.stop.cancelled() => {}
+                _ = engine.session.up() => {}
+                () = volume.wait(|state| state.gone.is_some().then_some(())) => {}
+            }
+            engine.dirty_again(&volume, &gathered);
+        });
+    }
+
+    fn dirty_again(&self, volume: &Volume, gathered: &Blocks) {
+        let mut state = volume.state();
+        state.write_outs -= 1;
+        let freed = gathered.fail(&mut state.dirty);
+        state.credit.put_back(freed);
+        drop(state);
+        self.undirtied(volume.id, freed);
         volume.changed();
     }
 }

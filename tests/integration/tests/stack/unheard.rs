@@ -9,9 +9,10 @@ use endio_api::conversion::{
     BeginRefused, CheckRequest, CreateVolumeRequest, Lane, Volume, VolumeRequest,
 };
 use endio_api::writeback::{
-    FsyncRequest, ResizeRequest, StatusRequest, VolumeStatus, WriteMode, WriteRequest,
+    FsyncRequest, RangeRequest, ResizeRequest, StatusRequest, VolumeStatus, WriteMode, WriteRequest,
 };
 use endio_integration_tests::raw;
+use endio_integration_tests::services::STORE_BLOCKS;
 use endio_integration_tests::stack::{Stack, Writeback};
 use endio_integration_tests::tampering::{Said, Tampering, Verdict};
 use endio_testkit::client::{Client, Refused};
@@ -31,6 +32,8 @@ struct Line {
     loses_ends: bool,
     /// What is dirty is promised no space under a new session.
     is_full: bool,
+    /// Nothing gets through.
+    is_cut: bool,
     /// Completions that were lost.
     lost: u64,
     /// io_ends that the writeback gave up.
@@ -50,6 +53,7 @@ struct Line {
 impl Line {
     fn hears(&mut self, said: &Said<'_>) -> Verdict {
         match said {
+            _ if self.is_cut => return Verdict::Lose,
             Said::ByWriteback(FromWriteback::Hello(_)) => {
                 self.asked = None;
                 self.is_backed = false;
@@ -224,6 +228,50 @@ async fn no_write_out_begins_again_before_its_space_is_promised_and_that_is_no_e
     assert_eq!((status.dirty_bytes, status.error_pending), (0, false));
     assert_eq!(cut.client.read(NAME, 0, 4 * BLOCK).await.unwrap(), vec![1; 4 * 4096]);
     assert_eq!(cut.client.read(NAME, 8 * BLOCK, BLOCK).await.unwrap(), vec![2; 4096]);
+    cut.ends_well().await;
+}
+
+/// Full stores, a write-out that uses up all that was promised but one block, and an end that is lost. While
+/// conversion is away nobody knows whether the stores have its blocks: who writes over one of them
+/// takes the block that is left, and the next one is not told that all is well.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_writes_over_what_may_be_converted_takes_space_of_its_own() {
+    let cut = Cut::start(3_000).await;
+    cut.create(16 << 20, false).await;
+    let other = cut.stack.client();
+    other.create("other", STORE_BLOCKS * BLOCK, 1).await.unwrap();
+    let rest = RangeRequest {
+        volume: "other".to_owned(),
+        length_bytes: (STORE_BLOCKS - 9) * BLOCK,
+        ..Default::default()
+    };
+    other.io().allocate(rest).await.unwrap();
+    let buffered = WriteMode::Buffered;
+    assert!(told(cut.writes(0, vec![1; 8 * 4096], buffered)).await.is_none());
+    // Who writes may need a block, and gives it back where it does not.
+    assert!(told(cut.writes(0, vec![1; 4096], buffered)).await.is_none());
+    cut.set(|line| line.loses_ends = true);
+    let first = cut.syncs();
+    cut.until("the write-out is converted", |line| line.lost > 0).await;
+    cut.set(|line| line.is_cut = true);
+    cut.between.break_sessions();
+    assert!(told(first).await.is_some(), "it cannot know");
+    let over = told(cut.writes(0, vec![2; 4096], buffered)).await;
+    assert!(over.is_none(), "there is a block for it: {over:?}");
+    let over = told(cut.writes(1, vec![2; 4096], buffered)).await;
+    let over = over.expect("no space is promised for it");
+    assert!(matches!(over.reason, Reason::PeerAway | Reason::NoSpace), "{over}");
+    cut.set(|line| (line.loses_ends, line.is_cut) = (false, false));
+    cut.between.break_sessions();
+    let mut refused = told(cut.syncs()).await;
+    if refused.is_some() {
+        // Of the time before.
+        refused = told(cut.syncs()).await;
+    }
+    assert!(refused.is_none(), "what was acknowledged cannot be flushed: {refused:?}");
+    assert_eq!(cut.status().await.dirty_bytes, 0);
+    let expected = [vec![2; 4096], vec![1; 7 * 4096]].concat();
+    assert_eq!(cut.client.read(NAME, 0, 8 * BLOCK).await.unwrap(), expected);
     cut.ends_well().await;
 }
 

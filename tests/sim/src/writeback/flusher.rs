@@ -173,7 +173,8 @@ impl Wb {
             }
             Err(failure) => {
                 changing.ended(Vec::new());
-                self.not_written_out(volume, &gathered, failure);
+                self.not_written_out(volume, failure);
+                self.fall_back(volume, gathered);
                 Err(failure)
             }
         }
@@ -205,12 +206,9 @@ impl Wb {
         Ok(())
     }
 
-    fn not_written_out(&self, volume: &Volume, gathered: &Gathered<Block>, failure: Failure) {
+    fn not_written_out(&self, volume: &Volume, failure: Failure) {
         self.exec().note("write-out failed", self.node(), &[failure.reason as u64]);
         let mut state = volume.state.borrow_mut();
-        state.write_outs -= 1;
-        let freed = gathered.fail(&mut state.dirty);
-        state.credit.put_back(freed);
         // Nobody has refused the data: it waits for a promise of space, and is tried then.
         let is_unbacked = failure.reason == Reason::NoSpace && state.credit.is_reset_pending();
         if !is_unbacked {
@@ -224,8 +222,33 @@ impl Wb {
             state.dirty_since.get_or_insert(self.exec().now());
         }
         drop(state);
-        self.undirtied(volume.id, freed);
         self.heed(volume, &failure);
+        volume.changed.notify();
+    }
+
+    /// The blocks of a write-out that failed are dirty again: while conversion is away, once the next
+    /// session counts promises anew, for they may be converted, unheard.
+    fn fall_back(&self, volume: &Rc<Volume>, gathered: Gathered<Block>) {
+        if self.engine.link_up.get() || self.world.planted(Planted::DoubtIgnored) {
+            return self.dirty_again(volume, &gathered);
+        }
+        let (wb, volume) = (self.clone(), Rc::clone(volume));
+        self.spawn(async move {
+            // Whoever ends the volume tells only those who wait for it.
+            while !wb.engine.link_up.get() && volume.state.borrow().gone.is_none() {
+                wb.exec().until(wb.exec().now() + MS, wb.up()).await;
+            }
+            wb.dirty_again(&volume, &gathered);
+        });
+    }
+
+    fn dirty_again(&self, volume: &Volume, gathered: &Gathered<Block>) {
+        let mut state = volume.state.borrow_mut();
+        state.write_outs -= 1;
+        let freed = gathered.fail(&mut state.dirty);
+        state.credit.put_back(freed);
+        drop(state);
+        self.undirtied(volume.id, freed);
         volume.changed.notify();
     }
 
