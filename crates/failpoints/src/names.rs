@@ -51,6 +51,8 @@ named! {
         WritebackReleased = "writeback-released",
         /// The completion has come; nothing has been done about it.
         WritebackCompleted = "writeback-completed",
+        /// Blocks are converted; the log does not know. Can fail.
+        WritebackNotingClean = "writeback-noting-clean",
         /// What was written out is clean in memory and in the log.
         WritebackClean = "writeback-clean",
         /// The data of a small flush is about to be sent to the data log.

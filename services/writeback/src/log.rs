@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, PoisonError, Weak};
 
-use endio_failpoints::{Bug, is_planted};
+use endio_failpoints::{Bug, Point, is_planted, reach_io};
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::dirty::CleanRun;
 use endio_state_machine::writeback::sessions::{RequestKey, SessionId};
@@ -65,6 +65,7 @@ impl Log {
     /// # Errors
     /// As [`CacheLog::append_clean`].
     pub(crate) fn append_clean(&self, volume: u64, runs: &[CleanRun]) -> Result<Lsn, Failure> {
+        reach_io(Point::WritebackNotingClean).map_err(|_| CacheLogError::DiskFull)?;
         Ok(self.inner.append_clean(VolumeId(volume), runs)?)
     }
 

@@ -219,3 +219,34 @@ impl Session {
         self.commands.send(command).await.map_err(|_| Failure::conversion_away())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use endio_api::common::Token;
+    use futures_util::poll;
+
+    use super::*;
+
+    /// A caller that is gone at the instant at which its grant comes: nobody else would end the io_end.
+    #[tokio::test]
+    async fn a_grant_that_nobody_takes_is_given_up() {
+        let (commands, mut queue) = mpsc::channel(8);
+        let (_tell, link) = watch::channel(Link::default());
+        let session = Session { commands, link, tenure: Arc::new(Tenure::new()) };
+        let mut begun = Box::pin(session.begin(BeginIo::default()));
+        assert!(poll!(begun.as_mut()).is_pending());
+        let Some(Command::Begin(_, reply)) = queue.recv().await else { panic!("nothing is asked") };
+        let (_end, done) = oneshot::channel();
+        let submitter = Some(Token { io_end: 7, ..Token::default() });
+        let granted = Granted { session: 3, begun: Begun { submitter, ..Begun::default() }, done };
+        assert!(reply.send(Ok(granted)).is_ok());
+        drop(begun);
+        let Ok(Command::Release(session, release)) = queue.try_recv() else {
+            panic!("the io_end lives until conversion ends it")
+        };
+        assert_eq!((session, release.abort), (3, true));
+        assert_eq!(release.token.map(|token| token.io_end), Some(7));
+        // Whoever takes it ends it himself.
+        assert!(queue.try_recv().is_err());
+    }
+}

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use endio_api::writeback::{WriteMode, WriteRequest};
 use endio_failpoints::Point;
 use endio_testkit::client::Client;
 use endio_testkit::cluster::{Cluster, Options, Who};
@@ -255,4 +256,49 @@ async fn failed_writes_begin_again_and_a_failed_commit_ends_conversion() {
     rig.wait_for_its_end(Point::JournalWritten).await;
     rig.recover(Point::JournalWritten, running).await;
     rig.end().await;
+}
+
+/// The log does not take every other note that blocks are clean, as if its disk were full for a moment. A
+/// direct write over such blocks notes it first: else a replay would put the older data back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_log_does_not_know_to_be_clean_is_not_put_back_over_newer_data() {
+    let mut options = options();
+    options.env.retain(|(name, _)| name != "ENDIO_WRITEBACK_WRITE_OUT_AFTER_MS");
+    let mut cluster = block_in_place(|| Cluster::start(options)).unwrap();
+    let client = cluster.client().with_patience(PATIENCE);
+    client.create("vol1", VOLUME_BYTES, 1).await.unwrap();
+    let writeback = cluster.process(Who::Writeback(0));
+    let rule = format!("{}=error%2", Point::WritebackNotingClean.name());
+    writeback.set_env("ENDIO_FAILPOINTS", Some(&rule));
+    block_in_place(|| writeback.restart()).unwrap();
+    const BLOCKS: u64 = 8;
+    let write = async |block: u64, byte: u8, mode: WriteMode| {
+        let request = WriteRequest {
+            volume: "vol1".to_owned(),
+            offset_bytes: block * 4096,
+            data: vec![byte; 4096].into(),
+            mode: mode.into(),
+            ..WriteRequest::default()
+        };
+        client.io().write(request).await.unwrap();
+    };
+    for block in 0..BLOCKS {
+        write(block, 1, WriteMode::Buffered).await;
+        client.fsync("vol1").await.unwrap();
+        write(block, 2, WriteMode::Direct).await;
+    }
+    let writeback = cluster.process(Who::Writeback(0));
+    assert!(writeback.log().contains("no space left on the disk of the cache log"));
+    writeback.set_env("ENDIO_FAILPOINTS", None);
+    block_in_place(|| {
+        writeback.kill();
+        writeback.restart()
+    })
+    .unwrap();
+    for block in 0..BLOCKS {
+        let read = client.read("vol1", block * 4096, 4096).await.unwrap();
+        assert!(read.iter().all(|byte| *byte == 2), "block {block} is {}", read[0]);
+    }
+    client.settles().await.unwrap();
+    cluster.no_panic().unwrap();
 }

@@ -92,7 +92,6 @@ impl Task {
             let number = self.tell.borrow().number;
             let ended = self.session(&mut queue).await;
             let stood = self.tell.borrow().number > number;
-            self.tell.send_modify(|link| link.epoch = None);
             match ended {
                 Ended::Stopped => break,
                 ended if stood => {
@@ -153,6 +152,8 @@ impl Task {
         });
         tracing::info!(epoch = welcome.cluster_epoch, "session with conversion stands");
         let ended = standing.turn(queue, &out, &mut inbound, &self.limits, &self.stop).await;
+        // First: who hears that an io_end is lost must not take its session for one that stands.
+        self.tell.send_modify(|link| link.epoch = None);
         standing.fail_all();
         ended
     }
