@@ -64,6 +64,11 @@ impl Failure {
         Self::new(Reason::NoSpace, UNBACKED)
     }
 
+    /// Whether acknowledged writes may be missing: graver than what is tried again.
+    pub fn is_loss(&self) -> bool {
+        self.reason == Reason::LostWrites
+    }
+
     /// Whether it is [`Self::unbacked`].
     pub fn is_unbacked(&self) -> bool {
         self.reason == Reason::NoSpace && self.detail == UNBACKED

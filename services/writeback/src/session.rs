@@ -82,6 +82,8 @@ struct Asked<'a> {
 
 impl Drop for Asked<'_> {
     fn drop(&mut self) {
+        // A grant that comes from now on is refused, and given up by who sends it.
+        self.answer.close();
         if let Ok(Ok(Granted { session, begun, .. })) = self.answer.try_recv() {
             let release =
                 ReleaseSubmitter { token: begun.submitter, abort: true, ..Default::default() };
@@ -95,7 +97,8 @@ enum Command {
     Begin(BeginIo, oneshot::Sender<Result<Granted, Failure>>),
     /// Under the session of that number only.
     Release(u64, ReleaseSubmitter),
-    Reserve(Reserve, oneshot::Sender<Result<u64, Failure>>),
+    /// Under the session of that number only, if any.
+    Reserve(Option<u64>, Reserve, oneshot::Sender<Result<u64, Failure>>),
     /// Under the session of that number only.
     Log(u64, LogData, oneshot::Sender<Result<(), Failure>>),
 }
@@ -193,13 +196,19 @@ impl Session {
         let _ = self.send(Command::Release(session, release)).await;
     }
 
-    /// Changes the space promised to a volume; returns what is promised then, in blocks.
+    /// Changes the space promised to a volume; returns what is promised then, in blocks. `session`: the
+    /// one under which the change was worked out. A later one has begun with a count of its own, and the
+    /// change would come on top of it.
     ///
     /// # Errors
     /// `NO_SPACE` and other refusals, or that conversion is away.
-    pub(crate) async fn reserve(&self, reserve: Reserve) -> Result<u64, Failure> {
+    pub(crate) async fn reserve(
+        &self,
+        session: Option<u64>,
+        reserve: Reserve,
+    ) -> Result<u64, Failure> {
         let (reply, answer) = oneshot::channel();
-        self.send(Command::Reserve(reserve, reply)).await?;
+        self.send(Command::Reserve(session, reserve, reply)).await?;
         answer.await.unwrap_or_else(|_| Err(Failure::conversion_away()))
     }
 

@@ -649,7 +649,7 @@ impl Clients {
                 true
             }
             Err(failure) => {
-                if failure.reason == Reason::LostWrites || was_told {
+                if failure.reason == Reason::LostWrites {
                     known.unsaid_loss = false;
                 }
                 false

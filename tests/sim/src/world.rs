@@ -81,6 +81,8 @@ pub enum Planted {
     /// What fails while conversion is away is dirty again at once, and wants no more space when it is
     /// written anew.
     DoubtIgnored,
+    /// A loss that nobody was told of gives way to a lesser error.
+    LossReplaced,
 }
 
 impl Planted {
@@ -112,6 +114,7 @@ impl Planted {
         Self::StoredThoughLogged,
         Self::CleanGuessed,
         Self::DoubtIgnored,
+        Self::LossReplaced,
     ];
 }
 

@@ -147,6 +147,7 @@ fn bugs() -> Vec<Plant> {
         Planted::LogUnread,
         Planted::LogGuardOff,
         Planted::CleanGuessed,
+        Planted::LossReplaced,
     ];
     pure.map(Plant::Pure).into_iter().chain(modelled.map(Plant::Modelled)).collect()
 }

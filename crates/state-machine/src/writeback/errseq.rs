@@ -45,6 +45,14 @@ impl<E: Clone> ErrSeq<E> {
         self.latest = Some(error);
     }
 
+    /// Records an error, unless one that nobody was told yet is graver: that one must not go untold.
+    pub fn set_unless(&mut self, error: E, is_graver: impl FnOnce(&E) -> bool) {
+        let untold = self.latest.as_ref().filter(|_| !self.told);
+        if !untold.is_some_and(is_graver) {
+            self.set(error);
+        }
+    }
+
     /// A cursor for a new observer.
     pub fn sample(&self) -> Cursor {
         if self.told { Cursor(self.seq) } else { Cursor(self.seq.saturating_sub(1)) }
@@ -88,6 +96,19 @@ mod tests {
         assert_eq!(errors.check(&mut a), None);
         assert_eq!(errors.check(&mut b), Some("EIO"));
         assert_eq!(errors.check(&mut b), None);
+    }
+
+    #[test]
+    fn a_lesser_error_does_not_take_the_place_of_one_that_nobody_heard() {
+        let mut errors = ErrSeq::new();
+        let mut cursor = errors.sample();
+        let is_graver = |error: &&str| *error == "LOST";
+        errors.set_unless("EIO", is_graver);
+        errors.set_unless("LOST", is_graver);
+        errors.set_unless("EIO", is_graver);
+        assert_eq!(errors.check(&mut cursor), Some("LOST"));
+        errors.set_unless("EIO", is_graver);
+        assert_eq!(errors.check(&mut cursor), Some("EIO"));
     }
 
     #[test]

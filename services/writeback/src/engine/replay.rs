@@ -90,7 +90,8 @@ impl Engine {
             }
             Ok((opened, _)) => {
                 // Nobody serves that one here.
-                self.give_back(&opened).await;
+                self.give_back(&opened.volume.name, (opened.volume.id, opened.volume.generation))
+                    .await;
                 namesake()
             }
             Err(failure) if failure.ends_volume() => failure,

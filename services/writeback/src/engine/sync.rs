@@ -46,12 +46,15 @@ impl Observer {
         let mut cursors = self.cursors.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (volume.id, volume.generation);
         let cursor = cursors.entry(key).or_insert_with(|| state.errors.sample());
-        let error = state.errors.check(cursor);
         let loss = match (&self.who, &mut state.loss) {
             (Some(who), Some(loss)) => loss.tell(who),
             _ => None,
         };
-        error.or(loss)
+        // An error besides the loss is told next time.
+        if loss.is_some() && !state.errors.peek(*cursor).is_some_and(Failure::is_loss) {
+            return loss;
+        }
+        state.errors.check(cursor)
     }
 }
 
@@ -107,6 +110,38 @@ impl Engine {
         observer: Option<&Observer>,
         until: Until,
     ) -> Result<u64, Failure> {
+        let (lsn, waited_for) = self.all_out(volume, until).await?;
+        let (untold, is_pending) = {
+            let mut state = volume.state();
+            let untold = match observer {
+                Some(observer) => observer.check(volume, &mut state),
+                None => {
+                    let State { errors, told, .. } = &mut *state;
+                    errors.check(told)
+                }
+            };
+            (untold, until.is_ahead(&state, lsn))
+        };
+        match untold {
+            Some(failure) => {
+                if failure.is_loss() {
+                    self.log.loss_told(volume.id).await;
+                }
+                Err(failure)
+            }
+            // Somebody else was told of the failure; the data is still not there.
+            None if is_pending => {
+                Err(Failure::new(Reason::IoError, "a write-out failed and is tried again"))
+            }
+            None => {
+                endio_failpoints::reach(endio_failpoints::Point::WritebackFsynced);
+                Ok(waited_for)
+            }
+        }
+    }
+
+    /// Waits until what was acknowledged before is out, or a write-out has failed; tells nobody.
+    async fn all_out(&self, volume: &Arc<Volume>, until: Until) -> Result<(Lsn, u64), Failure> {
         let (lsn, errors, waited_for) = self.want_all_out(volume, until).await;
         let ended = volume.wait(|state| match &state.gone {
             Some(gone) => Some(Err(gone.clone())),
@@ -123,33 +158,7 @@ impl Engine {
                 return Err(Failure::new(Reason::TimedOut, detail));
             }
         }
-        let (untold, is_pending) = {
-            let mut state = volume.state();
-            let untold = match observer {
-                Some(observer) => observer.check(volume, &mut state),
-                None => {
-                    let State { errors, told, .. } = &mut *state;
-                    errors.check(told)
-                }
-            };
-            (untold, until.is_ahead(&state, lsn))
-        };
-        match untold {
-            Some(failure) => {
-                if failure.reason == Reason::LostWrites {
-                    self.log.loss_told(volume.id).await;
-                }
-                Err(failure)
-            }
-            // Somebody else was told of the failure; the data is still not there.
-            None if is_pending => {
-                Err(Failure::new(Reason::IoError, "a write-out failed and is tried again"))
-            }
-            None => {
-                endio_failpoints::reach(endio_failpoints::Point::WritebackFsynced);
-                Ok(waited_for)
-            }
-        }
+        Ok((lsn, waited_for))
     }
 
     /// Asks for everything that is dirty now to be made durable: in the data log, if that takes it,
@@ -180,16 +189,18 @@ impl Engine {
     /// fsync of every volume that is open here and that `is_meant` names.
     ///
     /// # Errors
-    /// The first volume's error; the others are written out all the same.
+    /// The first error; the others are written out all the same, and their errors are told to who asks
+    /// next.
     pub async fn sync_all(&self, is_meant: impl Fn(&str) -> bool) -> Result<u64, Failure> {
         let mut volumes = self.table.all();
         volumes.retain(|volume| is_meant(&volume.name));
         let traceparent = Span::current().traceparent();
-        let syncs =
-            volumes.iter().map(|volume| self.fsync(volume, None, Until::Converted, &traceparent));
-        let mut waited_for = 0;
-        for outcome in join_all(syncs).await {
-            waited_for += outcome?;
+        let out = volumes.iter().map(|volume| self.all_out(volume, Until::Converted));
+        let out = join_all(out).await;
+        let mut waited_for: u64 = out.into_iter().flatten().map(|(_, waited_for)| waited_for).sum();
+        // One answer tells of one error: what is behind it must stay untold.
+        for volume in &volumes {
+            waited_for += self.fsync(volume, None, Until::Converted, &traceparent).await?;
         }
         Ok(waited_for)
     }

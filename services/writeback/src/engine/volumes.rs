@@ -1,5 +1,6 @@
 //! Volumes: open on first use, resize, delete, give up.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError};
 
 use endio_api::conversion::{
@@ -117,18 +118,38 @@ impl Engine {
         let logged = match self.read_log(&opened).await {
             Ok(logged) => logged,
             Err(failure) => {
-                self.give_back(&opened).await;
+                self.give_back(&opened.volume.name, (opened.volume.id, opened.volume.generation))
+                    .await;
                 return Err(failure);
             }
         };
         let volume = Arc::new(Volume::new(opened, self.volume_limits()));
+        match self.take_over(&volume, logged).await {
+            Ok(()) => Ok(volume),
+            Err(failure) => {
+                // Nobody serves it: what the data log has of it is not dirty here.
+                self.undirtied(volume.id, volume.state().dirty.waiting_blocks());
+                self.give_back(&volume.name, (volume.id, volume.generation)).await;
+                Err(failure)
+            }
+        }
+    }
+
+    /// A volume that was opened is served, with what the data log has of it.
+    ///
+    /// # Errors
+    /// The cache log takes nothing. The volume is not served, and what is dirty in it still counts.
+    async fn take_over(
+        self: &Arc<Self>,
+        volume: &Arc<Volume>,
+        logged: BTreeMap<u64, endio_api::conversion::LoggedBlock>,
+    ) -> Result<(), Failure> {
         // Data of an earlier generation that was let go must not come back at a replay.
         if self.log.holds(volume.id, LblkRange::new(0, u64::MAX)) {
             self.log.append_closed(volume.id)?;
         }
-        self.put_back(&volume, &[], logged)?;
-        self.adopt(Arc::clone(&volume)).await?;
-        Ok(volume)
+        self.put_back(volume, &[], logged)?;
+        self.adopt(Arc::clone(volume)).await
     }
 
     /// What the cache log has of a volume that was let go does not come back, whatever happens from now
@@ -195,11 +216,10 @@ impl Engine {
         Ok(Opened { volume, grant: opened.read_grant, logged_number, log_blocks_max })
     }
 
-    /// Closes at conversion what was opened and is not served here. A failure leaves it to the next
-    /// open with force.
-    pub(super) async fn give_back(&self, opened: &Opened) {
-        let Described { id, name, generation, .. } = &opened.volume;
-        let closed = self.close_at_conversion(name, (*id, *generation), self.deadline()).await;
+    /// Closes at conversion the volume of that id and generation, which was opened and is not served
+    /// here. A failure leaves it to the next open with force.
+    pub(super) async fn give_back(&self, name: &str, volume: (u64, u64)) {
+        let closed = self.close_at_conversion(name, volume, self.deadline()).await;
         if let Err(error) = closed {
             tracing::warn!(volume = %name, %error, "a volume that is not served stays open");
         }
@@ -240,7 +260,7 @@ impl Engine {
                 add_blocks: ask.add_blocks,
                 drop_blocks: 0,
             };
-            match engine.session.reserve(reserve).await {
+            match engine.session.reserve(None, reserve).await {
                 Ok(_) => drop(volume.state().credit.granted(ask.request)),
                 // The next session sets it anew.
                 Err(failure) if failure.reason == Reason::PeerAway => {}

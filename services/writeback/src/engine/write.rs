@@ -67,7 +67,7 @@ pub struct Acked {
 struct Used {
     /// Blocks of credit that it needed.
     blocks: u64,
-    /// The flusher may not know that there is something to do.
+    /// The flusher may not know that there is something to do, or there is more than should wait.
     wakes_flusher: bool,
     /// The record of the write, if a flush is likely to come next.
     flush_is_next: Option<Lsn>,
@@ -175,7 +175,12 @@ impl Engine {
 
     /// Asks conversion for credit where a volume wants some.
     pub(super) fn ask_credit(self: &Arc<Self>, volume: &Arc<Volume>, idle: bool) {
-        let Some(ask) = volume.state().credit.next_ask(idle) else { return };
+        let (ask, session) = {
+            let mut state = volume.state();
+            let Some(ask) = state.credit.next_ask(idle) else { return };
+            // Under the lock: the next session counts anew under it before it has its number.
+            (ask, self.session.link().number)
+        };
         let (engine, volume) = (Arc::clone(self), Arc::clone(volume));
         self.tasks.spawn(async move {
             let reserve = endio_api::conversion::Reserve {
@@ -186,7 +191,7 @@ impl Engine {
                 add_blocks: ask.add_blocks,
                 drop_blocks: ask.drop_blocks,
             };
-            match engine.session.reserve(reserve).await {
+            match engine.session.reserve(Some(session), reserve).await {
                 Ok(_) => {
                     let mut state = volume.state();
                     state.credit.granted(ask.request);
@@ -382,13 +387,12 @@ impl Write {
             }
         };
         reach(Point::WritebackCached);
-        let wants_write_out = engine.dirtied(volume.id, used.blocks);
         if let Some(admission) = admission {
             admission.applied(self.op.data.len() as u64);
         }
         engine.ask_credit(volume, false);
         // More that is dirty is what nobody waits for. Credit that was not needed may be.
-        if used.wakes_flusher || wants_write_out {
+        if used.wakes_flusher {
             volume.changed();
         } else if used.blocks < self.blocks.len {
             volume.changed_for_waiters();
@@ -523,6 +527,10 @@ impl Write {
         let lsn = engine.log.append_write(&record, &[whole.as_ref()])?;
         reach(Point::WritebackLogged);
         let mut state = volume.state();
+        // What was dirty of a volume that is let go has been counted off by now, perhaps.
+        if let Some(gone) = &state.gone {
+            return Ok(Err(gone.clone()));
+        }
         let end = self.end_bytes();
         // Nothing waited: the flusher sleeps without an end. And a flush that saw the record in the
         // log may have looked for its data before it was here.
@@ -537,6 +545,8 @@ impl Write {
         state.view.wrote_up_to(end);
         state.dirty_since.get_or_insert_with(Instant::now);
         let flush_is_next = (self.op.mode == Mode::Buffered && state.rhythm.wrote()).then_some(lsn);
+        // Under the lock: who writes it out counts it off.
+        let wakes_flusher = engine.dirtied(volume.id, used) || wakes_flusher;
         Ok(Ok(Used { blocks: used, wakes_flusher, flush_is_next }))
     }
 }

@@ -150,15 +150,13 @@ impl Engine {
 
     fn not_written_out(&self, volume: &Volume, gathered: &Blocks, failure: &Failure) {
         let mut state = volume.state();
-        // What is logged no flush asks for: it has to grow old.
-        state.dirty_since.get_or_insert_with(Instant::now);
         state.rest_until = Some(Instant::now() + Duration::from_millis(self.config.retry_max_ms));
         // Nobody has refused the data: it waits for a promise of space, and is tried then.
         let is_pending = failure.reason == Reason::NoSpace && state.credit.is_reset_pending();
         if failure.is_unbacked() || is_pending {
             return;
         }
-        state.errors.set(failure.clone());
+        state.errors.set_unless(failure.clone(), Failure::is_loss);
         state.error_count += 1;
         drop(state);
         self.heed(volume, failure);
@@ -202,6 +200,8 @@ impl Engine {
         state.write_outs -= 1;
         let freed = gathered.fail(&mut state.dirty);
         state.credit.put_back(freed);
+        // What is logged no flush asks for: it has to grow old.
+        state.dirty_since.get_or_insert_with(Instant::now);
         drop(state);
         self.undirtied(volume.id, freed);
         volume.changed();

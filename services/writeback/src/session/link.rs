@@ -276,7 +276,10 @@ impl Standing<'_> {
                     self.push(Outgoing::Release(release));
                 }
             }
-            Command::Reserve(mut reserve, reply) => {
+            Command::Reserve(Some(session), _, reply) if session != self.number => {
+                drop(reply.send(Err(Failure::conversion_away())));
+            }
+            Command::Reserve(_, mut reserve, reply) => {
                 reserve.request = self.number(Owed::Reserve(reply));
                 self.push(Outgoing::Reserve(reserve));
             }
@@ -434,7 +437,7 @@ fn batch(messages: impl IntoIterator<Item = WritebackMessage>) -> WritebackBatch
 fn refuse(command: Command) {
     match command {
         Command::Begin(_, reply) => drop(reply.send(Err(Failure::conversion_away()))),
-        Command::Reserve(_, reply) => drop(reply.send(Err(Failure::conversion_away()))),
+        Command::Reserve(_, _, reply) => drop(reply.send(Err(Failure::conversion_away()))),
         Command::Log(_, _, reply) => drop(reply.send(Err(Failure::conversion_away()))),
         Command::Release(..) => {}
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use endio_api::conversion::ListStoresRequest;
-use endio_api::writeback::{ReadRequest, WriteMode, WriteRequest};
+use endio_api::writeback::{FsyncRequest, ReadRequest, SyncAllRequest, WriteMode, WriteRequest};
 use endio_integration_tests::services::{Conversion, Store};
 use endio_integration_tests::stack::{Stack, Writeback};
 use endio_store::block::DeviceFault;
@@ -364,6 +364,49 @@ async fn an_error_is_told_and_does_not_stick() {
         assert!(failures <= 2, "the error sticks: {status}");
     }
     assert_eq!(client.read("vol1", 0, 8192).await.unwrap(), vec![8; 8192]);
+    client.settles().await.unwrap();
+}
+
+/// Promise 6. A call that syncs every volume answers with one error: what is wrong with the others is
+/// told to who asks for them next.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_syncs_all_hears_one_error_and_the_others_stay_untold() {
+    let directory = tempfile::tempdir().unwrap();
+    let conversion = Conversion::start(directory.path()).await;
+    let store = Store::start(&conversion.url).await;
+    let config = endio_writeback::Config {
+        conversion: conversion.url.clone(),
+        cache_dir: directory.path().join("cache"),
+        io_timeout_ms: 2_000,
+        ..Default::default()
+    };
+    let writeback = Writeback::start_with(config).await;
+    let client = writeback.client();
+    for volume in ["vol1", "vol2"] {
+        client.create(volume, VOLUME_BYTES, 1).await.unwrap();
+    }
+    direct(&client, 1 << 20, &[1; 4096]).await;
+    store.device.break_down();
+    for volume in ["vol1", "vol2"] {
+        let request = WriteRequest {
+            volume: volume.to_owned(),
+            data: Bytes::from_static(&[2; 4096]),
+            mode: WriteMode::Buffered.into(),
+            ..Default::default()
+        };
+        client.io().write(request).await.unwrap();
+    }
+    let all = client.io().sync_all(SyncAllRequest {}).await;
+    store.device.open();
+    assert!(all.is_err(), "a device that fails was not heard of");
+    let mut told = 0;
+    for volume in ["vol1", "vol2"] {
+        let fsync = || FsyncRequest { volume: volume.to_owned(), may_log: false };
+        let once = client.io().fsync(fsync()).await;
+        told += u32::from(once.is_err());
+        assert!(client.io().fsync(fsync()).await.is_ok(), "{volume}: the error sticks");
+    }
+    assert!(told > 0, "one of two errors was told to nobody");
     client.settles().await.unwrap();
 }
 

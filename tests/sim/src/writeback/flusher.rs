@@ -212,15 +212,14 @@ impl Wb {
         // Nobody has refused the data: it waits for a promise of space, and is tried then.
         let is_unbacked = failure.reason == Reason::NoSpace && state.credit.is_reset_pending();
         if !is_unbacked {
-            state.errors.set(failure);
+            let is_kept = !self.world.planted(Planted::LossReplaced);
+            state
+                .errors
+                .set_unless(failure, |untold| is_kept && untold.reason == Reason::LostWrites);
             state.error_count += 1;
             state.errors_set += 1;
         }
         state.rest_until = self.exec().now() + self.world.plan.retry_max_ms * MS;
-        // What is in the data log is wanted by no flush, and would wait for ever.
-        if !self.world.planted(Planted::FailedNeverOld) {
-            state.dirty_since.get_or_insert(self.exec().now());
-        }
         drop(state);
         self.heed(volume, &failure);
         volume.changed.notify();
@@ -247,6 +246,10 @@ impl Wb {
         state.write_outs -= 1;
         let freed = gathered.fail(&mut state.dirty);
         state.credit.put_back(freed);
+        // What is in the data log is wanted by no flush, and would wait for ever.
+        if !self.world.planted(Planted::FailedNeverOld) {
+            state.dirty_since.get_or_insert(self.exec().now());
+        }
         drop(state);
         self.undirtied(volume.id, freed);
         volume.changed.notify();
