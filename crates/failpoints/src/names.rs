@@ -66,6 +66,8 @@ named! {
         WritebackReplay = "writeback-replay",
         /// A volume's data is back in the cache; it is not served.
         WritebackReplayed = "writeback-replayed",
+        /// A volume is open at conversion; the log does not know. Can fail.
+        WritebackNotingOpen = "writeback-noting-open",
         // --- writeback: the cache log
         /// The log is about to be flushed.
         LogFlush = "writeback-log-flush",
@@ -145,6 +147,7 @@ impl Point {
             self,
             Self::WritebackReplay
                 | Self::WritebackReplayed
+                | Self::WritebackNotingOpen
                 | Self::LogStateWritten
                 | Self::LogStateRenamed
                 | Self::StoreRegistered

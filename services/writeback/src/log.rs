@@ -95,6 +95,7 @@ impl Log {
         name: &str,
         generation: u64,
     ) -> Result<Lsn, Failure> {
+        reach_io(Point::WritebackNotingOpen).map_err(|_| CacheLogError::DiskFull)?;
         Ok(self.inner.append_volume_open(VolumeId(volume), name, Generation(generation))?)
     }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use endio_api::writeback::{WriteMode, WriteRequest};
+use endio_api::writeback::{OpenRequest, StatusRequest, WriteMode, WriteRequest};
 use endio_failpoints::Point;
 use endio_testkit::client::Client;
 use endio_testkit::cluster::{Cluster, Options, Who};
@@ -300,5 +300,54 @@ async fn what_the_log_does_not_know_to_be_clean_is_not_put_back_over_newer_data(
         assert!(read.iter().all(|byte| *byte == 2), "block {block} is {}", read[0]);
     }
     client.settles().await.unwrap();
+    cluster.no_panic().unwrap();
+}
+
+/// An open that the cache log does not take, as if its disk were full for a moment: nothing of it is left,
+/// neither bytes that count as dirty nor a volume that is open for nobody.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_open_that_the_log_does_not_take_leaves_nothing_behind() {
+    const BYTES: usize = 4 * 4096;
+    let mut options = options();
+    options.env.retain(|(name, _)| name != "ENDIO_WRITEBACK_WRITE_OUT_AFTER_MS");
+    // What is flushed stays in the data log.
+    options.env.push(("ENDIO_WRITEBACK_WRITE_OUT_AFTER_MS".to_owned(), "600000".to_owned()));
+    let mut cluster = block_in_place(|| Cluster::start(options)).unwrap();
+    let old = cluster.client().with_patience(PATIENCE);
+    old.create("vol1", VOLUME_BYTES, 1).await.unwrap();
+    let request = WriteRequest {
+        volume: "vol1".to_owned(),
+        data: vec![7; BYTES].into(),
+        mode: WriteMode::Buffered.into(),
+        ..WriteRequest::default()
+    };
+    old.io().write(request).await.unwrap();
+    old.flush("vol1").await.unwrap();
+    let second = block_in_place(|| cluster.add_writeback()).unwrap();
+    let process = cluster.process(Who::Writeback(second));
+    let rule = format!("{}=error%2", Point::WritebackNotingOpen.name());
+    process.set_env("ENDIO_FAILPOINTS", Some(&rule));
+    block_in_place(|| process.restart()).unwrap();
+    let new = Client::new(process.url()).with_patience(PATIENCE);
+    cluster.process(Who::Writeback(0)).kill();
+    // Tried once.
+    let open = |force: bool| {
+        let mut volumes = new.volumes();
+        let request = OpenRequest { name: "vol1".to_owned(), force };
+        async move { volumes.open(request).await }
+    };
+    let dirty_bytes = async || {
+        let status = new.inspect().status(StatusRequest { cluster: false }).await.unwrap();
+        status.into_inner().dirty_bytes
+    };
+    let refused = open(true).await.unwrap_err();
+    assert!(refused.message().contains("no space left"), "{refused}");
+    assert_eq!(dirty_bytes().await, 0, "of a volume that is not served");
+    open(false).await.unwrap();
+    assert_eq!(dirty_bytes().await, BYTES as u64);
+    assert_eq!(new.read("vol1", 0, BYTES as u64).await.unwrap(), vec![7; BYTES]);
+    new.fsync("vol1").await.unwrap();
+    assert_eq!(dirty_bytes().await, 0);
+    new.settles().await.unwrap();
     cluster.no_panic().unwrap();
 }

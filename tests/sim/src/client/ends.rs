@@ -178,7 +178,8 @@ impl Clients {
     async fn try_inspect(&self, slot: &Rc<Slot>, tried: u32) -> bool {
         let Some((wb, volume)) = self.volume(slot).await else { return false };
         let is_flushed = self.fsync(slot, &wb, &volume, &mut None).await;
-        if !is_flushed && (tried < 20 || !self.may_stay(&volume)) {
+        // Some tries more than it takes where it can be flushed: each may last as long as a write-out.
+        if !is_flushed && (tried < 5 || !self.may_stay(&volume)) {
             return false;
         }
         {
