@@ -12,7 +12,7 @@
 //!   it begins nothing more, whatever the network still delivers on it.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 
 use tokio::sync::watch;
@@ -28,6 +28,9 @@ type Rows = BTreeMap<String, BTreeMap<u64, Arc<Seat>>>;
 #[derive(Default)]
 pub(crate) struct Seats {
     rows: Mutex<Rows>,
+    /// The last number that was given. Never given again: an older seat that is settled up to a
+    /// connection which has left is not settled up to the next one.
+    last: AtomicU64,
 }
 
 /// One connection, as the others see it.
@@ -58,7 +61,8 @@ impl Seats {
     pub(crate) fn take(self: &Arc<Self>, export: &str, is_single: bool) -> Taken {
         let mut rows = self.rows();
         let row = rows.entry(export.to_owned()).or_default();
-        let number = row.last_key_value().map_or(1, |(last, _)| last + 1);
+        // Under the lock: a newer connection has a larger number.
+        let number = self.last.fetch_add(1, Ordering::Relaxed) + 1;
         let seat = Arc::new(Seat {
             number,
             asked: watch::Sender::new(0),
@@ -163,6 +167,22 @@ mod tests {
         drop(waiting);
         drop((first, third, other));
         assert!(seats.rows().is_empty());
+    }
+
+    #[test]
+    fn who_attaches_after_a_newer_one_has_left_waits_for_the_older_ones_as_well() {
+        let seats = Arc::new(Seats::default());
+        let first = seats.take("a", false);
+        let mut second = seats.take("a", false);
+        assert!(second.older_are_settled().now_or_never().is_none());
+        first.seat.settle(*first.seat.asked().borrow());
+        drop(second);
+        let mut third = seats.take("a", false);
+        let mut waiting = Box::pin(third.older_are_settled());
+        assert!(waiting.as_mut().now_or_never().is_none(), "settled for one that has left");
+        assert!(*first.seat.asked().borrow() > first.seat.settled(), "the older one is not asked");
+        first.seat.settle(*first.seat.asked().borrow());
+        assert!(waiting.as_mut().now_or_never().is_some());
     }
 
     #[test]

@@ -39,8 +39,8 @@ pub struct GateLimits {
     /// Fenced io_ends that are remembered one by one. Above it everything up to the lowest of them is
     /// refused.
     pub fenced_io_ends_max: usize,
-    /// Volumes with a fenced generation. Above it, and above as many fences and punches that wait:
-    /// [`Reason::Limit`].
+    /// Volumes with a fenced generation, deleted ones too, for an epoch: some tens of bytes each. Above
+    /// it, and above as many fences and punches that wait: [`Reason::Limit`].
     pub fenced_volumes_max: usize,
     /// Milliseconds before the end of the lease at which nothing new is admitted any more; at most
     /// a quarter of the lease.
@@ -53,7 +53,7 @@ impl Default for GateLimits {
             in_flight_max: 16_384,
             seen_max: 1 << 20,
             fenced_io_ends_max: 1 << 18,
-            fenced_volumes_max: 1 << 16,
+            fenced_volumes_max: 1 << 20,
             lease_margin_ms: 200,
         }
     }

@@ -228,7 +228,13 @@ fn a_full_disk_gives_a_checkpoint_up_and_keeps_the_service() {
     leave_free(&meta, 100);
     let error = service.checkpoint(&mut oracle).unwrap_err();
     assert!(matches!(error, MetaError::NoSpace { .. }), "{error}");
+    use endio_store::meta::Vfs;
+    let before = meta.disk().free_bytes().unwrap();
+    service.checkpointer.give_up();
+    assert!(meta.disk().free_bytes().unwrap() > before, "what was written of it stays");
+    assert!(!service.checkpointer.is_running() && !service.checkpointer.has_room());
     meta.disk().set_capacity(None);
+    assert!(service.checkpointer.has_room());
     service.checkpoint(&mut oracle).unwrap();
     service.close(&mut oracle).unwrap();
     oracle.check(&mut Service::open(&meta).unwrap(), "at last");

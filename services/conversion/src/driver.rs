@@ -41,6 +41,8 @@ use outbox::Outbox;
 
 /// Longest sleep without a deadline: bounds how late a full metadata disk is noticed.
 const IDLE_MAX: Duration = Duration::from_millis(500);
+/// What handing records over takes at most where the queue of the committer has room.
+const HELD_UP: Duration = Duration::from_millis(10);
 
 /// Pause between two looks at the gauges.
 const SHOW_EVERY: Duration = Duration::from_millis(500);
@@ -214,6 +216,9 @@ impl Driver {
         self.metrics.turns.inc();
         let durable = self.durable()?;
         self.machine.committed(durable).map_err(DriverError::Machine)?;
+        // What waited for it leaves before anything that follows from it: a store hears that it is
+        // registered before its first fence.
+        self.outbox.release(durable, &mut self.calls, &self.metrics);
         self.watch_disk()?;
         if self.machine.next_deadline().is_some_and(|at| at <= self.now()) {
             self.feed((Input::Tick, String::new()))?;
@@ -316,7 +321,10 @@ impl Driver {
         if !group.is_empty() {
             // What rests on no record does not wait for one.
             self.release()?;
+            let began = Instant::now();
             match self.committer.submit(group, is_waiting) {
+                // Its queue was full: see below.
+                Submitted::Queued if began.elapsed() > HELD_UP => self.started += began.elapsed(),
                 Submitted::Queued => {}
                 // Nobody could be heard meanwhile: that is no silence of theirs.
                 Submitted::Durable(held_up) => self.started += held_up,
@@ -369,7 +377,10 @@ impl Driver {
             Question::Journal(reply) => drop(reply.send(self.committer.journal().clone())),
             Question::Check(reply) => {
                 // It looks at the whole map: seconds, if that is large.
+                let began = Instant::now();
                 let checked = runtime::aside(|| self.machine.check());
+                // Nobody could be heard meanwhile: that is no silence of theirs.
+                self.started += began.elapsed();
                 drop(reply.send(checked.map_err(DriverError::Machine)?));
             }
         }

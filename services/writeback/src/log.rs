@@ -153,7 +153,7 @@ impl Log {
     /// Drops what is older than `oldest`, on a blocking thread. `oldest` is asked under the order.
     ///
     /// # Errors
-    /// As [`CacheLog::trim`].
+    /// As [`CacheLog::make_room`].
     pub(crate) async fn trim(
         &self,
         oldest: impl FnOnce() -> Option<Lsn> + Send + 'static,
@@ -167,16 +167,7 @@ impl Log {
                 let needed = oldest().filter(|_| !is_planted(Bug::TrimTooMuch));
                 needed.unwrap_or_else(|| last.next())
             };
-            let (used, bound) = log.inner.usage_bytes();
-            if used > bound / 2 {
-                // The active segment may be all that is in the way. A full disk has no room for
-                // another one, but older ones can go, and then it has.
-                match log.inner.rotate() {
-                    Ok(()) | Err(CacheLogError::DiskFull) => {}
-                    Err(error) => return Err(error),
-                }
-            }
-            log.inner.trim(oldest)
+            log.inner.make_room(oldest)
         });
         Ok(trimmed.await.map_err(|_| Failure::task_lost())??)
     }

@@ -327,6 +327,9 @@ impl CacheLog {
             writer.poison(format!("a flush failed: {error}"));
             return Err(error);
         }
+        // Linux tells one of two flushes of a file at once of its error: of the other one, which took a
+        // failed write back, only the writer knows.
+        writer.unpoisoned()?;
         writer.flushed(&target);
         self.durable.fetch_max(target.last.0, Ordering::SeqCst);
         Ok(target.last)
@@ -392,8 +395,30 @@ impl CacheLog {
         }
     }
 
-    /// Begins a new segment, so that [`trim`](Self::trim) can remove the active one later. For a
-    /// log that is full of dead records.
+    /// As [`trim`](Self::trim). Where all that is left is one segment of more than half of the bound, a new
+    /// one is begun, so that the old one can go. Not where older ones stay: more segments would not
+    /// help, and whoever asks again and again would get one each time.
+    ///
+    /// # Errors
+    /// As [`trim`](Self::trim) and [`append_clean`](Self::append_clean).
+    pub fn make_room(&self, before: Lsn) -> Result<u64, CacheLogError> {
+        let freed = self.trim(before)?;
+        {
+            let mut writer = self.writer();
+            if !writer.is_one_segment() || writer.bytes() <= self.max_bytes / 2 {
+                return Ok(freed);
+            }
+            match writer.rotate(&*self.disk, self.durable_lsn()) {
+                Ok(()) => {}
+                // A full disk has no room for another one.
+                Err(CacheLogError::DiskFull) => return Ok(freed),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(freed + self.trim(before)?)
+    }
+
+    /// Begins a new segment, so that [`trim`](Self::trim) can remove the active one later.
     ///
     /// # Errors
     /// As [`append_clean`](Self::append_clean).

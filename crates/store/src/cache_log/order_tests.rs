@@ -364,3 +364,48 @@ proptest! {
         writeback.restart();
     }
 }
+
+/// Linux tells one of two flushes of a file at once of its error. Here it was the other one, of a failed
+/// write that is taken back.
+#[test]
+fn a_flush_during_which_the_log_is_poisoned_makes_nothing_durable() {
+    let disk = SimDisk::default();
+    let (log, _) = open(&disk);
+    let log = std::sync::Arc::new(log);
+    let lsn = write(&log, 0, 1, 1).unwrap();
+    let before = log.durable_lsn();
+    let other = std::sync::Arc::clone(&log);
+    disk.during_sync(move || other.writer().poison("a failed write stays".to_owned()));
+    assert!(matches!(log.sync_to(lsn), Err(CacheLogError::Poisoned(_))));
+    assert_eq!(log.durable_lsn(), before);
+}
+
+/// A log that is more than half full and whose oldest segment is needed does not get a segment more each
+/// time somebody looks; one segment that is all there is makes room.
+#[test]
+fn room_is_made_only_where_a_new_segment_helps() {
+    let disk = SimDisk::default();
+    let (log, _) = open(&disk);
+    log.append_volume_open(VOLUME, "vol", Generation(3)).unwrap();
+    let oldest = write(&log, 0, 1, 1).unwrap();
+    while log.usage_bytes().0 <= log.usage_bytes().1 / 2 {
+        write(&log, 1, 8, 2).unwrap();
+    }
+    let segments = disk.segments().len();
+    assert!(segments > 2);
+    for _ in 0..100 {
+        assert_eq!(log.make_room(oldest).unwrap(), 0);
+    }
+    assert_eq!(disk.segments().len(), segments);
+    assert!(log.make_room(log.last_lsn().next()).unwrap() > 0);
+    assert_eq!(disk.segments().len(), 1);
+    // One segment of more than half of what the log may hold.
+    let options = CacheLogOptions { segment_bytes: 1 << 20, ..options() };
+    let disk = SimDisk::default();
+    let (log, _) = CacheLog::open_on(Box::new(disk.clone()), options).unwrap();
+    while log.usage_bytes().0 <= log.usage_bytes().1 / 2 {
+        write(&log, 1, 8, 2).unwrap();
+    }
+    assert!(log.make_room(log.last_lsn().next()).unwrap() > 0);
+    assert!(log.usage_bytes().0 < log.usage_bytes().1 / 2);
+}

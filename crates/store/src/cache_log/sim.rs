@@ -41,6 +41,7 @@ struct World {
     space: Option<usize>,
     sync_fails: bool,
     syncs: usize,
+    during_sync: Option<Box<dyn FnOnce() + Send>>,
 }
 
 fn apply(data: &mut Vec<u8>, change: &Change) {
@@ -122,6 +123,11 @@ impl SimDisk {
 
     pub(super) fn set_sync_fails(&self, fails: bool) {
         self.world(|world| world.sync_fails = fails);
+    }
+
+    /// What happens while the next file is flushed.
+    pub(super) fn during_sync(&self, act: impl FnOnce() + Send + 'static) {
+        self.world(|world| world.during_sync = Some(Box::new(act)));
     }
 
     pub(super) fn syncs(&self) -> usize {
@@ -273,6 +279,9 @@ impl LogFile for SimFile {
     }
 
     fn sync(&self) -> io::Result<()> {
+        if let Some(act) = self.disk.world(|world| world.during_sync.take()) {
+            act();
+        }
         self.disk.world(|world| {
             world.syncs += 1;
             if world.sync_fails {

@@ -180,11 +180,21 @@ impl Writer {
         Ok(())
     }
 
+    /// # Errors
+    /// [`CacheLogError::Poisoned`]: nothing becomes durable any more.
+    pub(super) fn unpoisoned(&self) -> Result<(), CacheLogError> {
+        let poisoned = self.poisoned.clone();
+        poisoned.map_or(Ok(()), |what| Err(CacheLogError::Poisoned(what)))
+    }
+
+    /// Whether there is no other segment than the active one.
+    pub(super) fn is_one_segment(&self) -> bool {
+        self.sealed.is_empty()
+    }
+
     /// What a flush must cover to make everything up to the target durable.
     pub(super) fn take_unsynced(&mut self) -> Result<Target, CacheLogError> {
-        if let Some(what) = &self.poisoned {
-            return Err(CacheLogError::Poisoned(what.clone()));
-        }
+        self.unpoisoned()?;
         // A flush that fails poisons the log, so nothing has to be put back.
         let mut files = std::mem::take(&mut self.unsynced);
         files.push((segment_name(self.active.number), self.active.file.clone()));

@@ -125,6 +125,19 @@ impl Checkpointer {
         self.running.is_some()
     }
 
+    /// Whether the disk has room for another checkpoint like the last one, and for the journal's reserve
+    /// besides. One that fills the disk would take what commits need.
+    pub fn has_room(&self) -> bool {
+        self.shared.has_room_for_checkpoint()
+    }
+
+    /// Gives the running checkpoint up, and its space back.
+    pub fn give_up(&mut self) {
+        self.running = None;
+        // The next one begins the file anew in any case.
+        let _ = self.shared.vfs.remove(names::CHECKPOINT_NEW);
+    }
+
     /// Begins a checkpoint at record `seq`, which must be durable; `snapshot` is the small state
     /// that contains exactly the records up to it. Rotate the journal at `seq` first, so that its
     /// segments can go. Gives up a checkpoint that is running.

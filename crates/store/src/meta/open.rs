@@ -300,6 +300,8 @@ fn rebuild(
     checkpoints: &[u64],
 ) -> Result<Opened, MetaError> {
     let vfs = shared.vfs.as_ref();
+    // What is left of a checkpoint that was not finished takes room that the table needs.
+    let _ = vfs.remove(names::CHECKPOINT_NEW);
     let fill = |name: &str| {
         engine.discard().map_err(MetaError::Table)?;
         let size = vfs.len(name).map_err(|error| fault(vfs, "read", name, error))?;

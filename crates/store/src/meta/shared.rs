@@ -165,6 +165,12 @@ impl Shared {
         enough
     }
 
+    pub(crate) fn has_room_for_checkpoint(&self) -> bool {
+        let reserve = self.options.ballast_bytes;
+        let needed = self.stats().checkpoint_bytes.saturating_add(reserve);
+        reserve == 0 || self.free_bytes() >= needed
+    }
+
     fn free_bytes(&self) -> u64 {
         self.vfs.free_bytes().unwrap_or(0)
     }

@@ -3,6 +3,7 @@
 use endio_state_machine::record::Snapshot;
 use endio_store::meta::{Checkpointer, MetaError, MetaTable};
 use tokio::sync::oneshot;
+use tokio::time::{Duration, Instant};
 
 use super::DriverError;
 use crate::commit::Committer;
@@ -10,6 +11,9 @@ use crate::snapshot;
 
 /// Chunks copied in one turn: some milliseconds of the driver's time.
 const CHUNKS_PER_TURN: usize = 64;
+
+/// Between two looks at a disk that has no room for a checkpoint.
+const REST: Duration = Duration::from_secs(10);
 
 enum Stage {
     Idle(Checkpointer),
@@ -26,11 +30,13 @@ enum Stage {
 
 pub(crate) struct Checkpoints {
     stage: Stage,
+    /// None begins before: the disk had no room for one.
+    rest_until: Option<Instant>,
 }
 
 impl Checkpoints {
     pub(crate) fn new(checkpointer: Checkpointer) -> Self {
-        Self { stage: Stage::Idle(checkpointer) }
+        Self { stage: Stage::Idle(checkpointer), rest_until: None }
     }
 
     /// Whether the next turn can copy something.
@@ -46,7 +52,11 @@ impl Checkpoints {
         snapshot: impl FnOnce() -> Snapshot,
     ) -> Result<(), DriverError> {
         let Stage::Idle(checkpointer) = &self.stage else { return Ok(()) };
-        if !checkpointer.is_due() {
+        if !checkpointer.is_due() || self.rest_until.is_some_and(|until| Instant::now() < until) {
+            return Ok(());
+        }
+        if !checkpointer.has_room() {
+            self.rest("it has no room for another one");
             return Ok(());
         }
         if let Stage::Idle(checkpointer) = std::mem::replace(&mut self.stage, Stage::Moved) {
@@ -67,22 +77,51 @@ impl Checkpoints {
             Stage::Rotating(mut checkpointer, snapshot, mut rotated) => match rotated.try_recv() {
                 Ok(_) => {
                     let bytes = snapshot::encode(&snapshot).map_err(DriverError::Encode)?;
-                    checkpointer.begin(snapshot.seq, &bytes)?;
-                    Stage::Copying(checkpointer)
+                    let begun = checkpointer.begin(snapshot.seq, &bytes);
+                    match self.may_go_on(&mut checkpointer, begun)? {
+                        Some(()) => Stage::Copying(checkpointer),
+                        None => Stage::Idle(checkpointer),
+                    }
                 }
                 // Still under way, or the committer failed, which the driver notices by itself.
                 Err(_) => Stage::Rotating(checkpointer, snapshot, rotated),
             },
             Stage::Copying(mut checkpointer) => {
-                if checkpointer.write_chunks(table.as_mut(), CHUNKS_PER_TURN)? {
-                    Stage::Copied(checkpointer, None)
-                } else {
-                    Stage::Copying(checkpointer)
+                let copied = checkpointer.write_chunks(table.as_mut(), CHUNKS_PER_TURN);
+                match self.may_go_on(&mut checkpointer, copied)? {
+                    Some(true) => Stage::Copied(checkpointer, None),
+                    Some(false) => Stage::Copying(checkpointer),
+                    None => Stage::Idle(checkpointer),
                 }
             }
             stage => stage,
         };
         self.finish(durable)
+    }
+
+    /// A checkpoint that meets a full disk is given up, and begun again when there is room: the journal
+    /// and the checkpoints before it have everything.
+    fn may_go_on<T>(
+        &mut self,
+        checkpointer: &mut Checkpointer,
+        result: Result<T, MetaError>,
+    ) -> Result<Option<T>, DriverError> {
+        match result {
+            Err(error @ MetaError::NoSpace { .. }) => {
+                checkpointer.give_up();
+                self.rest(&error.to_string());
+                Ok(None)
+            }
+            result => Ok(Some(result?)),
+        }
+    }
+
+    fn rest(&mut self, why: &str) {
+        self.rest_until = Some(Instant::now() + REST);
+        tracing::warn!(
+            error = why,
+            "no checkpoint on this disk: the journal grows until it has room"
+        );
     }
 
     /// Records applied up to `seq` may be in the copied chunks.
@@ -108,9 +147,10 @@ impl Checkpoints {
                 self.stage = Stage::Finishing(done);
             }
             Stage::Finishing(mut done) => match done.try_recv() {
-                Ok((checkpointer, result)) => {
-                    result?;
-                    tracing::info!("checkpoint finished");
+                Ok((mut checkpointer, result)) => {
+                    if self.may_go_on(&mut checkpointer, result)?.is_some() {
+                        tracing::info!("checkpoint finished");
+                    }
                     self.stage = Stage::Idle(checkpointer);
                 }
                 Err(oneshot::error::TryRecvError::Empty) => self.stage = Stage::Finishing(done),

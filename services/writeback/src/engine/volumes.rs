@@ -157,6 +157,8 @@ impl Engine {
     /// loss would find it open here and take what others wrote meanwhile for older.
     async fn close_in_log(&self, name: &str) -> Result<(), Failure> {
         let volume = self.describe(name).await?.id;
+        // Whoever began to append while it was still ours is done: nothing of it comes behind this.
+        drop(self.log.order());
         if self.log.holds(volume, LblkRange::new(0, u64::MAX)) {
             self.log.append_closed(volume)?;
         }

@@ -527,9 +527,11 @@ impl Write {
         let lsn = engine.log.append_write(&record, &[whole.as_ref()])?;
         reach(Point::WritebackLogged);
         let mut state = volume.state();
-        // What was dirty of a volume that is let go has been counted off by now, perhaps.
-        if let Some(gone) = &state.gone {
-            return Ok(Err(gone.clone()));
+        // Taken by somebody else between the look above and this: it is lost like all that was dirty here,
+        // which has been counted off by now, perhaps. The log has it, with its retry key.
+        if state.gone.is_some() {
+            state.credit.put_back(blocks.len);
+            return Ok(Ok(Used { blocks: 0, wakes_flusher: false, flush_is_next: None }));
         }
         let end = self.end_bytes();
         // Nothing waited: the flusher sleeps without an end. And a flush that saw the record in the

@@ -283,12 +283,7 @@ impl Wb {
                 self.all().iter().filter_map(|v| v.state.borrow().dirty.oldest_lsn()).min();
             let oldest = oldest.filter(|_| !self.world.planted(Planted::TrimTooMuch));
             let oldest = oldest.unwrap_or_else(|| last.next());
-            if used > bound / 2
-                && let Err(error) = self.engine.log.rotate()
-            {
-                self.log_failed(&error);
-            }
-            match self.engine.log.trim(oldest) {
+            match self.engine.log.make_room(oldest) {
                 Ok(_) => self.engine.room.notify(),
                 Err(error) => _ = self.log_failed(&error),
             }
