@@ -93,10 +93,23 @@ impl Engine {
         until: Until,
         traceparent: &str,
     ) -> Result<u64, Failure> {
+        let work = async {
+            let (lsn, waited_for) = self.all_out(volume, until).await?;
+            self.tell(volume, observer, until, lsn).await?;
+            Ok(waited_for)
+        };
+        self.traced(volume, traceparent, work).await
+    }
+
+    async fn traced<T>(
+        &self,
+        volume: &Volume,
+        traceparent: &str,
+        work: impl Future<Output = Result<T, Failure>>,
+    ) -> Result<T, Failure> {
         let started = Instant::now();
         let span = crate::TRACER.entry("fsync", traceparent).with("volume", &volume.name);
-        let all_out = self.write_all_out(volume, observer, until);
-        let outcome = span.clone().scope(all_out).await;
+        let outcome = span.clone().scope(work).await;
         if let Err(failure) = &outcome {
             span.fail(&failure.detail);
         }
@@ -104,13 +117,14 @@ impl Engine {
         outcome
     }
 
-    async fn write_all_out(
+    /// Tells the observer what it was not told yet, once everything up to `lsn` is out or has failed.
+    async fn tell(
         &self,
-        volume: &Arc<Volume>,
+        volume: &Volume,
         observer: Option<&Observer>,
         until: Until,
-    ) -> Result<u64, Failure> {
-        let (lsn, waited_for) = self.all_out(volume, until).await?;
+        lsn: Lsn,
+    ) -> Result<(), Failure> {
         let (untold, is_pending) = {
             let mut state = volume.state();
             let untold = match observer {
@@ -135,7 +149,7 @@ impl Engine {
             }
             None => {
                 endio_failpoints::reach(endio_failpoints::Point::WritebackFsynced);
-                Ok(waited_for)
+                Ok(())
             }
         }
     }
@@ -195,12 +209,16 @@ impl Engine {
         let mut volumes = self.table.all();
         volumes.retain(|volume| is_meant(&volume.name));
         let traceparent = Span::current().traceparent();
-        let out = volumes.iter().map(|volume| self.all_out(volume, Until::Converted));
+        let out = volumes.iter().map(|volume| {
+            self.traced(volume, &traceparent, self.all_out(volume, Until::Converted))
+        });
         let out = join_all(out).await;
-        let mut waited_for: u64 = out.into_iter().flatten().map(|(_, waited_for)| waited_for).sum();
+        let mut waited_for = 0;
         // One answer tells of one error: what is behind it must stay untold.
-        for volume in &volumes {
-            waited_for += self.fsync(volume, None, Until::Converted, &traceparent).await?;
+        for (volume, out) in volumes.iter().zip(out) {
+            let (lsn, more) = out?;
+            self.tell(volume, None, Until::Converted, lsn).await?;
+            waited_for += more;
         }
         Ok(waited_for)
     }

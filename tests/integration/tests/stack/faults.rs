@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use endio_api::conversion::ListStoresRequest;
 use endio_api::writeback::{FsyncRequest, ReadRequest, SyncAllRequest, WriteMode, WriteRequest};
-use endio_integration_tests::services::{Conversion, Store};
+use endio_integration_tests::services::{Conversion, STORE_BLOCKS, Store};
 use endio_integration_tests::stack::{Stack, Writeback};
 use endio_store::block::DeviceFault;
 use endio_testkit::client::{Client, Refused};
@@ -28,6 +28,30 @@ async fn write(client: &Client, offset: u64, data: &[u8], mode: WriteMode) -> Re
 
 async fn direct(client: &Client, offset: u64, data: &[u8]) {
     write(client, offset, data, WriteMode::Direct).await.unwrap();
+}
+
+/// One store, and a writeback that gives up early.
+struct Impatient {
+    writeback: Writeback,
+    store: Store,
+    _conversion: Conversion,
+    _directory: tempfile::TempDir,
+}
+
+impl Impatient {
+    async fn start(store_blocks: u64, io_timeout_ms: u64) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let conversion = Conversion::start(directory.path()).await;
+        let store = Store::start_with(&conversion.url, store_blocks).await;
+        let config = endio_writeback::Config {
+            conversion: conversion.url.clone(),
+            cache_dir: directory.path().join("cache"),
+            io_timeout_ms,
+            ..Default::default()
+        };
+        let writeback = Writeback::start_with(config).await;
+        Self { writeback, store, _conversion: conversion, _directory: directory }
+    }
 }
 
 async fn stack(stores: usize, replicas: u32) -> (Stack, Client) {
@@ -226,17 +250,8 @@ async fn a_lost_or_misdirected_write_is_never_returned_as_data() {
 /// service resumes when space returns.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_store_is_a_clear_error_and_service_resumes_after_a_trim() {
-    let directory = tempfile::tempdir().unwrap();
-    let conversion = Conversion::start(directory.path()).await;
-    let _store = Store::start_with(&conversion.url, 1024).await;
-    let config = endio_writeback::Config {
-        conversion: conversion.url.clone(),
-        cache_dir: directory.path().join("cache"),
-        io_timeout_ms: 5_000,
-        ..Default::default()
-    };
-    let writeback = Writeback::start_with(config).await;
-    let client = writeback.client();
+    let services = Impatient::start(1024, 5_000).await;
+    let client = services.writeback.client();
     client.create("vol1", VOLUME_BYTES, 1).await.unwrap();
     let mut written = 0;
     let refused = loop {
@@ -275,17 +290,8 @@ async fn a_full_store_is_a_clear_error_and_service_resumes_after_a_trim() {
 /// Direct writes that share an io_end are refused together only if none of them fits.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn direct_writes_at_once_use_a_store_to_its_last_block() {
-    let directory = tempfile::tempdir().unwrap();
-    let conversion = Conversion::start(directory.path()).await;
-    let _store = Store::start_with(&conversion.url, 1024).await;
-    let config = endio_writeback::Config {
-        conversion: conversion.url.clone(),
-        cache_dir: directory.path().join("cache"),
-        io_timeout_ms: 5_000,
-        ..Default::default()
-    };
-    let writeback = Writeback::start_with(config).await;
-    let client = writeback.client();
+    let services = Impatient::start(1024, 5_000).await;
+    let client = services.writeback.client();
     client.create("vol1", VOLUME_BYTES, 1).await.unwrap();
     // So that what is left in the end is not nothing.
     write(&client, 12 << 20, &[1; 5 * 4096], WriteMode::Direct).await.unwrap();
@@ -329,17 +335,8 @@ async fn direct_writes_at_once_use_a_store_to_its_last_block() {
 /// fsync that hits it; the data stays dirty, and once the fault clears, all is well without help.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_error_is_told_and_does_not_stick() {
-    let directory = tempfile::tempdir().unwrap();
-    let conversion = Conversion::start(directory.path()).await;
-    let store = Store::start(&conversion.url).await;
-    let config = endio_writeback::Config {
-        conversion: conversion.url.clone(),
-        cache_dir: directory.path().join("cache"),
-        io_timeout_ms: 4_000,
-        ..Default::default()
-    };
-    let writeback = Writeback::start_with(config).await;
-    let client = writeback.client();
+    let services = Impatient::start(STORE_BLOCKS, 4_000).await;
+    let (store, client) = (&services.store, services.writeback.client());
     client.create("vol1", VOLUME_BYTES, 1).await.unwrap();
     direct(&client, 1 << 20, &[1; 4096]).await;
     store.device.break_down();
@@ -371,17 +368,8 @@ async fn an_error_is_told_and_does_not_stick() {
 /// told to who asks for them next.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_syncs_all_hears_one_error_and_the_others_stay_untold() {
-    let directory = tempfile::tempdir().unwrap();
-    let conversion = Conversion::start(directory.path()).await;
-    let store = Store::start(&conversion.url).await;
-    let config = endio_writeback::Config {
-        conversion: conversion.url.clone(),
-        cache_dir: directory.path().join("cache"),
-        io_timeout_ms: 2_000,
-        ..Default::default()
-    };
-    let writeback = Writeback::start_with(config).await;
-    let client = writeback.client();
+    let services = Impatient::start(STORE_BLOCKS, 2_000).await;
+    let (store, client) = (&services.store, services.writeback.client());
     for volume in ["vol1", "vol2"] {
         client.create(volume, VOLUME_BYTES, 1).await.unwrap();
     }
