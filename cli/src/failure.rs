@@ -183,8 +183,8 @@ pub(crate) fn advice(reason: Reason) -> &'static str {
              from a backup by writing them again"
         }
         Reason::LostWrites => {
-            "a power loss may have taken writes that were not fsynced; write again what was \
-             written since the last fsync that succeeded"
+            "a power loss, or another writeback that took the volume, may have taken writes that were \
+             not fsynced; write again what was written since the last fsync that succeeded"
         }
         Reason::PeerAway => "see which service is away with `endio status` and `endio stores`",
         Reason::NotReady | Reason::Draining | Reason::Limit => "try again in a moment",

@@ -172,6 +172,15 @@ impl Log {
         Ok(trimmed.await.map_err(|_| Failure::task_lost())??)
     }
 
+    /// Notes that acknowledged writes of a volume are lost, and that nobody was told.
+    pub(crate) async fn note_loss(&self, volume: u64) {
+        let inner = Arc::clone(&self.inner);
+        let noted = tokio::task::spawn_blocking(move || inner.note_loss(VolumeId(volume)));
+        if let Ok(Err(error)) = noted.await {
+            tracing::warn!(volume, %error, "a loss may be told to nobody after a restart");
+        }
+    }
+
     /// Notes that somebody was told of a volume's losses.
     pub(crate) async fn loss_told(&self, volume: u64) {
         let inner = Arc::clone(&self.inner);

@@ -1,9 +1,10 @@
 //! The volumes that are open here, and what the session with conversion says about them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, PoisonError};
 
 use endio_api::conversion::{ReadConfirm, Reserve, Store};
+use endio_types::Reason;
 use tracing_mutex::stdsync::{Mutex, MutexGuard};
 
 use crate::failure::Failure;
@@ -11,16 +12,21 @@ use crate::session::Events;
 use crate::stores::Stores;
 use crate::volume::Volume;
 
+/// Volumes that are not open here, and of which somebody has yet to hear that acknowledged writes are lost.
+/// What is beyond is logged and told to nobody.
+const LOSSES_MAX: usize = 65_536;
+
 /// Open volumes by name.
 pub(crate) struct Table {
     volumes: Mutex<BTreeMap<Arc<str>, Arc<Volume>>>,
+    losses: Mutex<BTreeSet<u64>>,
     stores: Arc<Stores>,
 }
 
 impl Table {
     /// Nothing open.
     pub(crate) fn new(stores: Arc<Stores>) -> Self {
-        Self { volumes: Mutex::default(), stores }
+        Self { volumes: Mutex::default(), losses: Mutex::default(), stores }
     }
 
     fn volumes(&self) -> MutexGuard<'_, BTreeMap<Arc<str>, Arc<Volume>>> {
@@ -47,9 +53,61 @@ impl Table {
         self.volumes().insert(Arc::clone(&volume.name), volume);
     }
 
+    /// A volume is not served here any more. If acknowledged writes go with it, who asks for it here next
+    /// is told; of a volume that is deleted nobody wants to hear.
+    pub(crate) fn end(&self, volume: &Volume, why: Failure) {
+        let is_deleted = why.reason == Reason::UnknownVolume;
+        let is_owed = volume.let_go(why);
+        self.remove(volume);
+        if is_owed && !is_deleted {
+            self.owe_loss(volume.id);
+        }
+    }
+
+    /// Acknowledged writes of a volume are lost, and nobody was told.
+    pub(crate) fn owe_loss(&self, volume: u64) {
+        {
+            let mut losses = self.losses();
+            if losses.len() >= LOSSES_MAX {
+                tracing::error!(
+                    volume,
+                    "acknowledged writes are lost, and too many such are remembered"
+                );
+                return;
+            }
+            losses.insert(volume);
+        }
+        // Opened here anew before its end was noticed.
+        let open = self.all().into_iter().find(|open| open.id == volume && open.usable().is_ok());
+        if let Some(open) = open {
+            self.tell_loss(&open);
+        }
+    }
+
+    /// Whether somebody has yet to hear of a loss of acknowledged writes.
+    pub(crate) fn owes_loss(&self, volume: u64) -> bool {
+        self.losses().contains(&volume)
+    }
+
+    /// Who asks for the volume, which is or will be open here, is told of what is owed.
+    pub(crate) fn tell_loss(&self, volume: &Volume) {
+        if self.losses().remove(&volume.id) {
+            volume.has_lost();
+        }
+    }
+
+    /// Nobody wants to hear of it any more.
+    pub(crate) fn forget_loss(&self, volume: u64) {
+        self.losses().remove(&volume);
+    }
+
+    fn losses(&self) -> MutexGuard<'_, BTreeSet<u64>> {
+        self.losses.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// A volume is not open any more. Another generation of it stays, and so does another volume that
     /// has its name by now: generations count from 1 in each.
-    pub(crate) fn remove(&self, volume: &Volume) {
+    fn remove(&self, volume: &Volume) {
         let mut volumes = self.volumes();
         let same =
             |open: &Arc<Volume>| open.id == volume.id && open.generation == volume.generation;
@@ -98,8 +156,7 @@ impl Events for Table {
             Err(failure) if failure.ends_volume() => {
                 drop(state);
                 tracing::warn!(volume = %volume.name, error = %failure, "not open here any more");
-                volume.let_go(failure);
-                self.remove(&volume);
+                self.end(&volume, failure);
                 return;
             }
             Err(failure) => {
@@ -127,8 +184,7 @@ impl Events for Table {
         for open in self.all() {
             if open.id == volume && open.generation < generation {
                 tracing::warn!(volume = %open.name, generation, "fenced by another writeback");
-                open.let_go(Failure::fenced());
-                self.remove(&open);
+                self.end(&open, Failure::fenced());
             }
         }
     }

@@ -9,6 +9,7 @@ use std::sync::{Arc, PoisonError};
 use bytes::Bytes;
 use endio_api::common::{Extent, ReadGrant};
 use endio_chassis::trace::Context;
+use endio_failpoints::{Bug, is_planted};
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::attempts::Attempts;
 use endio_state_machine::writeback::credit::{Credit, CreditPolicy};
@@ -82,8 +83,8 @@ pub struct State {
     pub errors: ErrSeq<Failure>,
     /// Counts the failed write-outs.
     pub error_count: u64,
-    /// Acknowledged writes may be missing since a power loss: what everybody who comes back is told
-    /// once, whenever that is.
+    /// Acknowledged writes may be missing since a power loss or a takeover: what everybody who comes back
+    /// is told once, whenever that is.
     pub loss: Option<Loss>,
     /// What callers of the unary Fsync were told; they have no identity of their own.
     pub told: Cursor,
@@ -265,10 +266,30 @@ impl Volume {
         }
     }
 
-    /// The volume is not usable here any more; every waiter hears why. The first reason stays.
-    pub fn let_go(&self, why: Failure) {
-        self.state().gone.get_or_insert(why);
+    /// The volume is not usable here any more; every waiter hears why. The first reason stays. Says
+    /// whether a client of this writeback has yet to hear that acknowledged writes are lost.
+    pub fn let_go(&self, why: Failure) -> bool {
+        let is_owed = {
+            let mut state = self.state();
+            let is_first = state.gone.is_none();
+            state.gone.get_or_insert(why);
+            is_first && state.goes_with_a_loss()
+        };
         self.changed();
+        is_owed
+    }
+
+    /// Acknowledged writes are lost: each client is told once, whenever it comes.
+    pub fn has_lost(&self) {
+        if is_planted(Bug::LossUntold) {
+            return;
+        }
+        let detail = "acknowledged writes may be missing: the machine lost its power, or the volume \
+                      was taken by another writeback, before they were flushed";
+        let lost = Failure::new(Reason::LostWrites, detail);
+        let mut state = self.state();
+        state.errors.set(lost.clone());
+        state.loss = Some(Loss::new(lost));
     }
 
     /// # Errors
@@ -323,6 +344,13 @@ impl State {
             .into_iter()
             .chain(within)
             .filter_map(move |(start, len)| LblkRange::new(*start, *len).intersection(range))
+    }
+
+    /// Whether something acknowledged is neither on the stores nor in the data log, or nobody has heard
+    /// of an earlier loss.
+    fn goes_with_a_loss(&self) -> bool {
+        self.dirty.pending_up_to(Lsn(u64::MAX))
+            || self.errors.untold().is_some_and(Failure::is_loss)
     }
 
     /// What is dirty up to a record is wanted out now.

@@ -290,8 +290,6 @@ impl Clients {
             Some(8) => {
                 let (inner, volume) = (wb.clone(), Rc::clone(volume));
                 self.inside(wb, async move { inner.close(&volume).await }).await;
-                // Whoever closes without a flush does not want to know.
-                slot.known.borrow_mut().unsaid_loss = false;
             }
             _ => self.delete(slot, wb, volume).await,
         }

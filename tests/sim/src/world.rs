@@ -83,6 +83,8 @@ pub enum Planted {
     DoubtIgnored,
     /// A loss that nobody was told of gives way to a lesser error.
     LossReplaced,
+    /// What goes with a volume that somebody else takes is told to nobody who comes back.
+    LetGoUntold,
 }
 
 impl Planted {
@@ -115,6 +117,7 @@ impl Planted {
         Self::CleanGuessed,
         Self::DoubtIgnored,
         Self::LossReplaced,
+        Self::LetGoUntold,
     ];
 }
 
@@ -196,6 +199,9 @@ pub struct World {
     pub planted: Option<Planted>,
     /// Takeovers that were drawn and not tried yet.
     pub takeover_wanted: Cell<u64>,
+    /// Writebacks and volumes of which acknowledged writes went when the volume was let go there, and that have
+    /// told nobody yet.
+    pub let_go: RefCell<BTreeSet<(usize, VolumeId)>>,
     /// Bits that flipped where data is stored.
     pub flips: Cell<u64>,
     /// Nodes that were frozen for longer than a lease, and woke up in the same life.
@@ -237,6 +243,7 @@ impl World {
             numbers: RefCell::default(),
             planted,
             takeover_wanted: Cell::new(0),
+            let_go: RefCell::default(),
             flips: Cell::new(0),
             zombies: Cell::new(0),
             is_healed: Cell::new(false),

@@ -1,6 +1,6 @@
 //! Planted bugs are caught, each by the checkers that are there for it.
 //!
-//! Eighteen of them run in the short form. All: `ENDIO_PLANTED_ALL=1 cargo test -p endio-sim-tests --features planted-bugs
+//! Twenty of them run in the short form. All: `ENDIO_PLANTED_ALL=1 cargo test -p endio-sim-tests --features planted-bugs
 //! --test planted -- --nocapture`; one: `ENDIO_PLANTED_ONE=NoFence` beside it.
 #![cfg(feature = "planted-bugs")]
 
@@ -54,7 +54,10 @@ impl Plant {
             Self::Modelled(Planted::StoredThoughLogged) => Some(&["stored-is-clean"]),
             Self::Modelled(Planted::LogGuardOff) => Some(&["liveness"]),
             Self::Pure(Bug::CreditLeaked) => Some(&["space_adds_up"]),
-            Self::Pure(Bug::ToldTwice | Bug::NeverTold) => Some(&["errors_told_once"]),
+            Self::Pure(Bug::ToldTwice | Bug::NeverTold)
+            | Self::Modelled(Planted::LossUntold | Planted::LossReplaced | Planted::LetGoUntold) => {
+                Some(&["errors_told_once"])
+            }
             Self::Pure(Bug::WholeRequestsOff) => Some(&["no_torn_write"]),
             // Which of the two is broken first is a matter of what is asked first.
             Self::Pure(
@@ -148,6 +151,7 @@ fn bugs() -> Vec<Plant> {
         Planted::LogGuardOff,
         Planted::CleanGuessed,
         Planted::LossReplaced,
+        Planted::LetGoUntold,
     ];
     pure.map(Plant::Pure).into_iter().chain(modelled.map(Plant::Modelled)).collect()
 }

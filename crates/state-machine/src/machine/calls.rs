@@ -255,8 +255,13 @@ impl<T: ChunkTable> Machine<T> {
     }
 
     /// Until when an owner that the volume is taken from may answer reads from what it remembers,
-    /// which no store checks. An earlier start of the same instance is over.
+    /// which no store checks. An earlier start of the same instance is over. Who is on record as the owner
+    /// itself may have taken the volume just before this process's predecessor died, and never heard so.
     fn owner_before_reads_until(&mut self, volume: &VolumeState, next: &str) -> Millis {
+        if volume.owner.as_deref() == Some(next) {
+            let rt = self.volumes.entry(volume.id).or_default();
+            rt.read_elsewhere_until = rt.read_elsewhere_until.max(rt.may_be_taken_until);
+        }
         let before = volume.owner.as_deref().filter(|before| !is_same_instance(before, next));
         let lease = before.and_then(|before| self.writebacks.get(before)?.lease);
         let rt = self.volumes.entry(volume.id).or_default();

@@ -92,7 +92,9 @@ impl<T: ChunkTable> Machine<T> {
         }
         for volume in self.durable.volumes.values() {
             let log_last = self.durable.logs.newest(volume.id);
-            self.volumes.entry(volume.id).or_default().log_last = log_last;
+            let rt = self.volumes.entry(volume.id).or_default();
+            rt.log_last = log_last;
+            rt.may_be_taken_until = now.plus(self.limits.lease_ms.into());
             if volume.deleted {
                 self.purging.insert(volume.id);
             } else {

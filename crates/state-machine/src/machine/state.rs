@@ -94,6 +94,9 @@ pub(super) struct VolumeRt {
     /// Until then an owner that the volume was taken from may answer reads by itself. Forgotten
     /// with the epoch: whoever was told to wait does so all the same.
     pub(super) read_elsewhere_until: Millis,
+    /// A lease after recovery: until then an owner may answer reads that an earlier epoch took the volume
+    /// from, and which nothing durable names.
+    pub(super) may_be_taken_until: Millis,
     /// Tries of changes under this generation up to this number are refused. Forgotten with the
     /// epoch, as is every connection on which one could arrive.
     pub(super) attempts_over: u64,

@@ -47,8 +47,7 @@ impl<E: Clone> ErrSeq<E> {
 
     /// Records an error, unless one that nobody was told yet is graver: that one must not go untold.
     pub fn set_unless(&mut self, error: E, is_graver: impl FnOnce(&E) -> bool) {
-        let untold = self.latest.as_ref().filter(|_| !self.told);
-        if !untold.is_some_and(is_graver) {
+        if !self.untold().is_some_and(is_graver) {
             self.set(error);
         }
     }
@@ -78,6 +77,11 @@ impl<E: Clone> ErrSeq<E> {
     /// Whether an error exists that nobody was told.
     pub fn is_untold(&self) -> bool {
         !self.told
+    }
+
+    /// The error that nobody was told, if there is one.
+    pub fn untold(&self) -> Option<&E> {
+        self.latest.as_ref().filter(|_| !self.told)
     }
 }
 

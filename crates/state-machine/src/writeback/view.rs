@@ -4,6 +4,9 @@
 //! conversion knows. An answer of conversion carries the map version at which its size held, and
 //! answers may come in another order than they were given: only a resize makes a volume smaller,
 //! so an answer from before the newest resize says nothing of the size.
+//!
+//! A write that extends the volume may be converted without anybody here hearing of it: from the moment it is
+//! asked for, the map may have blocks up to its end.
 
 use std::collections::BTreeMap;
 
@@ -14,6 +17,8 @@ use endio_types::{BLOCK_BYTES, MapVersion};
 pub struct VolumeView {
     size_bytes: u64,
     durable_size_bytes: u64,
+    /// End of the longest extension that was asked for, bytes, whatever came of it.
+    asked_size_bytes: u64,
     /// Map version at which the size was set last; what an older map says of it is of the past.
     sized_at: MapVersion,
     /// Reads under way, by the map version that they may use.
@@ -28,6 +33,7 @@ impl VolumeView {
         Self {
             size_bytes,
             durable_size_bytes: size_bytes,
+            asked_size_bytes: 0,
             sized_at: version,
             reads: BTreeMap::new(),
             map_version: version,
@@ -44,10 +50,10 @@ impl VolumeView {
         self.durable_size_bytes
     }
 
-    /// First block beyond what conversion knows: what the volume has from here on is dirty or a
+    /// First block beyond what conversion may know: what the volume has from here on is dirty or a
     /// hole.
     pub fn mapped_end(&self) -> u64 {
-        self.durable_size_bytes.div_ceil(BLOCK_BYTES)
+        self.durable_size_bytes.max(self.asked_size_bytes).div_ceil(BLOCK_BYTES)
     }
 
     /// A write that ends there is acknowledged.
@@ -55,9 +61,14 @@ impl VolumeView {
         self.size_bytes = self.size_bytes.max(end_bytes);
     }
 
-    /// Size that a write of blocks up to `end_bytes` makes durable; 0: it does not extend.
-    pub fn size_after(&self, end_bytes: u64) -> u64 {
-        if end_bytes > self.durable_size_bytes { end_bytes } else { 0 }
+    /// Size that a write of blocks up to `end_bytes`, which is about to be asked for, makes durable; 0: it
+    /// does not extend.
+    pub fn size_after(&mut self, end_bytes: u64) -> u64 {
+        if end_bytes <= self.durable_size_bytes {
+            return 0;
+        }
+        self.asked_size_bytes = self.asked_size_bytes.max(end_bytes);
+        end_bytes
     }
 
     /// A map of this version, or a newer one, is what conversion has now.
@@ -127,8 +138,23 @@ mod tests {
         let mut view = VolumeView::new(MapVersion(1), 4096);
         view.wrote_up_to(10_000);
         assert_eq!((view.size_bytes(), view.durable_size_bytes()), (10_000, 4096));
-        assert_eq!((view.size_after(4096), view.size_after(4097)), (0, 4097));
         assert_eq!(view.mapped_end(), 1);
+        assert_eq!((view.size_after(4096), view.size_after(4097)), (0, 4097));
+    }
+
+    #[test]
+    fn the_map_may_have_what_a_write_of_which_nobody_heard_has_extended() {
+        let mut view = VolumeView::new(MapVersion(1), 4096);
+        assert_eq!(view.size_after(10_000), 10_000);
+        assert_eq!(
+            (view.size_bytes(), view.durable_size_bytes(), view.mapped_end()),
+            (4096, 4096, 3)
+        );
+        assert_eq!(view.size_after(5_000), 5_000, "a shorter one");
+        view.resized(MapVersion(2), 0);
+        assert_eq!(view.mapped_end(), 3, "it may come behind the resize");
+        view.saw_size(MapVersion(3), 20_000);
+        assert_eq!(view.mapped_end(), 5);
     }
 
     #[test]

@@ -438,3 +438,26 @@ fn a_forced_open_is_told_to_wait_until_the_owner_before_serves_nothing() {
     rig.now = rig.now.plus(1000);
     assert_eq!(open(&mut rig, "wb-a/2"), 0);
 }
+
+/// The answer to a takeover dies with conversion. Whoever asked is on record as the owner when it asks
+/// again, and the owner before is not on record at all: it may be cut off, and its lease not over.
+#[test]
+fn who_may_have_taken_a_volume_before_a_restart_waits_for_the_owner_that_nothing_names() {
+    let mut rig = Rig::new(1, 100);
+    let (first, other) = (WritebackSession(11), WritebackSession(12));
+    rig.hello(first, "wb-a/1");
+    rig.hello(other, "wb-b/1");
+    rig.create("v", BLOCK_BYTES, 1, false, false);
+    let open = |rig: &mut Rig, writeback: &str| match rig.call(open(writeback, true, None)) {
+        Ok(ReplyBody::Opened(_, _, wait_ms)) => wait_ms,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(open(&mut rig, "wb-a/1"), 0);
+    assert_eq!(open(&mut rig, "wb-b/1"), 1000, "and this is not heard");
+    rig.crash();
+    assert_eq!(open(&mut rig, "wb-b/1"), 1000, "as long as a lease from before can last");
+    rig.now = rig.now.plus(400);
+    assert_eq!(open(&mut rig, "wb-b/1"), 600);
+    rig.now = rig.now.plus(600);
+    assert_eq!(open(&mut rig, "wb-b/1"), 0);
+}

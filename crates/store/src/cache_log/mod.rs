@@ -26,6 +26,7 @@ mod sim;
 mod tests;
 mod writer;
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -112,6 +113,7 @@ impl CacheLog {
             clean: true,
             durable: Lsn(0),
             lost: None,
+            untold: BTreeSet::new(),
         });
         let is_blind = is_planted(Bug::BootIdIgnored);
         let power_lost = !before.clean && before.boot_id != boot_id && !is_blind;
@@ -136,7 +138,9 @@ impl CacheLog {
         let lost = scan.lost(before.lost, power_lost);
         let state = State { boot_id, clean: false, durable: scan.last, lost, ..before };
         scan::write_state(&*disk, &state)?;
-        let replay = Replay::new(&*disk, &scan, power_lost, state.lost.clone());
+        let mut losses = state.untold.clone();
+        losses.extend(state.lost.iter().flatten());
+        let replay = Replay::new(&*disk, &scan, power_lost, losses);
         let durable = AtomicU64::new(scan.last.0);
         let max_bytes = options.max_bytes;
         let writer = Writer::start(&*disk, state.tag, options, scan)?;
@@ -426,18 +430,32 @@ impl CacheLog {
         self.writer().rotate(&*self.disk, self.durable_lsn())
     }
 
+    /// Notes, durably, that acknowledged writes of a volume are lost and that nobody was told: each start
+    /// says so ([`Replay::losses`]) until [`CacheLog::loss_told`]. Idempotent.
+    ///
+    /// # Errors
+    /// The note may be missing.
+    pub fn note_loss(&self, volume: VolumeId) -> Result<(), CacheLogError> {
+        // Held while it is written: two notes must not overtake each other.
+        let mut state = lock(&self.state);
+        match state.untold.insert(volume) {
+            true => scan::write_state(&*self.disk, &state),
+            false => Ok(()),
+        }
+    }
+
     /// Notes, durably, that somebody was told of a volume's losses: the next start does not tell
     /// them again. Idempotent.
     ///
     /// # Errors
     /// The note may be missing, and the loss be told once more.
     pub fn loss_told(&self, volume: VolumeId) -> Result<(), CacheLogError> {
-        // Held while it is written: two notes must not overtake each other.
         let mut state = lock(&self.state);
-        if state.lost.as_mut().is_none_or(|lost| !lost.remove(&volume)) {
-            return Ok(());
+        let was_lost = state.lost.as_mut().is_some_and(|lost| lost.remove(&volume));
+        match state.untold.remove(&volume) || was_lost {
+            true => scan::write_state(&*self.disk, &state),
+            false => Ok(()),
         }
-        scan::write_state(&*self.disk, &state)
     }
 
     /// Makes all durable and notes that the log ended well. Everything after it is refused with
@@ -453,7 +471,10 @@ impl CacheLog {
         };
         self.sync_to(last)?;
         let mut state = lock(&self.state);
-        *state = State { clean: true, durable: last, lost: None, ..state.clone() };
+        // Whoever stops the service in order was not told by that.
+        let lost = state.lost.take().unwrap_or_default();
+        state.untold.extend(lost);
+        (state.clean, state.durable) = (true, last);
         scan::write_state(&*self.disk, &state)
     }
 

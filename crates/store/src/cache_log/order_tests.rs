@@ -185,7 +185,7 @@ fn data_of_a_volume_that_was_closed_does_not_come_back_when_it_is_open_again() {
 }
 
 #[test]
-fn a_loss_is_told_again_after_a_kill_until_the_volume_or_the_log_is_closed() {
+fn a_loss_is_told_again_after_a_kill_and_after_a_stop_until_somebody_was_told() {
     let (closed, open_on) = (VolumeId(8), VolumeId(9));
     let disk = SimDisk::default();
     let (log, _) = open(&disk);
@@ -203,10 +203,44 @@ fn a_loss_is_told_again_after_a_kill_until_the_volume_or_the_log_is_closed() {
     let (log, replay) = open(&disk);
     let told = [VOLUME, closed, open_on].map(|volume| replay.may_have_lost(volume));
     assert_eq!((replay.power_lost(), told), (false, [true, false, false]));
+    log.append_volume_closed(VOLUME).unwrap();
     log.close_clean().unwrap();
+    drop(log);
+    let (log, replay) = open(&disk);
+    assert!(replay.may_have_lost(VOLUME) && !replay.power_lost());
+    log.loss_told(VOLUME).unwrap();
     drop(log);
     let (_, replay) = open(&disk);
     assert!(!replay.may_have_lost(VOLUME));
+}
+
+#[test]
+fn a_loss_that_was_noted_outlives_the_volume_the_log_and_a_power_loss() {
+    let (told, other) = (VolumeId(8), VolumeId(9));
+    let disk = SimDisk::default();
+    let (log, replay) = open(&disk);
+    assert_eq!(replay.losses().count(), 0);
+    for volume in [VOLUME, told] {
+        log.append_volume_open(volume, "vol", Generation(3)).unwrap();
+        log.note_loss(volume).unwrap();
+        log.note_loss(volume).unwrap();
+        log.append_volume_closed(volume).unwrap();
+    }
+    log.loss_told(told).unwrap();
+    drop(log);
+    let (log, replay) = open(&disk);
+    assert_eq!(replay.losses().collect::<Vec<_>>(), [VOLUME]);
+    log.append_volume_open(other, "other", Generation(1)).unwrap();
+    log.sync_to(log.last_lsn()).unwrap();
+    drop(log);
+    disk.cut_power(|| false);
+    let (log, replay) = open(&disk);
+    assert_eq!(replay.losses().collect::<Vec<_>>(), [VOLUME, other]);
+    log.loss_told(other).unwrap();
+    log.close_clean().unwrap();
+    drop(log);
+    let (_, replay) = open(&disk);
+    assert_eq!(replay.losses().collect::<Vec<_>>(), [VOLUME]);
 }
 
 #[test]

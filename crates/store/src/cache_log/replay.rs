@@ -16,7 +16,7 @@ use super::scan::{Found, Scan, segment_name};
 /// is read when it is asked for, and checked again.
 pub struct Replay {
     power_lost: bool,
-    lost: Option<BTreeSet<VolumeId>>,
+    losses: BTreeSet<VolumeId>,
     torn_bytes: u64,
     sessions: SessionSnapshot,
     volumes: Vec<OpenVolume>,
@@ -29,7 +29,7 @@ impl Replay {
         disk: &dyn Disk,
         scan: &Scan,
         power_lost: bool,
-        lost: Option<BTreeSet<VolumeId>>,
+        losses: BTreeSet<VolumeId>,
     ) -> Self {
         let mut writes = VecDeque::new();
         for found in &scan.writes {
@@ -51,7 +51,7 @@ impl Replay {
             .collect();
         Self {
             power_lost,
-            lost,
+            losses,
             torn_bytes: scan.torn_bytes,
             sessions: scan.sessions.snapshot(),
             volumes,
@@ -66,11 +66,18 @@ impl Replay {
         self.power_lost
     }
 
-    /// Acknowledged writes of an open volume may be missing, and its clients are to be told. Still
-    /// true after a kill that follows the power loss, until somebody was told
-    /// ([`CacheLog::loss_told`](super::CacheLog::loss_told)) or the volume or the log is closed.
+    /// Acknowledged writes of a volume may be missing, and its clients are to be told: since a power loss
+    /// in which it was open, or because it was noted ([`CacheLog::note_loss`](super::CacheLog::note_loss)).
+    /// Still true at later starts, until somebody was told
+    /// ([`CacheLog::loss_told`](super::CacheLog::loss_told)); a volume that is closed after a power loss has to
+    /// be noted.
     pub fn may_have_lost(&self, volume: VolumeId) -> bool {
-        self.lost.as_ref().is_some_and(|lost| lost.contains(&volume))
+        self.losses.contains(&volume)
+    }
+
+    /// All volumes of which that is so, open or not.
+    pub fn losses(&self) -> impl Iterator<Item = VolumeId> + '_ {
+        self.losses.iter().copied()
     }
 
     /// Bytes that were cut off as a torn tail.

@@ -36,6 +36,10 @@ pub(super) struct State {
     /// not been closed since. Kept over kills, so that one does not hide the loss.
     #[serde(default)]
     pub(super) lost: Option<BTreeSet<VolumeId>>,
+    /// Volumes of which acknowledged writes are lost, as nobody was told yet; over closes of the volume
+    /// and of the log.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub(super) untold: BTreeSet<VolumeId>,
 }
 
 /// The state of a directory; `None`: there is no log in it.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use endio_api::conversion::LoggedBlock;
-use endio_failpoints::{Bug, Point, is_planted, reach};
+use endio_failpoints::{Point, reach};
 use endio_state_machine::writeback::dirty::{CleanRun, LogBlock};
 use endio_store::cache_log::{OpenVolume, Replay, ReplayedWrite};
 use endio_types::{BLOCK_BYTES, BLOCK_SIZE, Lblk, LblkRange, Reason};
@@ -12,7 +12,7 @@ use tokio::time::{Duration, Instant};
 
 use super::Engine;
 use crate::failure::Failure;
-use crate::volume::{CachedBlock, Loss, Opened, Volume};
+use crate::volume::{CachedBlock, Opened, Volume};
 
 /// A write of the log, read back.
 type Writes = BTreeMap<u64, Vec<ReplayedWrite>>;
@@ -36,6 +36,9 @@ impl Engine {
             let torn_bytes = replay.torn_bytes();
             tracing::warn!(power_lost, torn_bytes, "the cache log did not end well");
         }
+        for volume in replay.losses() {
+            self.table.owe_loss(volume.0);
+        }
         for open in replay.open_volumes() {
             let data = writes.remove(&open.volume.0).unwrap_or_default();
             let may_have_lost = replay.may_have_lost(open.volume);
@@ -43,7 +46,7 @@ impl Engine {
                 self.log.append_closed(open.volume.0)?;
                 continue;
             }
-            self.replay_volume(open, data, may_have_lost).await?;
+            self.replay_volume(open, data).await?;
         }
         for (volume, data) in writes {
             let writes = data.len();
@@ -56,7 +59,6 @@ impl Engine {
         self: &Arc<Self>,
         open: &OpenVolume,
         data: Vec<ReplayedWrite>,
-        may_have_lost: bool,
     ) -> Result<(), Failure> {
         let (id, name) = (open.volume.0, open.name.as_str());
         let opened = loop {
@@ -79,13 +81,6 @@ impl Engine {
                 let volume = Arc::new(Volume::new(opened, self.volume_limits()));
                 self.put_back(&volume, &data, logged)?;
                 reach(Point::WritebackReplayed);
-                if may_have_lost && !is_planted(Bug::LossUntold) {
-                    let detail = "acknowledged writes may be missing since a power loss";
-                    let lost = Failure::new(Reason::LostWrites, detail);
-                    let mut state = volume.state();
-                    state.errors.set(lost.clone());
-                    state.loss = Some(Loss::new(lost));
-                }
                 return self.adopt(volume).await;
             }
             Ok((opened, _)) => {
@@ -103,6 +98,19 @@ impl Engine {
             volume = name, writes = data.len(), error = %lost,
             "acknowledged writes cannot be written out: the volume is not ours any more"
         );
+        match lost.reason {
+            Reason::UnknownVolume => {
+                // Deleted: nobody wants to hear.
+                self.table.forget_loss(id);
+                self.log.loss_told(id).await;
+            }
+            _ => {
+                if !data.is_empty() {
+                    self.table.owe_loss(id);
+                }
+                self.note_loss(id).await;
+            }
+        }
         self.log.append_closed(id)
     }
 

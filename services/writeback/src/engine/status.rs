@@ -174,8 +174,8 @@ fn blocked(status: &StatusResponse) -> Vec<Blocked> {
     for volume in &status.volumes {
         let what = || format!("volume {}", volume.name);
         if volume.lost_writes {
-            let message = "acknowledged writes may be missing since a power loss: the next fsync says \
-                           so, once";
+            let message = "acknowledged writes may be missing since a power loss or a takeover: the next \
+                           fsync says so, once";
             tell(Reason::LostWrites, what(), message.into());
         } else if volume.error_pending || !volume.blocked.is_empty() {
             let why = if volume.blocked.is_empty() {

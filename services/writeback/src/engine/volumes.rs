@@ -159,6 +159,7 @@ impl Engine {
         let volume = self.describe(name).await?.id;
         // Whoever began to append while it was still ours is done: nothing of it comes behind this.
         drop(self.log.order());
+        self.note_loss(volume).await;
         if self.log.holds(volume, LblkRange::new(0, u64::MAX)) {
             self.log.append_closed(volume)?;
         }
@@ -246,6 +247,7 @@ impl Engine {
     pub(super) async fn adopt(self: &Arc<Self>, volume: Arc<Volume>) -> Result<(), Failure> {
         let noted = self.log.append_open(volume.id, &volume.name, volume.generation)?;
         self.log.durable(noted).await?;
+        self.table.tell_loss(&volume);
         self.table.insert(Arc::clone(&volume));
         self.start_flusher(Arc::clone(&volume));
         let (name, generation) = (&volume.name, volume.generation);
@@ -285,13 +287,22 @@ impl Engine {
     pub(super) async fn forget_closed(self: &Arc<Self>, volume: &Volume) {
         let gate = self.gate(&volume.name);
         let turn = gate.lock().await;
-        if self.table.find(&volume.name).is_none()
-            && let Err(error) = self.log.append_closed(volume.id)
-        {
-            tracing::warn!(volume = %volume.name, %error, "a closed volume could not be noted");
+        if self.table.find(&volume.name).is_none() {
+            self.note_loss(volume.id).await;
+            if let Err(error) = self.log.append_closed(volume.id) {
+                tracing::warn!(volume = %volume.name, %error, "a closed volume could not be noted");
+            }
         }
         drop(turn);
         self.forget_gate(&volume.name);
+    }
+
+    /// What somebody has yet to hear of a loss outlives this process. Before the cache log, which knows the
+    /// data that is lost, is told that it is of no use.
+    pub(super) async fn note_loss(&self, volume: u64) {
+        if self.table.owes_loss(volume) {
+            self.log.note_loss(volume).await;
+        }
     }
 
     /// Creates a volume. Idempotent for the same properties.
@@ -535,8 +546,8 @@ impl Engine {
         // Nothing of it is needed any more, so that its flusher has nothing to complain about.
         let discarded = volume.state().dirty.discard(LblkRange::new(0, u64::MAX));
         self.undirtied(volume.id, discarded.credit_freed_blocks);
-        self.table.remove(volume);
-        volume.let_go(Failure::new(Reason::UnknownVolume, "the volume was deleted"));
+        self.table.end(volume, Failure::new(Reason::UnknownVolume, "the volume was deleted"));
+        self.log.loss_told(volume.id).await;
         Ok(())
     }
 
@@ -593,8 +604,7 @@ impl Engine {
         let closed = self.close_at_conversion(&volume.name, opened, deadline).await;
         // Whatever came of it: it may have been carried out, or may yet be, and then what is
         // acknowledged here would be lost. Nothing is dirty, and the next request opens it again.
-        self.table.remove(volume);
-        volume.let_go(Failure::new(Reason::WrongState, "the volume was closed here"));
+        self.table.end(volume, Failure::new(Reason::WrongState, "the volume was closed here"));
         match closed {
             Err(failure) if failure.reason != Reason::WrongState => Err(failure),
             _ => Ok(()),

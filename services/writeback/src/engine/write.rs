@@ -140,8 +140,7 @@ impl Engine {
     /// A refusal that says that the volume is not ours any more ends it here.
     pub(super) fn heed(&self, volume: &Volume, failure: &Failure) {
         if failure.ends_volume() {
-            volume.let_go(failure.clone());
-            self.table.remove(volume);
+            self.table.end(volume, failure.clone());
         }
     }
 

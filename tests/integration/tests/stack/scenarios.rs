@@ -353,6 +353,56 @@ async fn a_takeover_by_force_fences_the_first_writeback() {
     second.settles().await.unwrap();
 }
 
+/// Promises 1 and 4. A writeback has acknowledged writes to a volume that another one takes by force and
+/// closes again: it opens the volume anew for whoever asks, and says once that acknowledged writes are lost;
+/// also if it dies or stops before anybody asks.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_comes_back_after_a_takeover_is_told_of_what_was_lost_once() {
+    let stack = Stack::start(1).await;
+    let config = |name: &str| endio_writeback::Config {
+        conversion: stack.conversion.url.clone(),
+        cache_dir: stack.directory.path().join(name),
+        // Nothing is written out unless somebody waits for it.
+        write_out_after_ms: 600_000,
+        ..endio_writeback::Config::default()
+    };
+    let mut first = Writeback::start_with(config("first")).await;
+    let second = Writeback::start_with(config("second")).await;
+    let (old, new) = (first.client(), second.client());
+    old.create("vol1", SIZE, 1).await.unwrap();
+    for then in ["goes on", "dies", "stops", "has flushed"] {
+        old.open("vol1", false).await.unwrap();
+        write(&old, 0, &[1; 8192], WriteMode::Buffered).await;
+        if then == "has flushed" {
+            old.fsync("vol1").await.unwrap();
+        }
+        new.open("vol1", true).await.unwrap();
+        new.volumes().close(VolumeRequest { name: "vol1".into() }).await.unwrap();
+        match then {
+            "dies" => {
+                first.crash().await;
+                first.start_again().await;
+            }
+            "stops" => first.restart().await,
+            _ => {}
+        }
+        let told = match old.fsync("vol1").await {
+            // It has not heard of the takeover before this.
+            Err(refused) if refused.reason == Reason::OldGeneration => old.fsync("vol1").await,
+            told => told,
+        };
+        match then {
+            "has flushed" => assert_eq!(told.map_err(|refused| refused.to_string()), Ok(())),
+            _ => assert_eq!(told.expect_err(then).reason, Reason::LostWrites, "{then}"),
+        }
+        old.fsync("vol1").await.unwrap_or_else(|refused| panic!("{then}: told twice: {refused}"));
+        first.restart().await;
+        old.fsync("vol1").await.unwrap_or_else(|refused| panic!("{then}: told again: {refused}"));
+        old.volumes().close(VolumeRequest { name: "vol1".into() }).await.unwrap();
+    }
+    old.settles().await.unwrap();
+}
+
 /// Scenarios 32, 33, 56. Conversion restarts in the middle of work: writes begin again under the
 /// new epoch, each completes once.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -304,3 +304,31 @@ async fn what_a_resize_cuts_off_of_a_write_that_was_given_up_does_not_come_back(
     assert_eq!(differs, None, "first byte that differs");
     cut.ends_well().await;
 }
+
+/// A direct write that was given up has made the volume longer all the same. Who writes behind its end, and
+/// over a part of it, does not take what is there for a hole.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_write_that_was_given_up_has_put_behind_the_end_is_no_hole() {
+    let cut = Cut::start(4_000).await;
+    cut.create(0, true).await;
+    let direct = WriteMode::Direct;
+    assert!(told(cut.writes(0, vec![1; 2 * 4096], direct)).await.is_none());
+    cut.set(|line| line.loses_ends = true);
+    let write = cut.writes(2, vec![2; 2 * 4096], direct);
+    cut.until("the write is converted", |line| line.lost > 0).await;
+    cut.until("the write is given up", |line| line.given_up > 0).await;
+    cut.set(|line| line.loses_ends = false);
+    cut.between.break_sessions();
+    let refused = told(write).await.expect("its end was lost");
+    assert_eq!(refused.reason, Reason::TimedOut, "{refused}");
+    assert!(told(cut.writes(3, vec![3; 100], WriteMode::Buffered)).await.is_none());
+    let seen = cut.client.read(NAME, 0, 3 * BLOCK + 100).await.unwrap();
+    let whole = [vec![1; 8192], vec![2; 4096], vec![3; 100], vec![2; 3996]].concat();
+    let differs = |seen: &[u8]| seen.iter().zip(&whole).position(|(seen, meant)| seen != meant);
+    assert_eq!(differs(&seen), None, "first byte that differs, in the cache");
+    let refused = told(cut.syncs()).await;
+    assert!(refused.is_none(), "{refused:?}");
+    let seen = cut.client.read(NAME, 0, 4 * BLOCK).await.unwrap();
+    assert_eq!(differs(&seen), None, "first byte that differs, on the stores");
+    cut.ends_well().await;
+}

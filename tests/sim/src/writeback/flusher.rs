@@ -145,7 +145,7 @@ impl Wb {
         let ranges = gathered.ranges();
         let changing = MapChanging::begin(self, volume, ranges.clone());
         let size_after_bytes = match volume.growable {
-            true => volume.state.borrow().view.size_after(gathered.end_bytes()),
+            true => volume.state.borrow_mut().view.size_after(gathered.end_bytes()),
             false => 0,
         };
         self.want_log_durable(gathered.max_lsn());
@@ -260,6 +260,10 @@ impl Wb {
         volume.wait(|state| (state.write_outs == 0).then_some(())).await;
         let lost = {
             let mut state = volume.state.borrow_mut();
+            if !state.is_pending() {
+                // It was converted after all.
+                self.world.let_go.borrow_mut().remove(&(self.at, volume.id));
+            }
             let lost = state.dirty.waiting_blocks();
             state.dirty.discard(LblkRange::new(0, u64::MAX));
             lost

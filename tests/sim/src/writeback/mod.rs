@@ -13,7 +13,7 @@ mod volumes;
 mod write;
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use endio_state_machine::extent_map::MapExtent;
@@ -86,6 +86,8 @@ pub struct Engine {
     log_wanted: Cell<Lsn>,
     log_moved: Signal,
     table: RefCell<BTreeMap<String, Rc<Volume>>>,
+    /// Volumes of which somebody has yet to hear that acknowledged writes are lost.
+    losses: RefCell<BTreeSet<VolumeId>>,
     sessions: RefCell<SessionTable>,
     session_ended: Signal,
     throttle: RefCell<Throttle>,
@@ -101,7 +103,7 @@ pub struct Engine {
     next_request: Cell<u64>,
     clients: RefCell<BTreeMap<StoreId, Rc<stores::Client>>>,
     is_serving: Cell<bool>,
-    opening: RefCell<std::collections::BTreeSet<String>>,
+    opening: RefCell<BTreeSet<String>>,
     opened: Signal,
 }
 
@@ -249,11 +251,14 @@ pub struct State {
     rest_until: u64,
     /// Why it is not usable here any more.
     pub gone: Option<Failure>,
-    /// It was put back from the log after a power cut that may have taken acknowledged writes.
-    pub may_have_lost: bool,
 }
 
 impl State {
+    /// Whether something acknowledged is neither on the stores nor in the data log.
+    fn is_pending(&self) -> bool {
+        self.dirty.pending_up_to(Lsn(u64::MAX))
+    }
+
     /// The blocks that wait for a promise of space, if it was refused.
     pub fn unbacked(&self) -> Option<Vec<u64>> {
         let is_refused = self.is_reset_refused && self.credit.is_reset_pending();
@@ -298,7 +303,6 @@ impl Volume {
                 last_clean: Lsn(0),
                 rest_until: 0,
                 gone: None,
-                may_have_lost: false,
             }),
             changed: Signal::default(),
         }
@@ -308,9 +312,18 @@ impl Volume {
         self.changed.wait(|| look(&mut self.state.borrow_mut())).await
     }
 
-    fn let_go(&self, why: Failure) {
-        self.state.borrow_mut().gone.get_or_insert(why);
+    /// Says whether something acknowledged that is not durable goes with it, and whether nobody has heard of
+    /// an earlier loss.
+    fn let_go(&self, why: Failure) -> (bool, bool) {
+        let mut state = self.state.borrow_mut();
+        let is_first = state.gone.is_none();
+        state.gone.get_or_insert(why);
+        let is_pending = is_first && state.is_pending();
+        let is_loss = |failure: &Failure| failure.reason == Reason::LostWrites;
+        let is_unsaid = is_first && state.errors.untold().is_some_and(is_loss);
+        drop(state);
         self.changed.notify();
+        (is_pending, is_unsaid)
     }
 
     /// # Errors
@@ -436,8 +449,68 @@ impl Wb {
     /// A refusal that says that the volume is not ours any more ends it here.
     fn heed(&self, volume: &Volume, failure: &Failure) {
         if matches!(failure.reason, Reason::OldGeneration | Reason::UnknownVolume) {
-            volume.let_go(*failure);
-            self.remove(volume);
+            self.end(volume, *failure);
+        }
+    }
+
+    /// A volume is not served here any more. If acknowledged writes go with it, who asks for it here next
+    /// is told.
+    fn end(&self, volume: &Volume, why: Failure) {
+        let (is_pending, is_unsaid) = volume.let_go(why);
+        self.remove(volume);
+        if why.reason == Reason::UnknownVolume {
+            return;
+        }
+        if is_pending {
+            self.world.let_go.borrow_mut().insert((self.at, volume.id));
+        }
+        if (is_pending && !self.world.planted(Planted::LetGoUntold)) || is_unsaid {
+            self.owe_loss(volume.id);
+        }
+    }
+
+    fn owe_loss(&self, volume: VolumeId) {
+        self.engine.losses.borrow_mut().insert(volume);
+        // Opened here anew before its end was noticed.
+        let open = self.all().into_iter().find(|open| open.id == volume && open.usable().is_ok());
+        if let Some(open) = open {
+            self.tell_loss(&open);
+        }
+    }
+
+    /// Who asks for the volume is told of what is owed.
+    fn tell_loss(&self, volume: &Volume) {
+        let is_owed = self.engine.losses.borrow_mut().remove(&volume.id);
+        if is_owed && !self.world.planted(Planted::LossUntold) {
+            let mut state = volume.state.borrow_mut();
+            state.errors.set(Failure::new(Reason::LostWrites));
+            state.errors_set += 1;
+        }
+    }
+
+    /// What somebody has yet to hear of a loss outlives this process.
+    fn note_loss(&self, volume: VolumeId) {
+        if self.engine.losses.borrow().contains(&volume)
+            && let Err(error) = self.engine.log.note_loss(volume)
+        {
+            self.log_failed(&error);
+        }
+    }
+
+    /// An fsync has told of a loss, or of none.
+    fn told_of_loss(&self, volume: &Volume, is_told: bool) {
+        let is_owed = self.world.let_go.borrow_mut().remove(&(self.at, volume.id));
+        match is_told {
+            true => {
+                if let Err(error) = self.engine.log.loss_told(volume.id) {
+                    self.log_failed(&error);
+                }
+            }
+            false if is_owed => {
+                let why = "an fsync did not tell of what was let go with the volume";
+                self.exec().fail(format!("errors_told_once: {}: {why}", volume.name));
+            }
+            false => {}
         }
     }
 

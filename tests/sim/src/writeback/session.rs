@@ -177,8 +177,7 @@ impl Wb {
             ToWriteback::VolumeFenced { volume, generation } => {
                 for open in self.all() {
                     if open.id == volume && open.generation < generation {
-                        open.let_go(Failure::new(Reason::OldGeneration));
-                        self.remove(&open);
+                        self.end(&open, Failure::new(Reason::OldGeneration));
                     }
                 }
             }

@@ -34,6 +34,7 @@ pub fn start(world: &Rc<World>, at: usize) {
         log_wanted: Cell::new(Lsn(0)),
         log_moved: Signal::default(),
         table: RefCell::default(),
+        losses: RefCell::default(),
         sessions: RefCell::new(SessionTable::new(world.plan.sessions)),
         session_ended: Signal::default(),
         throttle: RefCell::new(Throttle::new(world.plan.throttle)),
@@ -78,14 +79,18 @@ impl Wb {
                 Err(error) => return self.exec().fail(format!("log-reads-back: {error}")),
             }
         }
+        for volume in replay.losses() {
+            self.owe_loss(volume);
+        }
         for open in replay.open_volumes() {
             let data = writes.remove(&open.volume).unwrap_or_default();
-            let lost = replay.may_have_lost(open.volume);
-            if data.is_empty() && !lost {
+            if data.is_empty() && !replay.may_have_lost(open.volume) {
+                // What was let go with it was converted after all.
+                self.world.let_go.borrow_mut().remove(&(self.at, open.volume));
                 self.note_closed(open.volume);
                 continue;
             }
-            self.replay_volume(open, data, lost).await;
+            self.replay_volume(open, data).await;
         }
         let wb = self.clone();
         self.spawn(wb.keep_log_small());
@@ -99,12 +104,7 @@ impl Wb {
         }
     }
 
-    async fn replay_volume(
-        &self,
-        open: &OpenVolume,
-        data: Vec<ReplayedWrite>,
-        may_have_lost: bool,
-    ) {
+    async fn replay_volume(&self, open: &OpenVolume, data: Vec<ReplayedWrite>) {
         let id = open.volume;
         let opened = loop {
             let opened = match self.open_again(open).await {
@@ -130,17 +130,16 @@ impl Wb {
             let volume = Rc::new(Volume::new(&self.world, &info, grant));
             let newer = newer_in_log(&data, &logged);
             self.put_back(&volume, &data, logged);
-            if may_have_lost && !self.world.planted(Planted::LossUntold) {
-                let mut state = volume.state.borrow_mut();
-                state.errors.set(Failure::new(Reason::LostWrites));
-                state.errors_set += 1;
-                state.may_have_lost = true;
-            }
             if self.adopt(volume).await.is_ok() {
                 self.holds_none(id, &newer);
                 return;
             }
         }
+        if !data.is_empty() {
+            self.world.let_go.borrow_mut().insert((self.at, id));
+            self.owe_loss(id);
+        }
+        self.note_loss(id);
         self.note_closed(id);
     }
 
@@ -192,6 +191,7 @@ impl Wb {
     /// hears that the volume is open here.
     async fn close_in_log(&self, name: &str) -> Outcome<()> {
         let (volume, _, _) = self.owner(name, self.deadline()).await?;
+        self.note_loss(volume);
         if self.engine.log.holds(volume, LblkRange::new(0, u64::MAX)) {
             self.note_closed(volume);
         }
@@ -237,6 +237,7 @@ impl Wb {
         let noted = engine.log.append_volume_open(volume.id, &volume.name, volume.generation);
         let noted = noted.map_err(|error| self.log_failed(&error))?;
         self.log_durable(noted).await?;
+        self.tell_loss(&volume);
         engine.table.borrow_mut().insert(volume.name.clone(), Rc::clone(&volume));
         self.exec().note("volume open", self.node(), &[volume.id.0, volume.generation.0]);
         let wb = self.clone();
@@ -323,6 +324,7 @@ impl Wb {
         let turn = || self.engine.opening.borrow_mut().insert(name.clone()).then_some(());
         self.engine.opened.wait(turn).await;
         if self.find(&name).is_none() {
+            self.note_loss(volume.id);
             self.note_closed(volume.id);
         }
         self.engine.opening.borrow_mut().remove(&name);
@@ -446,8 +448,7 @@ impl Wb {
         let closed = self.call(call, Some(volume.id), deadline).await;
         // Whatever came of it: it may have been carried out, or may yet be, and then what is
         // acknowledged here would be lost. Nothing is dirty, and the next request opens it again.
-        self.remove(volume);
-        volume.let_go(Failure::new(Reason::WrongState));
+        self.end(volume, Failure::new(Reason::WrongState));
         match closed {
             Err(failure) if failure.reason != Reason::WrongState => Err(failure),
             _ => Ok(()),
@@ -485,8 +486,7 @@ impl Wb {
         let all = LblkRange::new(0, u64::MAX);
         let discarded = volume.state.borrow_mut().dirty.discard(all);
         self.undirtied(volume.id, discarded.credit_freed_blocks);
-        self.remove(volume);
-        volume.let_go(Failure::new(Reason::UnknownVolume));
+        self.end(volume, Failure::new(Reason::UnknownVolume));
         Ok(())
     }
 }

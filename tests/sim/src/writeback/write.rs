@@ -207,7 +207,7 @@ impl Wb {
         deadline: u64,
     ) -> Outcome<Completion> {
         let size_after_bytes = match volume.growable {
-            true => volume.state.borrow().view.size_after(end_bytes),
+            true => volume.state.borrow_mut().view.size_after(end_bytes),
             false => 0,
         };
         let lane = Lane::Direct;
@@ -579,10 +579,21 @@ impl Wb {
             None => return Err(Failure::new(Reason::TimedOut)),
         }
         let mut state = volume.state.borrow_mut();
-        match state.errors.check(cursor) {
-            Some(failure) => Err(failure),
-            None if state.dirty.pending_up_to(lsn) => Err(Failure::new(Reason::IoError)),
-            None => Ok(()),
+        let told = state.errors.check(cursor);
+        let is_pending = state.dirty.pending_up_to(lsn);
+        drop(state);
+        match told {
+            Some(failure) => {
+                if failure.reason == Reason::LostWrites {
+                    self.told_of_loss(volume, true);
+                }
+                Err(failure)
+            }
+            None if is_pending => Err(Failure::new(Reason::IoError)),
+            None => {
+                self.told_of_loss(volume, false);
+                Ok(())
+            }
         }
     }
 }
