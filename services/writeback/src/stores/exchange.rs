@@ -7,7 +7,7 @@ use bytes::Bytes;
 use endio_api::blockstore::{
     Bio, BioDone, ReadDone, ReadRequest, block_store_client::BlockStoreClient,
 };
-use endio_api::protocol;
+use endio_api::{bios, protocol};
 use endio_types::Reason;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
@@ -37,7 +37,7 @@ pub(super) trait Protocol: Send + 'static {
     /// Opens the stream.
     fn open(
         &mut self,
-        asks: ReceiverStream<Self::Ask>,
+        asks: mpsc::Receiver<Self::Ask>,
     ) -> impl Future<Output = Result<Streaming<Self::Answer>, Status>> + Send;
     /// Takes an answer apart.
     fn value(answer: Self::Answer) -> (Self::Key, Result<Self::Value, Failure>);
@@ -79,7 +79,7 @@ async fn run<P: Protocol>(mut protocol: P, mut queue: mpsc::Receiver<Job<P>>, li
     while let Some(first) = queue.recv().await {
         let (asks, stream) = mpsc::channel(P::IN_TRANSPORT);
         let opened = {
-            let open = protocol.open(ReceiverStream::new(stream));
+            let open = protocol.open(stream);
             timeout(limits.connect, open).await
         };
         match opened {
@@ -173,20 +173,14 @@ async fn drain<P: Protocol>(
     }
 }
 
-fn client(channel: Channel) -> BlockStoreClient<Channel> {
-    BlockStoreClient::new(channel)
-        .max_decoding_message_size(crate::MESSAGE_BYTES_MAX)
-        .max_encoding_message_size(crate::MESSAGE_BYTES_MAX)
-}
-
 /// Segments.
 pub(super) struct Writes {
-    client: BlockStoreClient<Channel>,
+    channel: Channel,
 }
 
 impl Writes {
     pub(super) fn new(channel: Channel) -> Self {
-        Self { client: client(channel) }
+        Self { channel }
     }
 }
 
@@ -204,8 +198,8 @@ impl Protocol for Writes {
         bio.token.as_ref().map_or((0, 0), |token| (token.io_end, token.segment))
     }
 
-    async fn open(&mut self, asks: ReceiverStream<Bio>) -> Result<Streaming<BioDone>, Status> {
-        Ok(self.client.write(protocol::say(asks)).await?.into_inner())
+    async fn open(&mut self, asks: mpsc::Receiver<Bio>) -> Result<Streaming<BioDone>, Status> {
+        bios::write(&mut self.channel, asks, crate::MESSAGE_BYTES_MAX).await
     }
 
     fn value(done: BioDone) -> (Self::Key, Result<(), Failure>) {
@@ -222,7 +216,10 @@ pub(super) struct Reads {
 
 impl Reads {
     pub(super) fn new(channel: Channel) -> Self {
-        Self { client: client(channel), next: 1 }
+        let client = BlockStoreClient::new(channel)
+            .max_decoding_message_size(crate::MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(crate::MESSAGE_BYTES_MAX);
+        Self { client, next: 1 }
     }
 }
 
@@ -242,9 +239,10 @@ impl Protocol for Reads {
 
     async fn open(
         &mut self,
-        asks: ReceiverStream<ReadRequest>,
+        asks: mpsc::Receiver<ReadRequest>,
     ) -> Result<Streaming<ReadDone>, Status> {
-        Ok(self.client.read(protocol::say(asks)).await?.into_inner())
+        let asks = protocol::say(ReceiverStream::new(asks));
+        Ok(self.client.read(asks).await?.into_inner())
     }
 
     fn value(done: ReadDone) -> (u64, Result<Bytes, Failure>) {
