@@ -210,7 +210,7 @@ async fn zombies_at_random_instants_harm_nothing() {
         ended.unwrap_or_else(|error| panic!("round {round} of seed {seed}: {error:#}"));
     }
     let client = all.client_of(all.owner);
-    client.fsync("vol1").await.unwrap();
+    all.load.fsync().await.unwrap();
     client.settles().await.unwrap();
     all.load.verify().await.unwrap();
     all.cluster.no_panic().unwrap();

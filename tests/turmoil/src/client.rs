@@ -177,7 +177,7 @@ impl User {
         load.verify().await?;
         // Half of the time what is dirty has to survive in the cache log.
         if self.rng.chance(50) {
-            own.fsync(&self.name).await.context("fsync")?;
+            load.fsync().await.context("fsync")?;
         }
         self.barrier.wait().await;
         settles(&own).await.context("after the faults")?;
@@ -193,7 +193,7 @@ impl User {
         load.verify().await.context("after a last restart")?;
         load.run(20).await?;
         load.drain().await?;
-        own.fsync(&self.name).await.context("fsync")?;
+        load.fsync().await.context("fsync")?;
         load.verify().await?;
         self.barrier.wait().await;
         settles(&own).await.context("at the end")?;
