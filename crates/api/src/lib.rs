@@ -5,7 +5,6 @@
 //! domain types that are valid by construction.
 
 pub mod access;
-pub mod bios;
 pub mod convert;
 pub mod protocol;
 mod redact;

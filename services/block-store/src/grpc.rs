@@ -9,7 +9,6 @@ use std::{
 };
 
 use endio_api::{
-    bios,
     blockstore::{
         Bio, BioDone, DescribeRequest, DescribeResponse, ReadDone, ReadRequest,
         block_store_server::BlockStore,
@@ -87,14 +86,14 @@ impl BlockStore for BlockStoreService {
 
     async fn write(
         &self,
-        mut request: Request<Streaming<Bio>>,
+        request: Request<Streaming<Bio>>,
     ) -> Result<Response<Self::WriteStream>, Status> {
         protocol::check_metadata(request.metadata())?;
         let driver = Arc::clone(&self.driver);
         let (budget, answers) = Budget::new(driver.in_flight_per_stream_max, &driver.bio_bytes);
-        let mut bios = bios::received(&mut request, MESSAGE_BYTES_MAX);
+        let mut bios = request.into_inner();
         tokio::spawn(async move {
-            while let Some(bio) = next(&driver, bios.message(), &budget.broken).await {
+            while let Some(bio) = next(&driver, &mut bios, &budget.broken).await {
                 let Some(reply) = budget.reply(bio.data.len() as u64).await else { return };
                 driver.submit(bio, reply);
             }
@@ -124,15 +123,11 @@ impl BlockStore for BlockStoreService {
 }
 
 /// The next message; `None` when the peer ended, broke off, or everything has drained.
-async fn next<T>(
-    driver: &Driver,
-    message: impl Future<Output = Result<Option<T>, Status>>,
-    broken: &Broken,
-) -> Option<T> {
+async fn next<T>(driver: &Driver, from: &mut Streaming<T>, broken: &Broken) -> Option<T> {
     tokio::select! {
         biased;
         () = driver.closed.cancelled() => None,
-        message = message => message.unwrap_or_else(|status| {
+        message = from.message() => message.unwrap_or_else(|status| {
             tracing::debug!(%status, "a stream broke off");
             let _ = broken.set(status::malformed("stream", status.message()));
             None
@@ -166,8 +161,7 @@ impl Reads {
     async fn one(&mut self) -> Option<()> {
         let Self { driver, requests, budget, waiting } = self;
         let mut hand_over = || reader::submit(driver, waiting);
-        let request =
-            before(&mut hand_over, next(driver, requests.message(), &budget.broken)).await?;
+        let request = before(&mut hand_over, next(driver, requests, &budget.broken)).await?;
         let bytes = u64::from(request.blocks) * BLOCK_BYTES;
         let reply = before(&mut hand_over, budget.reply(bytes)).await?;
         let turn = before(&mut hand_over, Arc::clone(&driver.reads).acquire_owned()).await.ok()?;

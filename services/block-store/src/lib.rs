@@ -22,7 +22,7 @@ mod writer;
 use std::{io, sync::Arc, time::Duration};
 
 use endio_api::{
-    DESCRIPTORS, access::rules, bios::Apart, blockstore::block_store_server::BlockStoreServer,
+    DESCRIPTORS, access::rules, blockstore::block_store_server::BlockStoreServer,
     traces::RecorderTraces,
 };
 use endio_chassis::{
@@ -190,8 +190,7 @@ pub async fn start_on(
     let blocks = BlockStoreServer::new(BlockStoreService { driver: Arc::clone(&driver) })
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
-    let routes =
-        Routes::new(Apart(blocks)).add_service(RecorderTraces::server(recorder, "block-store"));
+    let routes = Routes::new(blocks).add_service(RecorderTraces::server(recorder, "block-store"));
     let options = ServerOptions {
         access: Some(Arc::new(rules::OF_BLOCK_STORE)),
         counters: ServerCounters::register(&driver.metrics.registry),

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use endio_api::blockstore::{
     Bio, BioDone, ReadDone, ReadRequest, block_store_client::BlockStoreClient,
 };
-use endio_api::{bios, protocol};
+use endio_api::protocol;
 use endio_types::Reason;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
@@ -37,7 +37,7 @@ pub(super) trait Protocol: Send + 'static {
     /// Opens the stream.
     fn open(
         &mut self,
-        asks: mpsc::Receiver<Self::Ask>,
+        asks: ReceiverStream<Self::Ask>,
     ) -> impl Future<Output = Result<Streaming<Self::Answer>, Status>> + Send;
     /// Takes an answer apart.
     fn value(answer: Self::Answer) -> (Self::Key, Result<Self::Value, Failure>);
@@ -79,7 +79,7 @@ async fn run<P: Protocol>(mut protocol: P, mut queue: mpsc::Receiver<Job<P>>, li
     while let Some(first) = queue.recv().await {
         let (asks, stream) = mpsc::channel(P::IN_TRANSPORT);
         let opened = {
-            let open = protocol.open(stream);
+            let open = protocol.open(ReceiverStream::new(stream));
             timeout(limits.connect, open).await
         };
         match opened {
@@ -173,14 +173,20 @@ async fn drain<P: Protocol>(
     }
 }
 
+fn client(channel: Channel) -> BlockStoreClient<Channel> {
+    BlockStoreClient::new(channel)
+        .max_decoding_message_size(crate::MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(crate::MESSAGE_BYTES_MAX)
+}
+
 /// Segments.
 pub(super) struct Writes {
-    channel: Channel,
+    client: BlockStoreClient<Channel>,
 }
 
 impl Writes {
     pub(super) fn new(channel: Channel) -> Self {
-        Self { channel }
+        Self { client: client(channel) }
     }
 }
 
@@ -198,8 +204,8 @@ impl Protocol for Writes {
         bio.token.as_ref().map_or((0, 0), |token| (token.io_end, token.segment))
     }
 
-    async fn open(&mut self, asks: mpsc::Receiver<Bio>) -> Result<Streaming<BioDone>, Status> {
-        bios::write(&mut self.channel, asks, crate::MESSAGE_BYTES_MAX).await
+    async fn open(&mut self, asks: ReceiverStream<Bio>) -> Result<Streaming<BioDone>, Status> {
+        Ok(self.client.write(protocol::say(asks)).await?.into_inner())
     }
 
     fn value(done: BioDone) -> (Self::Key, Result<(), Failure>) {
@@ -216,10 +222,7 @@ pub(super) struct Reads {
 
 impl Reads {
     pub(super) fn new(channel: Channel) -> Self {
-        let client = BlockStoreClient::new(channel)
-            .max_decoding_message_size(crate::MESSAGE_BYTES_MAX)
-            .max_encoding_message_size(crate::MESSAGE_BYTES_MAX);
-        Self { client, next: 1 }
+        Self { client: client(channel), next: 1 }
     }
 }
 
@@ -239,10 +242,9 @@ impl Protocol for Reads {
 
     async fn open(
         &mut self,
-        asks: mpsc::Receiver<ReadRequest>,
+        asks: ReceiverStream<ReadRequest>,
     ) -> Result<Streaming<ReadDone>, Status> {
-        let asks = protocol::say(ReceiverStream::new(asks));
-        Ok(self.client.read(asks).await?.into_inner())
+        Ok(self.client.read(protocol::say(asks)).await?.into_inner())
     }
 
     fn value(done: ReadDone) -> (u64, Result<Bytes, Failure>) {
