@@ -528,8 +528,13 @@ impl Write {
         let mut state = volume.state();
         // Taken by somebody else between the look above and this: it is lost like all that was dirty here,
         // which has been counted off by now, perhaps. The log has it, with its retry key.
-        if state.gone.is_some() {
+        if let Some(why) = state.gone.clone() {
             state.credit.put_back(blocks.len);
+            drop(state);
+            // Whoever let the volume go saw nothing of it. Of a deleted one nobody wants to hear.
+            if why.reason != Reason::UnknownVolume {
+                engine.table.owe_loss(volume.id);
+            }
             return Ok(Ok(Used { blocks: 0, wakes_flusher: false, flush_is_next: None }));
         }
         let end = self.end_bytes();
