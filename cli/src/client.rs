@@ -3,7 +3,6 @@
 use std::path::Path;
 use std::time::Duration;
 
-use endio_api::access;
 use endio_api::writeback::{
     inspect_client::InspectClient, io_client::IoClient, volumes_client::VolumesClient,
 };
@@ -36,11 +35,16 @@ impl Client {
         Self::over(Dialer::new(DialerConfig::default()), endpoint)
     }
 
-    /// The same, with the certificate in a directory if one is given.
+    /// The same, with the certificate in a directory if one is given. Who answers must have one whose
+    /// identity begins with `peer`: see `endio_api::access`.
     ///
     /// # Errors
     /// The endpoint is no URL of that kind, or the files are unusable.
-    pub(crate) fn secured(endpoint: &str, tls_dir: Option<&Path>) -> Outcome<Self> {
+    pub(crate) fn secured(
+        endpoint: &str,
+        tls_dir: Option<&Path>,
+        peer: &'static str,
+    ) -> Outcome<Self> {
         let Some(dir) = tls_dir else { return Self::new(endpoint) };
         let tls = Tls::load(dir).map_err(|error| {
             let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
@@ -50,7 +54,7 @@ impl Client {
         })?;
         tls.reload(TLS_RELOAD);
         let dialer = Dialer::new(DialerConfig::default()).secured(tls);
-        Self::over(dialer.expecting(access::SERVICE), endpoint)
+        Self::over(dialer.expecting(peer), endpoint)
     }
 
     fn over(dialer: Dialer, endpoint: &str) -> Outcome<Self> {

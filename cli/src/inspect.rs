@@ -163,6 +163,10 @@ fn check_json(answer: &CheckResponse) -> Value {
     let metadata = answer.metadata.clone().unwrap_or_default();
     json!({
         "clean": findings(answer).next().is_none(),
+        // Whether nothing was left out, as far as this check goes.
+        "complete": answer.volumes_not_read == 0,
+        "volumes_not_read": answer.volumes_not_read,
+        "volumes_elsewhere": answer.volumes_elsewhere,
         "findings": findings(answer).collect::<Vec<_>>(),
         "volumes": metadata.volumes, "extents": metadata.extents,
         "mapped_blocks": metadata.mapped_blocks, "reserved_blocks": metadata.reserved_blocks,
@@ -191,8 +195,21 @@ fn check_text(answer: &CheckResponse) -> String {
     for finding in findings(answer) {
         text.push_str(&format!("FOUND: {finding}\n"));
     }
+    if answer.volumes_not_read > 0 {
+        let mut names = answer.volumes_elsewhere.join(", ");
+        if answer.volumes_not_read > answer.volumes_elsewhere.len() as u64 {
+            names.push_str(", …");
+        }
+        text.push_str(&format!(
+            "NOT READ: {} volumes are open at another writeback, check them there: {names}\n",
+            answer.volumes_not_read
+        ));
+    }
     if findings(answer).next().is_none() {
-        text.push_str("clean\n");
+        text.push_str(match answer.volumes_not_read {
+            0 => "clean\n",
+            _ => "clean, but for what was not read\n",
+        });
     }
     text
 }
@@ -218,7 +235,26 @@ mod tests {
         assert!(text.contains("FOUND: block 9 has a bad checksum"), "{text}");
         assert_eq!(check_json(&answer)["clean"], false);
         assert_eq!(verdict(findings(&answer).count()).unwrap_err().exit, Exit::CheckFound);
-        assert!(check_text(&CheckResponse::default()).ends_with("clean\n"));
+        assert!(check_text(&CheckResponse::default()).ends_with("\nclean\n"));
+    }
+
+    #[test]
+    fn what_was_not_read_is_no_finding_and_is_told_all_the_same() {
+        let answer = CheckResponse {
+            volumes_elsewhere: vec!["a".into(), "b".into()],
+            volumes_not_read: 3,
+            ..CheckResponse::default()
+        };
+        let text = check_text(&answer);
+        assert!(text.contains("NOT READ: 3 volumes"), "{text}");
+        assert!(
+            text.contains("a, b, …") && text.ends_with("but for what was not read\n"),
+            "{text}"
+        );
+        let value = check_json(&answer);
+        assert_eq!((&value["clean"], &value["complete"]), (&json!(true), &json!(false)));
+        assert!(verdict(findings(&answer).count()).is_ok());
+        assert_eq!(check_json(&CheckResponse::default())["complete"], true);
     }
 }
 

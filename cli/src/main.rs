@@ -22,6 +22,7 @@ mod up;
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser as _};
+use endio_api::access;
 
 use crate::{
     args::{BackupCommand, Cli, Command, RestoreCommand},
@@ -54,13 +55,23 @@ fn main() -> ExitCode {
 /// Stands for a service where none is needed; nothing connects to it.
 const NOBODY: &str = "memory:nobody";
 
+/// Who may answer a command, as its certificate says.
+fn peer(command: &Command) -> &'static str {
+    match command {
+        // Any of the three services says whether it is healthy.
+        Command::Health { .. } => access::SERVICE,
+        // Data goes to a writeback, and nobody else may say that it is durable.
+        _ => access::WRITEBACK,
+    }
+}
+
 async fn run(cli: Cli) -> Outcome {
     let out = Output { json: cli.json };
     let tls_dir = cli.tls_dir.as_deref();
     let client = match &cli.command {
         // These talk to no service.
         Command::Up(_) | Command::Pki(_) | Command::Completions { .. } => Client::new(NOBODY)?,
-        _ => Client::secured(cli.endpoint(), tls_dir)?,
+        command => Client::secured(cli.endpoint(), tls_dir, peer(command))?,
     };
     match cli.command {
         Command::Up(args) => up::run(args, cli.tls_dir).await,

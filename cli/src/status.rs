@@ -73,7 +73,7 @@ pub(crate) fn status_json(status: &StatusResponse) -> Value {
         "cluster_epoch": status.cluster_epoch, "connected": status.connected,
         "dirty_bytes": status.dirty_bytes, "dirty_bytes_max": status.dirty_bytes_max,
         "log_bytes": status.log_bytes, "volumes": volumes, "conversion": conversion,
-        "all_volumes": all, "stores": stores, "blocked": blocked.collect::<Vec<_>>(),
+        "all_volumes": all, "volumes_unknown": status.volumes_unknown, "stores": stores, "blocked": blocked.collect::<Vec<_>>(),
     })
 }
 
@@ -112,9 +112,12 @@ pub(crate) fn status_text(status: &StatusResponse) -> String {
     if !status.all_volumes.is_empty() {
         text.push('\n');
         text.push_str(&volumes(status));
-    } else if status.conversion.is_none() && !status.volumes.is_empty() {
+    } else if has_no_list(status) && !status.volumes.is_empty() {
         text.push('\n');
         text.push_str(&volumes_here(status));
+    }
+    if !status.volumes_unknown.is_empty() {
+        text.push_str(&format!("volumes NOT LISTED: {}\n", status.volumes_unknown));
     }
     if let Some(conversion) = &status.conversion {
         text.push_str(&format!(
@@ -139,6 +142,11 @@ pub(crate) fn status_text(status: &StatusResponse) -> String {
         text.push_str(&format!("BLOCKED {}: {reason}: {}\n", blocked.what, blocked.message));
     }
     text
+}
+
+/// Whether it is not known which volumes there are: not, as otherwise, that there are none.
+fn has_no_list(status: &StatusResponse) -> bool {
+    status.conversion.is_none() || !status.volumes_unknown.is_empty()
 }
 
 fn services(status: &StatusResponse) -> String {
@@ -209,7 +217,7 @@ fn is_of(owner: &str, writeback: &str) -> bool {
     owner.strip_prefix(writeback).is_some_and(|rest| rest.is_empty() || rest.starts_with('@'))
 }
 
-/// What this writeback knows by itself, while conversion is away.
+/// What this writeback knows by itself, while conversion does not tell.
 fn volumes_here(status: &StatusResponse) -> String {
     let mut table = Table::new(&["VOLUME", "OWNER", "GENERATION", "DIRTY", "IN FLIGHT"]);
     for volume in &status.volumes {
@@ -287,6 +295,17 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part:?} is not in\n{text}");
         }
+    }
+
+    #[test]
+    fn a_list_that_failed_is_told_from_one_without_volumes() {
+        let empty = StatusResponse { all_volumes: Vec::new(), ..status() };
+        assert!(!status_text(&empty).contains("NOT LISTED"));
+        let failed = StatusResponse { volumes_unknown: "too large".into(), ..empty };
+        let text = status_text(&failed);
+        assert!(text.contains("volumes NOT LISTED: too large"), "{text}");
+        assert!(text.contains("here") && text.contains("8KiB"), "{text}");
+        assert_eq!(status_json(&failed)["volumes_unknown"], "too large");
     }
 
     #[test]

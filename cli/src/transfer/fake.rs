@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard},
 };
@@ -45,6 +45,7 @@ pub(crate) enum Fault {
 #[derive(Default)]
 struct State {
     volumes: BTreeMap<String, (Vec<u8>, Vec<u8>)>,
+    growable: BTreeSet<String>,
     /// One for every second request of Submit streams.
     faults: VecDeque<Fault>,
     read_faults: VecDeque<Fault>,
@@ -96,6 +97,12 @@ impl Fake {
     pub(crate) fn create(&self, name: &str, length: usize, fill: u8) {
         let content = vec![fill; length];
         self.state().volumes.insert(name.into(), (content.clone(), content));
+    }
+
+    /// A volume that writes past its end extend.
+    pub(crate) fn create_growable(&self, name: &str, length: usize, fill: u8) {
+        self.create(name, length, fill);
+        self.state().growable.insert(name.into());
     }
 
     pub(crate) fn put(&self, name: &str, at: usize, data: &[u8]) {
@@ -163,6 +170,16 @@ impl Fake {
         }
     }
 
+    fn describe(&self, name: String) -> Result<Response<cv::Volume>, Status> {
+        let state = self.state();
+        let (content, _) = state
+            .volumes
+            .get(&name)
+            .ok_or_else(|| status(Reason::UnknownVolume, "there is no such volume"))?;
+        let (size_bytes, growable) = (content.len() as u64, state.growable.contains(&name));
+        Ok(Response::new(cv::Volume { id: 1, name, size_bytes, growable, ..<_>::default() }))
+    }
+
     fn apply(&self, op: &Op) -> Result<bool, Reason> {
         let mut state = self.state();
         let (Op::Write(wb::WriteRequest { retry, volume, .. })
@@ -170,8 +187,17 @@ impl Fake {
         else {
             return Err(Reason::Malformed);
         };
-        if !state.volumes.contains_key(volume) {
-            return Err(Reason::UnknownVolume);
+        let size = state.volumes.get(volume).ok_or(Reason::UnknownVolume)?.0.len() as u64;
+        let is_growable = state.growable.contains(volume);
+        let end = match op {
+            // Past the end it extends the volume.
+            Op::Write(_) if is_growable => 0,
+            Op::Write(write) => write.offset_bytes + write.data.len() as u64,
+            Op::Trim(range) => range.offset_bytes + range.length_bytes,
+            _ => 0,
+        };
+        if end > size {
+            return Err(Reason::OutOfRange);
         }
         let key = retry.clone().unwrap();
         if state.applied.contains_key(&(key.session.clone(), key.sequence)) {
@@ -185,7 +211,9 @@ impl Fake {
                 state.written_bytes += write.data.len() as u64;
                 let at = usize::try_from(write.offset_bytes).unwrap();
                 let content = &mut state.volumes.get_mut(volume).unwrap().0;
-                content[at..at + write.data.len()].copy_from_slice(&write.data);
+                let end = at + write.data.len();
+                content.resize(content.len().max(end), 0);
+                content[at..end].copy_from_slice(&write.data);
             }
             Op::Trim(range) => {
                 state.trims += 1;
@@ -237,6 +265,14 @@ impl Fake {
     }
 }
 
+/// As the engine does: what lies beyond the end is refused.
+fn within(content: &[u8], offset: u64, length: u64) -> Result<(), Status> {
+    match offset + length <= content.len() as u64 {
+        true => Ok(()),
+        false => Err(status(Reason::OutOfRange, "the range lies beyond the volume's end")),
+    }
+}
+
 fn no<T>() -> Result<Response<T>, Status> {
     Err(Status::unimplemented("transfers do not need it"))
 }
@@ -263,6 +299,7 @@ impl Io for Fake {
             return Err(status(reason, "refused on purpose"));
         }
         let content = self.content(&request.volume);
+        within(&content, request.offset_bytes, request.length_bytes)?;
         let mut pieces = Vec::new();
         let (mut at, end) = (request.offset_bytes, request.offset_bytes + request.length_bytes);
         while at < end {
@@ -358,11 +395,13 @@ impl Inspect for Fake {
     ) -> Result<Response<Self::ExtentsStream>, Status> {
         let request = request.into_inner();
         let content = self.content(&request.volume);
+        within(&content, request.offset_bytes, request.length_bytes)?;
         let first = request.offset_bytes / BLOCK_BYTES;
         let blocks = request.length_bytes.div_ceil(BLOCK_BYTES);
         let extents = (first..first + blocks).map(|lblk| {
             let at = usize::try_from(lblk).unwrap() * BLOCK_SIZE;
-            let is_hole = content[at..at + BLOCK_SIZE].iter().all(|b| *b == 0);
+            let end = (at + BLOCK_SIZE).min(content.len());
+            let is_hole = content[at..end].iter().all(|b| *b == 0);
             let state = if is_hole { ExtentState::Hole } else { ExtentState::Written };
             Extent { lblk, blocks: 1, state: state.into(), ..Extent::default() }
         });
@@ -431,14 +470,7 @@ impl Volumes for Fake {
         &self,
         request: Request<wb::VolumeRequest>,
     ) -> Result<Response<cv::Volume>, Status> {
-        let name = request.into_inner().name;
-        let state = self.state();
-        let (content, _) = state
-            .volumes
-            .get(&name)
-            .ok_or_else(|| status(Reason::UnknownVolume, "there is no such volume"))?;
-        let size_bytes = content.len() as u64;
-        Ok(Response::new(cv::Volume { id: 1, name, size_bytes, ..cv::Volume::default() }))
+        self.describe(request.into_inner().name)
     }
 
     async fn list(
@@ -459,8 +491,11 @@ impl Volumes for Fake {
         no()
     }
 
-    async fn open(&self, _: Request<wb::OpenRequest>) -> Result<Response<cv::Volume>, Status> {
-        no()
+    async fn open(
+        &self,
+        request: Request<wb::OpenRequest>,
+    ) -> Result<Response<cv::Volume>, Status> {
+        self.describe(request.into_inner().name)
     }
 
     async fn close(

@@ -8,11 +8,13 @@ use std::{
     time::UNIX_EPOCH,
 };
 
+use bytes::Bytes;
 use endio_api::{
     common::ExtentState,
     conversion::{CreateVolumeRequest, Volume},
     writeback::{
-        ExtentsRequest, RangeRequest, VolumeRequest, WriteMode, WriteRequest, io_request::Op,
+        ExtentsRequest, OpenRequest, RangeRequest, VolumeRequest, WriteMode, WriteRequest,
+        io_request::Op,
     },
 };
 use endio_types::{BLOCK_BYTES, Reason};
@@ -67,6 +69,7 @@ pub(crate) async fn run(client: &Client, out: Output, args: ImportArgs) -> Outco
         client: client.clone(),
         pipeline: Pipeline::new(client.clone(), settings),
         file: Arc::new(file),
+        length,
         volume: args.volume.clone(),
         sent: Sent::default(),
     };
@@ -172,10 +175,19 @@ struct Sent {
     trimmed_bytes: u64,
 }
 
+/// What the volume has where a range of the file goes.
+struct Target {
+    /// Where it ends now.
+    size_bytes: u64,
+    /// Ranges of it that are no holes, ascending, none beyond its end.
+    occupied: Vec<Range<u64>>,
+}
+
 struct Import {
     client: Client,
     pipeline: Pipeline,
     file: Arc<File>,
+    length: u64,
     volume: String,
     sent: Sent,
 }
@@ -201,19 +213,30 @@ impl Import {
     }
 
     async fn send(&mut self, range: Range<u64>) -> Outcome<Verdict> {
-        let occupied = self.occupied(range.clone()).await?;
+        let Target { size_bytes, occupied } = self.target(range.clone()).await?;
+        // A growable volume becomes as long as the file by what is written to it last. A hole writes
+        // nothing.
+        let must_reach_end = range.end == self.length && size_bytes < self.length;
         let (sender, mut jobs) = mpsc::channel(4);
         let (file, volume) = (Arc::clone(&self.file), self.volume.clone());
         let reader = tokio::task::spawn_blocking(move || {
             let mut sent = Sent::default();
+            let mut ends_in_zeroes = false;
             let scanned = sparse::scan(&file, range.start, range.end, |piece| {
+                ends_in_zeroes = matches!(piece, Piece::Zeroes(..));
                 jobs_of(piece, &occupied, &volume, &mut sent)
                     .into_iter()
                     .all(|job| sender.blocking_send(Ok(job)).is_ok())
             });
-            if let Err(error) = scanned {
-                let failure = Failure::new(Exit::Failed, "read the file", error);
-                let _ = sender.blocking_send(Err(failure));
+            match scanned {
+                Ok(()) if must_reach_end && ends_in_zeroes => {
+                    let _ = sender.blocking_send(Ok(write_of(&volume, range.end - 1, ZERO)));
+                }
+                Ok(()) => {}
+                Err(error) => {
+                    let failure = Failure::new(Exit::Failed, "read the file", error);
+                    let _ = sender.blocking_send(Err(failure));
+                }
             }
             sent
         });
@@ -225,18 +248,37 @@ impl Import {
         Ok(verdict)
     }
 
-    /// Ranges of the target that are no holes, ascending.
+    /// What the volume has in a range now.
+    async fn target(&mut self, range: Range<u64>) -> Outcome<Target> {
+        let client = self.client.clone();
+        let what = format!("open volume {}", self.volume);
+        let request = OpenRequest { name: self.volume.clone(), force: false };
+        // Where a growable volume ends is known for sure only where it is open.
+        let open = || {
+            let (client, request) = (client.clone(), request.clone());
+            async move { client.volumes().open(request).await }
+        };
+        let size_bytes = self.pipeline.patience().call(&client, &what, open).await?.size_bytes;
+        let occupied = match range.start..range.end.min(size_bytes) {
+            // Behind the end nothing is to be freed, and a question about it is refused.
+            behind if behind.is_empty() => Vec::new(),
+            within => self.occupied(within).await?,
+        };
+        Ok(Target { size_bytes, occupied })
+    }
+
+    /// Parts of a range that are no holes, ascending. The range is not empty and within the volume.
     async fn occupied(&mut self, range: Range<u64>) -> Outcome<Vec<Range<u64>>> {
         let what = format!("show the extents of volume {}", self.volume);
         let request = ExtentsRequest {
             volume: self.volume.clone(),
             offset_bytes: range.start,
-            // Whole blocks: a file may end inside one.
-            length_bytes: range.end.next_multiple_of(BLOCK_BYTES) - range.start,
+            length_bytes: range.end - range.start,
         };
         let client = self.client.clone();
         let ask = || {
             let (client, request) = (client.clone(), request.clone());
+            let limit = range.end;
             async move {
                 let mut batches = client.inspect().extents(request).await?.into_inner();
                 let mut occupied: Vec<Range<u64>> = Vec::new();
@@ -244,6 +286,8 @@ impl Import {
                     for extent in batch.extents {
                         let start = extent.lblk.saturating_mul(BLOCK_BYTES);
                         let end = start.saturating_add(u64::from(extent.blocks) * BLOCK_BYTES);
+                        // The last block of a growable volume may be shorter than a block.
+                        let end = end.min(limit);
                         let is_hole = extent.state == i32::from(ExtentState::Hole);
                         match occupied.last_mut() {
                             _ if is_hole => {}
@@ -255,29 +299,31 @@ impl Import {
                 Ok(Response::new(occupied))
             }
         };
-        let found = self.pipeline.patience().call(&client, &what, ask).await;
-        match found {
-            // A growable volume may end before the range: nothing is there to be freed.
-            Err(failure) if failure.reason == Some(Reason::OutOfRange) => Ok(Vec::new()),
-            other => other,
-        }
+        self.pipeline.patience().call(&client, &what, ask).await
     }
+}
+
+/// What is written where nothing but the length of the volume is to change.
+const ZERO: Bytes = Bytes::from_static(&[0]);
+
+fn write_of(volume: &str, offset_bytes: u64, data: Bytes) -> Job {
+    let bytes = data.len() as u64;
+    let request = WriteRequest {
+        volume: volume.into(),
+        offset_bytes,
+        data,
+        mode: WriteMode::Buffered.into(),
+        ..WriteRequest::default()
+    };
+    Job { op: Op::Write(request), bytes }
 }
 
 /// Requests that make the volume hold a piece: a write, or trims where it is no hole yet.
 fn jobs_of(piece: Piece, occupied: &[Range<u64>], volume: &str, sent: &mut Sent) -> Vec<Job> {
     let (start, length) = match piece {
         Piece::Data(offset_bytes, data) => {
-            let bytes = data.len() as u64;
-            sent.data_bytes += bytes;
-            let request = WriteRequest {
-                volume: volume.into(),
-                offset_bytes,
-                data,
-                mode: WriteMode::Buffered.into(),
-                ..WriteRequest::default()
-            };
-            return vec![Job { op: Op::Write(request), bytes }];
+            sent.data_bytes += data.len() as u64;
+            return vec![write_of(volume, offset_bytes, data)];
         }
         Piece::Zeroes(start, length) => (start, length),
     };
@@ -301,7 +347,12 @@ fn jobs_of(piece: Piece, occupied: &[Range<u64>], volume: &str, sent: &mut Sent)
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::{fs, os::unix::fs::FileExt as _, path::Path, time::Duration};
+    use std::{
+        fs,
+        os::unix::fs::FileExt as _,
+        path::{Path, PathBuf},
+        time::Duration,
+    };
 
     use clap::Parser as _;
 
@@ -322,7 +373,7 @@ mod tests {
     }
 
     /// 3 MiB and a bit: data, zero blocks inside data, a hole, and a short last block.
-    fn source(directory: &Path) -> (std::path::PathBuf, Vec<u8>) {
+    fn source(directory: &Path) -> (PathBuf, Vec<u8>) {
         let path = directory.join("disk.img");
         let file = File::create(&path).unwrap();
         let data: Vec<u8> = (0..1_500_000u32).map(|i| (i % 251) as u8 + 1).collect();
@@ -429,6 +480,47 @@ mod tests {
         let failure = import(&fake, args(&path, &[])).await.unwrap_err();
         assert_eq!(failure.exit, Exit::Usage);
         assert_eq!(fake.written_bytes(), 0);
+    }
+
+    /// A file of that length with only these bytes of it written; the rest is a hole.
+    fn sparse_file(directory: &Path, length: u64, data: &[(u64, u64)]) -> PathBuf {
+        let path = directory.join("sparse.img");
+        let file = File::create(&path).unwrap();
+        file.set_len(length).unwrap();
+        for (start, end) in data {
+            let bytes = vec![0x55; usize::try_from(end - start).unwrap()];
+            file.write_all_at(&bytes, *start).unwrap();
+        }
+        path
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_growable_volume_holds_the_file_and_nothing_older_after_an_import() {
+        const MIB: u64 = 1 << 20;
+        // Size of the volume, length of the file, where it has data.
+        let cases: [(usize, u64, &[(u64, u64)]); 7] = [
+            // The volume ends inside a round and at its edge; the file has a hole at either end.
+            (1_500_000, 3 * MIB + 5, &[(0, 4096), (2 * MIB, 2 * MIB + 9)]),
+            (1 << 20, 3 * MIB, &[(MIB, MIB + 4096)]),
+            // No whole number of blocks, on either side.
+            (10_000, 20_000, &[(0, 4096), (16_384, 20_000)]),
+            (20_000, 10_000, &[(0, 4096)]),
+            (10_000, 12_000, &[]),
+            (0, 2 * MIB + 1, &[]),
+            (0, 10_000, &[(8_192, 10_000)]),
+        ];
+        for (size, length, data) in cases {
+            let directory = tempfile::tempdir().unwrap();
+            let path = sparse_file(directory.path(), length, data);
+            let fake = Fake::start(vec![]).await;
+            fake.create_growable("v1", size, 0xAA);
+            import(&fake, args(&path, &[])).await.unwrap();
+            let (content, file) = (fake.durable("v1"), fs::read(&path).unwrap());
+            assert_eq!(content.len(), size.max(file.len()), "{size} {length}");
+            assert!(content[..file.len()] == file[..], "{size} {length}: the volume differs");
+            assert!(content[file.len()..].iter().all(|byte| *byte == 0xAA), "{size} {length}");
+            fake.assert_each_sequence_applied_once();
+        }
     }
 
     #[test]

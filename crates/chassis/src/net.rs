@@ -25,6 +25,11 @@ use serde::{Deserialize, Serialize};
 /// 1 MiB message into 64 frames; much larger ones delay pings and other streams.
 pub(crate) const FRAME_BYTES_MAX: u32 = 256 << 10;
 
+/// Smallest window that a configuration may name, in bytes: HTTP/2 itself begins with it.
+pub(crate) const WINDOW_BYTES_MIN: u64 = 65_535;
+/// Largest one: HTTP/2 has no larger windows.
+pub(crate) const WINDOW_BYTES_MAX: u64 = (1 << 31) - 1;
+
 /// Where to listen: `host:port`, `unix:/path` or `memory:name`.
 ///
 /// A `host` other than a literal address is resolved when the listener is bound. Port 0 lets the

@@ -22,8 +22,11 @@ use tower::layer::layer_fn;
 use self::guard::CallGuard;
 use crate::config::Fault;
 use crate::metrics::{Counter, Registry};
-use crate::net::{ConnCounters, ConnLimits, Incoming, Peer};
+use crate::net::{ConnCounters, ConnLimits, Incoming, Peer, WINDOW_BYTES_MAX, WINDOW_BYTES_MIN};
 use crate::shutdown::Shutdown;
+
+/// Longest time that a configuration may name, in ms: a day.
+const MS_MAX: u64 = 86_400_000;
 
 /// Limits of a server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,7 +41,8 @@ pub struct ServerConfig {
     pub calls_max: usize,
     /// Most streams of one connection.
     pub streams_per_connection_max: u32,
-    /// Longest unary call, in ms; streams are not cut. A caller's shorter `grpc-timeout` wins.
+    /// Longest unary call, in ms; streams are not cut. A caller's shorter `grpc-timeout` wins. At most
+    /// 86,400,000, as are the other times here.
     pub unary_timeout_ms: u64,
     /// Largest header list of a request, in bytes.
     pub header_list_bytes_max: u32,
@@ -49,7 +53,7 @@ pub struct ServerConfig {
     pub keepalive_interval_ms: u64,
     /// Wait for the answer of a ping before the connection counts as dead, in ms.
     pub keepalive_timeout_ms: u64,
-    /// Bytes that a client may send ahead on one stream.
+    /// Bytes that a client may send ahead on one stream; 65,535 to 2^31 - 1.
     pub stream_window_bytes: u32,
     /// The same for all streams of a connection together.
     pub connection_window_bytes: u32,
@@ -95,17 +99,29 @@ impl ServerConfig {
     /// What is wrong with it, with the keys that it has inside a configuration.
     #[must_use]
     pub fn faults(&self) -> Vec<Fault> {
-        let within = |key: &str, value: usize, min: u64| {
-            Fault::unless_within(&format!("server.{key}"), value as u64, min, 1 << 20)
+        let within = |key: &str, value: u64, min: u64, max: u64| {
+            Fault::unless_within(&format!("server.{key}"), value, min, max)
         };
+        let count = |key: &str, value: usize| within(key, value as u64, 1, 1 << 20);
+        let ms = |key: &str, value: u64| within(key, value, 1, MS_MAX);
+        let window =
+            |key: &str, value: u32| within(key, value.into(), WINDOW_BYTES_MIN, WINDOW_BYTES_MAX);
         [
-            within("calls_max", self.calls_max, 1),
-            within("streams_per_connection_max", self.streams_per_connection_max as usize, 1),
-            within("header_list_bytes_max", self.header_list_bytes_max as usize, 1_024),
-            within("handshakes_max", self.handshakes_max, 1),
-            within("connections_max", self.connections_max, 1),
-            within("connections_per_address_max", self.connections_per_address_max, 1),
-            Fault::unless_within("server.worker_threads", self.worker_threads as u64, 0, 1_024),
+            within("worker_threads", self.worker_threads as u64, 0, 1_024),
+            count("calls_max", self.calls_max),
+            count("streams_per_connection_max", self.streams_per_connection_max as usize),
+            ms("unary_timeout_ms", self.unary_timeout_ms),
+            within("header_list_bytes_max", self.header_list_bytes_max.into(), 1_024, 1 << 20),
+            count("pending_reset_streams_max", self.pending_reset_streams_max),
+            ms("keepalive_interval_ms", self.keepalive_interval_ms),
+            ms("keepalive_timeout_ms", self.keepalive_timeout_ms),
+            window("stream_window_bytes", self.stream_window_bytes),
+            window("connection_window_bytes", self.connection_window_bytes),
+            ms("handshake_timeout_ms", self.handshake_timeout_ms),
+            count("handshakes_max", self.handshakes_max),
+            count("connections_max", self.connections_max),
+            count("connections_per_address_max", self.connections_per_address_max),
+            ms("drain_timeout_ms", self.drain_timeout_ms),
         ]
         .into_iter()
         .flatten()
@@ -158,6 +174,9 @@ pub struct ServerOptions {
     pub config: ServerConfig,
     /// Encoded file descriptor sets for reflection; those of health and reflection are added.
     pub descriptors: Vec<&'static [u8]>,
+    /// Unary methods (`/package.Service/Method`) that `unary_timeout_ms` does not cut: what they do takes
+    /// as long as it takes. The caller decides how long to wait.
+    pub unhurried: &'static [&'static str],
 }
 
 /// Tells health probes whether the service takes work. Cheap to clone.
@@ -224,8 +243,8 @@ pub enum ServeError {
 ///
 /// Each call passes, outermost first: a log span; panics become `INTERNAL` without details;
 /// `access`; calls beyond `calls_max` are shed; unary calls have a deadline; the handler. Which methods are unary
-/// is read from the descriptors; a method that is not in them is never cut. Health checks pass
-/// also when the server is full.
+/// is read from the descriptors; a method that is not in them, or is one of `unhurried`, is never cut. Health
+/// checks pass also when the server is full.
 ///
 /// Callers set message size limits on their generated servers
 /// (`max_decoding_message_size`, `max_encoding_message_size`): tonic offers no common place.
@@ -252,12 +271,11 @@ pub async fn serve(
         )))
         .add_service(reflection(&options)?.build_v1().map_err(ServeError::Reflection)?)
         .add_service(reflection(&options)?.build_v1alpha().map_err(ServeError::Reflection)?);
-    let guard = CallGuard::new(
-        config.calls_max,
-        Duration::from_millis(config.unary_timeout_ms),
-        unary_methods(&options.descriptors)?,
-    )
-    .with_access(options.access.clone(), options.counters.calls_denied.clone());
+    let mut hurried = unary_methods(&options.descriptors)?;
+    hurried.retain(|path| !options.unhurried.contains(&path.as_str()));
+    let unary_timeout = Duration::from_millis(config.unary_timeout_ms);
+    let guard = CallGuard::new(config.calls_max, unary_timeout, hurried)
+        .with_access(options.access.clone(), options.counters.calls_denied.clone());
     // Cuts the connections when this function returns, or is dropped before.
     let cut = CancellationToken::new();
     let _cut_at_end = cut.clone().drop_guard();

@@ -4,7 +4,7 @@
 //! here is empty. With it, variables of the environment decide, read once:
 //!
 //! ```text
-//! ENDIO_FAILPOINTS=store-written=kill@3;journal-synced=delay(20)%4
+//! ENDIO_FAILPOINTS=store-written=kill@3;conversion-journal-synced=delay(20)%4
 //!                  name        = action [@ from which hit on] [% one hit in so many]
 //! ENDIO_PLANTED=store-skips-flush,log-skips-flush
 //! ENDIO_BOOT_ID=any text         an identity of the boot other than the machine's

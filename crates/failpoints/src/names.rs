@@ -117,6 +117,8 @@ named! {
         /// A new segment has its header; its name is not durable.
         JournalSegmentCreated = "conversion-journal-segment-created",
         // --- conversion: checkpoints
+        /// A piece of a checkpoint is about to be written. Can fail, as if the disk were full.
+        CheckpointWriting = "conversion-checkpoint-writing",
         /// A checkpoint has its small state; no chunk is copied.
         CheckpointBegun = "conversion-checkpoint-begun",
         /// All chunks are copied and durable; the file has no name that counts.

@@ -340,6 +340,8 @@ pub struct Ledger {
     ended: BTreeMap<IoEndId, Ended>,
     ended_order: VecDeque<IoEndId>,
     ended_max: usize,
+    /// Ended ones that may still write to blocks in the map, and the volume of each.
+    lingering: BTreeMap<IoEndId, VolumeId>,
 }
 
 impl Ledger {
@@ -391,6 +393,19 @@ impl Ledger {
             }
         }
         Some(io_end)
+    }
+
+    /// Notes that one that has ended may still write in place, until it is fenced.
+    pub fn linger(&mut self, id: IoEndId, volume: VolumeId) {
+        self.lingering.insert(id, volume);
+    }
+    /// The volume of an ended one that may still write in place; `None`: it cannot.
+    pub fn lingers(&self, id: IoEndId) -> Option<VolumeId> {
+        self.lingering.get(&id).copied()
+    }
+    /// It is fenced everywhere. Idempotent.
+    pub fn lingers_no_more(&mut self, id: IoEndId) {
+        self.lingering.remove(&id);
     }
 
     /// The answer to a release of a token whose io_end is not in flight. `outcome`: `None` for the

@@ -3,6 +3,8 @@
 
 mod support;
 
+use std::path::Path;
+
 use endio_store::meta::{
     BackupError, DiskMeta, JournalHandle, MemoryMeta, MetaOptions, MetaStore, Restoring,
     verify_backup,
@@ -214,4 +216,23 @@ fn files_of_a_later_version_are_refused_as_such_and_left_as_they_are() {
         make_version(&meta, name, header, 1);
         oracle.check(&mut Service::open(&meta).unwrap(), "with the right version again");
     }
+}
+
+#[test]
+fn a_mount_point_is_refused_before_any_work_and_a_rename_that_fails_is_named() {
+    let meta = MemoryMeta::with_options(options());
+    live(&meta, 6, 30, &mut Oracle::default()).unwrap();
+    let bytes = take(&meta.open().unwrap().journal.handle());
+    let dir = tempfile::tempdir().unwrap();
+    // Mounted on every system that runs this, and what cannot be read is not even looked at.
+    let error = Restoring::begin(&b"no backup"[..], Path::new("/proc"), &options()).unwrap_err();
+    assert!(matches!(&error, BackupError::MountPoint(dir) if dir == Path::new("/proc")), "{error}");
+    assert!(!Path::new("/proc.restoring").exists());
+
+    let into = dir.path().join("into");
+    let restoring = Restoring::begin(&bytes[..], &into, &options()).unwrap();
+    std::fs::write(&into, "in the way").unwrap();
+    let error = restoring.finish().unwrap_err();
+    assert!(matches!(error, BackupError::Rename { .. }), "{error}");
+    assert!(error.to_string().contains("into.restoring cannot be renamed to"), "{error}");
 }

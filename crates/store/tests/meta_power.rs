@@ -240,6 +240,55 @@ fn a_full_disk_gives_a_checkpoint_up_and_keeps_the_service() {
     oracle.check(&mut Service::open(&meta).unwrap(), "at last");
 }
 
+/// The disk fills up beside a checkpoint that is under way.
+#[test]
+fn a_checkpoint_leaves_the_ballast_to_commits() {
+    use endio_store::meta::Vfs;
+    let meta = MemoryMeta::with_options(options());
+    let mut oracle = Oracle::default();
+    let mut service = Service::open(&meta).unwrap();
+    let random = &mut Random::new(11);
+    let mut commit = |service: &mut Service, oracle: &mut Oracle| {
+        let payload = payload(random, service.seq + 1);
+        service.append(oracle, payload).unwrap();
+        service.commit(oracle).unwrap();
+    };
+    for _ in 0..30 {
+        commit(&mut service, &mut oracle);
+    }
+    service.begin_checkpoint(&mut oracle).unwrap();
+    assert!(!service.checkpointer.write_chunks(service.table.as_mut(), 1).unwrap());
+    leave_free(&meta, 100);
+    let has_ballast = || meta.disk().list().unwrap().iter().any(|name| name == "ballast");
+    for _ in 0..1000 {
+        if !has_ballast() {
+            break;
+        }
+        commit(&mut service, &mut oracle);
+    }
+    assert!(service.journal.is_degraded() && !has_ballast());
+    let error = service.checkpointer.write_chunks(service.table.as_mut(), 1).unwrap_err();
+    assert!(matches!(error, MetaError::NoSpace { .. }), "{error}");
+    service.checkpointer.give_up();
+    assert!(!service.checkpointer.is_running());
+    // None begins either: the room that there is has been given up for commits.
+    let used = (8192 * 3) / 2;
+    leave_free(&meta, used);
+    assert!(service.journal.is_degraded() && !service.checkpointer.has_room());
+    let error = service.begin_checkpoint(&mut oracle).unwrap_err();
+    assert!(matches!(error, MetaError::NoSpace { .. }), "{error}");
+    for _ in 0..10 {
+        commit(&mut service, &mut oracle);
+    }
+    leave_free(&meta, 3 * 8192);
+    assert!(!service.journal.is_degraded());
+    leave_free(&meta, 1 << 30);
+    assert!(service.checkpointer.has_room());
+    service.checkpoint(&mut oracle).unwrap();
+    service.close(&mut oracle).unwrap();
+    oracle.check(&mut Service::open(&meta).unwrap(), "at last");
+}
+
 #[test]
 fn on_a_full_disk_the_table_goes_on_in_memory_and_asks_for_no_new_work() {
     let meta = MemoryMeta::with_options(options());

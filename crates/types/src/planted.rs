@@ -58,6 +58,8 @@ pub enum Bug {
     OvertakenLogCounts,
     /// A store admits bios of a new epoch before what is older has drained.
     DrainUnawaited,
+    /// The owner hears of a takeover before that is durable.
+    FencedEarly,
 }
 
 impl Bug {
@@ -89,6 +91,7 @@ impl Bug {
         Self::LateLogCounts,
         Self::OvertakenLogCounts,
         Self::DrainUnawaited,
+        Self::FencedEarly,
     ];
 }
 

@@ -196,6 +196,7 @@ pub async fn start_on(
         counters: ServerCounters::register(&driver.metrics.registry),
         config: config.server.clone(),
         descriptors: vec![DESCRIPTORS],
+        unhurried: &[],
     };
     let server = server::serve(options, listener, routes, readiness.clone(), shutdown);
     let life = Life {

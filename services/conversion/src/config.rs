@@ -98,14 +98,76 @@ impl Default for Config {
     }
 }
 
+fn outside(key: &str, value: u64, low: u64, high: u64) -> Option<Fault> {
+    let message = || format!("is {value}: it must lie between {low} and {high}");
+    (!(low..=high).contains(&value)).then(|| Fault::new(key, message()))
+}
+
+/// What is wrong with each of the limits alone. None of them is "none" at 0: a queue without a place, or
+/// a step that does nothing, would hold up for ever what it is to bound, or answer that it was done.
+fn limit_faults(limits: &Limits) -> Vec<Fault> {
+    // Without `..`, so that a new limit gets its bounds here.
+    let Limits {
+        lease_ms,
+        io_end_life_max_ms,
+        io_ends_per_volume_max,
+        in_flight_blocks_max,
+        volumes_max,
+        changes_per_volume_max,
+        convert_batch_max,
+        convert_blocks_max,
+        drain_batches_max,
+        change_chunks_max,
+        fence_io_ends_max,
+        punch_ranges_max,
+        punch_blocks_max,
+        punch_interval_ms,
+        punch_run_blocks,
+        punch_idle_ms,
+        unpunched_blocks_max,
+        reuse_blocks,
+        log_blocks_per_volume_max,
+        log_blocks_max,
+        ended_max,
+        search_runs_max,
+        retry_after_ms,
+    } = limits;
+    let bounds = [
+        ("lease_ms", u64::from(*lease_ms), 200, 600_000),
+        ("io_end_life_max_ms", *io_end_life_max_ms, 500, 3_600_000),
+        ("io_ends_per_volume_max", *io_ends_per_volume_max as u64, 1, 1_000_000),
+        ("in_flight_blocks_max", *in_flight_blocks_max, 1, 1 << 40),
+        ("volumes_max", *volumes_max as u64, 1, 1 << 20),
+        ("changes_per_volume_max", *changes_per_volume_max as u64, 1, 65_536),
+        ("convert_batch_max", *convert_batch_max as u64, 1, 65_536),
+        ("convert_blocks_max", *convert_blocks_max, 1, 1 << 24),
+        ("drain_batches_max", *drain_batches_max as u64, 1, 1_024),
+        ("change_chunks_max", *change_chunks_max, 1, 65_536),
+        ("fence_io_ends_max", *fence_io_ends_max as u64, 1, 1 << 20),
+        ("punch_ranges_max", *punch_ranges_max as u64, 1, 65_536),
+        ("punch_blocks_max", *punch_blocks_max, 1, 1 << 30),
+        ("punch_interval_ms", *punch_interval_ms, 1, 3_600_000),
+        ("punch_run_blocks", *punch_run_blocks, 1, 1 << 30),
+        ("punch_idle_ms", *punch_idle_ms, 1, 3_600_000),
+        ("unpunched_blocks_max", *unpunched_blocks_max, 1, 1 << 40),
+        ("reuse_blocks", *reuse_blocks, 1, 1 << 40),
+        ("log_blocks_per_volume_max", *log_blocks_per_volume_max, 1, 1 << 20),
+        ("log_blocks_max", *log_blocks_max, 1, 1 << 24),
+        ("ended_max", *ended_max as u64, 1, 1 << 24),
+        ("search_runs_max", *search_runs_max as u64, 1, 1 << 20),
+        ("retry_after_ms", u64::from(*retry_after_ms), 1, 60_000),
+    ];
+    let faults = bounds
+        .into_iter()
+        .filter_map(|(key, value, low, high)| outside(&format!("limits.{key}"), value, low, high));
+    faults.collect()
+}
+
 impl Validate for Config {
     fn validate(&self) -> Vec<Fault> {
         let mut faults = Vec::new();
         let mut within = |key: &str, value: u64, low: u64, high: u64| {
-            if !(low..=high).contains(&value) {
-                let message = format!("is {value}: it must lie between {low} and {high}");
-                faults.push(Fault::new(key, message));
-            }
+            faults.extend(outside(key, value, low, high));
         };
         within("inputs_per_turn_max", self.inputs_per_turn_max as u64, 1, 65_536);
         within("commit_here_us_max", self.commit_here_us_max, 0, 1_000_000);
@@ -116,11 +178,7 @@ impl Validate for Config {
         within("checkpoint_journal_bytes", self.checkpoint_journal_bytes, 1 << 16, 1 << 40);
         within("drain_deadline_ms", self.drain_deadline_ms, 1, 3_600_000);
         let limits = &self.limits;
-        within("limits.lease_ms", limits.lease_ms.into(), 200, 600_000);
-        within("limits.io_end_life_max_ms", limits.io_end_life_max_ms, 500, 3_600_000);
-        within("limits.io_ends_per_volume_max", limits.io_ends_per_volume_max as u64, 1, 1_000_000);
-        within("limits.convert_batch_max", limits.convert_batch_max as u64, 1, 65_536);
-        within("limits.drain_batches_max", limits.drain_batches_max as u64, 1, 1_024);
+        faults.extend(limit_faults(limits));
         if u64::from(limits.lease_ms) >= limits.io_end_life_max_ms {
             faults.push(Fault::new(
                 "limits.io_end_life_max_ms",

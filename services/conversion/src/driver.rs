@@ -43,6 +43,9 @@ use outbox::Outbox;
 const IDLE_MAX: Duration = Duration::from_millis(500);
 /// What handing records over takes at most where the queue of the committer has room.
 const HELD_UP: Duration = Duration::from_millis(10);
+/// A turn that begins later than it was meant to by more than this part of a lease, or lasts longer, heard
+/// nobody meanwhile: its process was stopped, perhaps, or the disk hung. What is beyond does not count.
+const LATE_OF_LEASE: u32 = 8;
 
 /// Pause between two looks at the gauges.
 const SHOW_EVERY: Duration = Duration::from_millis(500);
@@ -82,8 +85,13 @@ type Table = Box<dyn MetaTable>;
 pub(crate) struct Driver {
     machine: Machine<Table>,
     out: Output,
-    /// Where the machine's clock began. It stands still during commits that the driver waits for.
+    /// Where the machine's clock began. It stands still while the driver hears nobody: that is no silence of
+    /// theirs. A slow clock only makes leases longer here.
     started: Instant,
+    /// The machine's time in this turn.
+    now: Millis,
+    /// This turn began late.
+    is_late: bool,
     committer: Committer,
     progress: watch::Receiver<Progress>,
     checkpoints: Checkpoints,
@@ -147,6 +155,8 @@ impl Driver {
             machine,
             out,
             started,
+            now: Millis(0),
+            is_late: false,
             progress: committer.progress(),
             committer,
             checkpoints: Checkpoints::new(checkpointer),
@@ -196,7 +206,12 @@ impl Driver {
                 () = tokio::time::sleep_until(wake) => {}
             }
             let is_waiting = !events.is_empty();
+            let began = self.begin_turn(wake);
+            let clock_began = self.started;
             self.turn(&mut queue, is_waiting)?;
+            let counted = self.started - clock_began;
+            let took = began.elapsed().saturating_sub(counted);
+            self.started += took.saturating_sub(self.late());
             if let Some(stop_by) = stop_by {
                 let is_late = Instant::now() >= stop_by || shutdown.is_forced();
                 if is_late && !self.machine.is_idle() {
@@ -355,19 +370,18 @@ impl Driver {
                     Ok(()) => self.machine.lookup(volume, generation, range),
                     Err(refusal) => Ok(Err(refusal)),
                 };
-                match view.map_err(DriverError::Machine)? {
-                    Ok(view) => self.outbox.view(view, reply),
-                    Err(refusal) => drop(reply.send(Err(refusal))),
-                }
+                self.show(view.map_err(DriverError::Machine)?, reply);
             }
-            Question::Extents(name, range, reply) => {
-                let extents = self.machine.extents(&name, range).map_err(DriverError::Machine)?;
-                drop(reply.send(extents));
+            // For people: no service acts on it.
+            Question::Extents(name, range, blocks_max, reply) => {
+                let found = self.machine.next_extents(&name, range, blocks_max);
+                drop(reply.send(found.map_err(DriverError::Machine)?));
             }
             Question::Logged(volume, generation, from, max, reply) => {
-                drop(reply.send(self.machine.logged(volume, generation, from, max)));
+                self.show(self.machine.logged(volume, generation, from, max), reply);
             }
-            Question::Volumes(reply) => drop(reply.send(self.machine.volumes())),
+            Question::Volume(name, reply) => self.show(self.machine.volume(&name), reply),
+            Question::Volumes(reply) => self.show(self.machine.volumes(), reply),
             Question::Stores(reply) => drop(reply.send(self.machine.stores(now))),
             Question::IoEnds(volume, limit, reply) => {
                 drop(reply.send(self.machine.io_ends(now, volume, limit)));
@@ -385,6 +399,14 @@ impl Driver {
             }
         }
         Ok(())
+    }
+
+    /// Answers once everything that the answer may show, be it by leaving something out, is durable. A
+    /// writeback acts on it for good: it closes a volume of a newer generation in its log, and lets
+    /// dirty data go whose older version the data log has no more. After a failure, what was not
+    /// durable would not have happened.
+    fn show<A: Send + 'static>(&mut self, answer: A, reply: oneshot::Sender<A>) {
+        self.outbox.answer(self.machine.seq(), answer, reply);
     }
 
     fn describe(&self) -> DescribeResponse {
@@ -468,8 +490,31 @@ impl Driver {
         }
     }
 
+    /// How late a turn may be.
+    fn late(&self) -> Duration {
+        Duration::from_millis(self.config.limits.lease_ms.into()) / LATE_OF_LEASE
+    }
+
+    /// Sets the time of a turn that was meant to begin by `wake`.
+    fn begin_turn(&mut self, wake: Instant) -> Instant {
+        let began = Instant::now();
+        let late = began.saturating_duration_since(wake);
+        let beyond = late.saturating_sub(self.late());
+        let was_late = std::mem::replace(&mut self.is_late, !beyond.is_zero());
+        self.started += beyond;
+        if self.is_late && !was_late {
+            // What was sent meanwhile is in the sockets, and is read before anybody counts as silent. Not each
+            // time: on a machine that is always late, leases end all the same.
+            self.started += 2 * self.late();
+        }
+        // It never goes back.
+        let now = began.saturating_duration_since(self.started).as_millis() as u64;
+        self.now = self.now.max(Millis(now));
+        began
+    }
+
     fn now(&self) -> Millis {
-        Millis(self.started.elapsed().as_millis() as u64)
+        self.now
     }
 
     fn next_id(&mut self) -> u64 {
@@ -486,3 +531,6 @@ pub(crate) fn database(id: u64) -> DatabaseId {
     database[8..].copy_from_slice(&id.to_le_bytes());
     database
 }
+
+#[cfg(test)]
+mod tests;

@@ -18,12 +18,11 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::backup;
+use crate::batches::{Batcher, batches};
 use crate::handle::{Handle, Outgoing, Question, Stream as Session, Traced};
 
-/// Messages put into one batch of a stream.
-const BATCH_MAX: usize = 512;
-/// Blocks looked up in one step of `ListExtents`.
-const EXTENTS_STEP_BLOCKS: u64 = 1 << 20;
+/// Blocks looked up in one step of `ListExtents`: 64 chunks, some milliseconds of the driver's time.
+const EXTENTS_STEP_BLOCKS: u64 = 1 << 16;
 /// Blocks in one `Lookup`.
 const LOOKUP_BLOCKS_MAX: u32 = 65_536;
 /// Blocks in one answer to `ReadLog`: 1 MiB.
@@ -83,8 +82,9 @@ impl Grpc {
         }
     }
 
-    async fn volumes(&self) -> Result<Vec<VolumeInfo>, Status> {
-        self.handle.ask(Question::Volumes).await.map_err(refused)
+    async fn volume(&self, name: &str) -> Result<VolumeInfo, Status> {
+        let question = |reply| Question::Volume(name.to_owned(), reply);
+        self.handle.ask(question).await.map_err(refused)?.ok_or_else(|| unknown(name))
     }
 }
 
@@ -108,9 +108,7 @@ impl Conversion for Grpc {
 
     async fn get_volume(&self, request: Request<proto::VolumeRequest>) -> Answer<proto::Volume> {
         let name = request.into_inner().name;
-        let volumes = self.volumes().await?;
-        let found = volumes.iter().find(|volume| volume.name == name);
-        found.map(|v| Response::new(convert::volume_to_proto(v))).ok_or_else(|| unknown(&name))
+        Ok(Response::new(convert::volume_to_proto(&self.volume(&name).await?)))
     }
 
     async fn list_volumes(
@@ -119,7 +117,7 @@ impl Conversion for Grpc {
     ) -> Answer<proto::ListVolumesResponse> {
         let as_of = self.handle.ask(Question::Deletions).await.map_err(refused)?;
         let as_of = Some(convert::deletions_to_proto(as_of));
-        let volumes = self.volumes().await?;
+        let volumes = self.handle.ask(Question::Volumes).await.map_err(refused)?;
         let volumes = volumes.iter().map(convert::volume_to_proto).collect();
         Ok(Response::new(proto::ListVolumesResponse { volumes, as_of }))
     }
@@ -364,9 +362,7 @@ impl Conversion for Grpc {
         request: Request<proto::ListExtentsRequest>,
     ) -> Answer<Self::ListExtentsStream> {
         let request = request.into_inner();
-        let volumes = self.volumes().await?;
-        let found = volumes.iter().find(|volume| volume.name == request.volume);
-        let volume = found.ok_or_else(|| unknown(&request.volume))?;
+        let volume = self.volume(&request.volume).await?;
         let size_blocks = volume.size_bytes.div_ceil(endio_types::BLOCK_BYTES);
         let end = match request.blocks {
             0 => size_blocks,
@@ -376,21 +372,27 @@ impl Conversion for Grpc {
         let handle = self.handle.clone();
         tokio::spawn(async move {
             let mut lblk = request.lblk;
-            while lblk < end {
-                let range = LblkRange::new(lblk, EXTENTS_STEP_BLOCKS.min(end - lblk));
-                lblk = range.end();
-                let name = request.volume.clone();
-                let step = handle.ask(|reply| Question::Extents(name, range, reply)).await;
-                let answer = match step {
-                    Ok(Some(extents)) if extents.is_empty() => continue,
-                    Ok(Some(extents)) => Ok(extents.iter().map(convert::extent_to_proto).collect()),
-                    Ok(None) => Err(unknown(&request.volume)),
-                    Err(refusal) => Err(refused(refusal)),
+            // Nobody is asked any more on behalf of a caller that is gone.
+            while lblk < end && !sender.is_closed() {
+                let (name, rest) = (request.volume.clone(), LblkRange::new(lblk, end - lblk));
+                let step = |reply| Question::Extents(name, rest, EXTENTS_STEP_BLOCKS, reply);
+                let extents = match handle.ask(step).await {
+                    Ok(Some((extents, next))) => {
+                        lblk = next;
+                        extents
+                    }
+                    Ok(None) => return drop(sender.send(Err(unknown(&request.volume))).await),
+                    Err(refusal) => return drop(sender.send(Err(refused(refusal))).await),
                 };
-                let is_last = answer.is_err();
-                let answer = answer.map(|extents| proto::ListExtentsResponse { extents });
-                if sender.send(answer).await.is_err() || is_last {
-                    return;
+                let mut batcher = Batcher::default();
+                let extents = extents.iter().map(convert::extent_to_proto);
+                let mut messages: Vec<_> = extents.filter_map(|e| batcher.push(e)).collect();
+                messages.extend(batcher.take());
+                for extents in messages {
+                    let answer = proto::ListExtentsResponse { extents };
+                    if sender.send(Ok(answer)).await.is_err() {
+                        return;
+                    }
                 }
             }
         });
@@ -504,59 +506,6 @@ fn read_session<B, M, S, I>(
         }
         handle.inputs(vec![(lost, String::new())]).await;
     });
-}
-
-/// Packs what waits into batches.
-fn batches<M, S, P, B>(
-    session: Session<M, S>,
-    encode: impl Fn(M, u64) -> Result<P, Status> + Send + 'static,
-    pack: impl Fn(Vec<P>) -> B + Send + 'static,
-) -> Streamed<B>
-where
-    M: Send + 'static,
-    S: Send + 'static,
-    P: Send + 'static,
-    B: Send + 'static,
-{
-    let Session { mut outgoing, .. } = session;
-    let (sender, receiver) = mpsc::channel(2);
-    tokio::spawn(async move {
-        let mut taken = Vec::new();
-        loop {
-            let received = tokio::select! {
-                biased;
-                () = sender.closed() => return,
-                received = outgoing.recv_many(&mut taken, BATCH_MAX) => received,
-            };
-            if received == 0 {
-                return;
-            }
-            let mut batch = Vec::with_capacity(received);
-            let mut end = None;
-            for message in taken.drain(..) {
-                let encoded = match message {
-                    Outgoing::Message(message, convert_us) => encode(message, convert_us),
-                    Outgoing::Fail(status) => Err(status),
-                };
-                match encoded {
-                    Ok(message) => batch.push(message),
-                    Err(status) => {
-                        end = Some(status);
-                        break;
-                    }
-                }
-            }
-            if !batch.is_empty() && sender.send(Ok(pack(batch))).await.is_err() {
-                return;
-            }
-            if let Some(status) = end {
-                // The peer may be gone already.
-                drop(sender.send(Err(status)).await);
-                return;
-            }
-        }
-    });
-    Box::pin(ReceiverStream::new(receiver))
 }
 
 /// The volume that a call means; 0: whichever has the name.

@@ -59,8 +59,11 @@ pub(crate) enum Question {
         attempts_over: u64,
         reply: oneshot::Sender<Result<MapView, Refusal>>,
     },
-    Extents(String, LblkRange, oneshot::Sender<Option<Vec<MapExtent>>>),
+    /// Of a volume by name, behind a hole of any length at most so many blocks, and where to go on.
+    Extents(String, LblkRange, u64, oneshot::Sender<Option<(Vec<MapExtent>, u64)>>),
     Logged(VolumeId, Generation, Lblk, usize, oneshot::Sender<LoggedAnswer>),
+    /// By name.
+    Volume(String, oneshot::Sender<Option<VolumeInfo>>),
     Volumes(oneshot::Sender<Vec<VolumeInfo>>),
     Stores(oneshot::Sender<Vec<StoreInfo>>),
     IoEnds(Option<VolumeId>, usize, oneshot::Sender<(Vec<IoEndInfo>, u64)>),

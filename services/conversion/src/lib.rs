@@ -5,6 +5,7 @@
 //! supplies them.
 
 mod backup;
+mod batches;
 mod commit;
 mod config;
 mod driver;
@@ -143,6 +144,8 @@ pub async fn start(config: Config, deps: Deps) -> Result<Running, StartError> {
         counters: ServerCounters::register(&registry),
         config: config.server.clone(),
         descriptors: vec![endio_api::DESCRIPTORS],
+        // It reads everything there is.
+        unhurried: &["/endio.conversion.v1.Conversion/Check"],
     };
     let server = serve(options, incoming, routes, readiness.clone(), shutdown.clone());
     let server = tokio::spawn(async move {

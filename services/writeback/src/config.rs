@@ -34,11 +34,10 @@ pub struct Config {
     /// Name in a client's certificate (`endio://client/NAME`), and the volumes that it may use over
     /// gRPC: `volume` (read and change), `volume@ro` (read), `volume@manage` (also create, resize,
     /// delete); `*`: all. Empty: every client reads and changes every volume.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub clients: BTreeMap<String, Vec<String>>,
     /// How long a request waits for what is away or full before its caller gets an error, in ms.
     /// Too small: a restart of a peer becomes an I/O error. Too large: a caller hangs. 100 to
-    /// 3,600,000.
+    /// 3,600,000, and at most `server.unary_timeout_ms`.
     pub io_timeout_ms: u64,
     /// Dirty bytes above which write-out starts at once. At most `dirty_bytes_max`.
     pub dirty_bytes_soft: u64,
@@ -107,17 +106,17 @@ pub struct Config {
     pub defragment_after_ms: u64,
     /// Sessions of retrying clients remembered.
     pub sessions_max: usize,
-    /// A session is not forgotten before it was idle so long, in ms.
+    /// A session is not forgotten before it was idle so long, in ms. 1 to 86,400,000.
     pub session_idle_min_ms: u64,
     /// Volumes open here at a time. 1 to 65,536.
     pub volumes_max: usize,
     /// First pause before a write begins again, in ms.
     pub retry_first_ms: u64,
-    /// Longest pause before a write begins again, in ms.
+    /// Longest pause before a write begins again, in ms. 1 to 600,000.
     pub retry_max_ms: u64,
     /// First pause before the session is opened again, in ms.
     pub reconnect_first_ms: u64,
-    /// Longest pause before the session is opened again, in ms.
+    /// Longest pause before the session is opened again, in ms. 1 to 600,000.
     pub reconnect_max_ms: u64,
     /// Most time for opening a stream to a peer, in ms.
     pub connect_timeout_ms: u64,
@@ -237,15 +236,19 @@ impl Validate for Config {
         within("credit_step_blocks", self.credit_step_blocks, 1, 1 << 20);
         within("credit_high_blocks", self.credit_high_blocks, self.credit_low_blocks, 1 << 30);
         within("log_segment_bytes", self.log_segment_bytes, MIB, 1 << 34);
-        within("log_bytes_max", self.log_bytes_max, 4 * self.log_segment_bytes, 1 << 44);
+        let segments = self.log_segment_bytes.saturating_mul(4);
+        within("log_bytes_max", self.log_bytes_max, segments, 1 << 44);
         within("read_cache_bytes", self.read_cache_bytes, 0, 1 << 40);
         within("defragment_bytes_per_s", self.defragment_bytes_per_s, 0, 1 << 40);
         within("defragment_after_ms", self.defragment_after_ms, 0, 86_400_000);
         within("map_entries_per_volume", self.map_entries_per_volume as u64, 0, 1 << 24);
         within("sessions_max", self.sessions_max as u64, 1, 1 << 20);
+        within("session_idle_min_ms", self.session_idle_min_ms, 1, 86_400_000);
         within("volumes_max", self.volumes_max as u64, 1, 65_536);
         within("retry_first_ms", self.retry_first_ms, 1, self.retry_max_ms);
+        within("retry_max_ms", self.retry_max_ms, 1, 600_000);
         within("reconnect_first_ms", self.reconnect_first_ms, 1, self.reconnect_max_ms);
+        within("reconnect_max_ms", self.reconnect_max_ms, 1, 600_000);
         within("connect_timeout_ms", self.connect_timeout_ms, 1, 600_000);
         within("call_timeout_ms", self.call_timeout_ms, 1, 600_000);
         within("confirm_every_ms", self.confirm_every_ms, 1, 600_000);
@@ -265,8 +268,16 @@ impl Validate for Config {
                 faults.push(Fault::new(key, why));
             }
         }
+        let (unary, io) = (self.server.unary_timeout_ms, self.io_timeout_ms);
+        if unary < io {
+            let why = format!(
+                "{unary} is less than io_timeout_ms ({io}): calls would be cut that are still tried"
+            );
+            faults.push(Fault::new("server.unary_timeout_ms", why));
+        }
         faults.extend(self.tls.faults());
         faults.extend(self.server.faults());
+        faults.extend(self.dialer.faults());
         faults
     }
 }
@@ -274,6 +285,8 @@ impl Validate for Config {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use std::path::Path;
+
     use super::*;
 
     #[test]
@@ -286,6 +299,43 @@ mod tests {
         let config = Config { io_timeout_ms: 0, write_out_blocks: 0, ..Config::default() };
         let keys: Vec<_> = config.validate().into_iter().map(|fault| fault.key).collect();
         assert_eq!(keys, ["io_timeout_ms", "write_out_blocks"]);
+    }
+
+    fn load(file: Option<&Path>, env: Option<(&str, &str)>) -> Config {
+        let env = env.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let flags = serde_json::json!({});
+        endio_chassis::config::load_with_env(file, "ENDIO_WRITEBACK", env, &flags).unwrap()
+    }
+
+    #[test]
+    fn the_clients_of_the_documentation_are_taken() {
+        let text = include_str!("../../../docs/SECURITY.md");
+        let (_, table) = text.split_once("```toml\n[clients]").unwrap();
+        let (table, _) = table.split_once("```").unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("writeback.toml");
+        std::fs::write(&path, format!("[clients]{table}")).unwrap();
+        let clients = load(Some(&path), None).clients;
+        assert_eq!(clients["alice"], ["vol1", "vol2@ro"]);
+        assert_eq!(clients["backup"], ["*@ro"]);
+    }
+
+    #[test]
+    fn clients_are_taken_from_the_environment() {
+        let text = r#"{alice=["vol1"], backup=["*@ro"]}"#;
+        let clients = load(None, Some(("ENDIO_WRITEBACK_CLIENTS", text))).clients;
+        assert_eq!((&clients["alice"], clients.len()), (&vec!["vol1".to_owned()], 2));
+    }
+
+    #[test]
+    fn a_call_is_not_cut_before_its_request_gives_up() {
+        let faults = |unary_timeout_ms| {
+            let server = ServerConfig { unary_timeout_ms, ..ServerConfig::default() };
+            let config = Config { io_timeout_ms: 1_000, server, ..Config::default() };
+            config.validate().into_iter().map(|fault| fault.key).collect::<Vec<_>>()
+        };
+        assert_eq!(faults(1_000), Vec::<String>::new());
+        assert_eq!(faults(999), ["server.unary_timeout_ms"]);
     }
 
     #[test]

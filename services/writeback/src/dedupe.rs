@@ -79,13 +79,9 @@ impl Dedupe {
         Millis(u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX))
     }
 
-    /// Takes over what the cache log remembers. `is_lost`: its tail may be missing.
-    pub(crate) fn restore(&self, snapshot: SessionSnapshot, is_lost: bool) {
-        let mut table = self.table();
-        table.restore(snapshot, self.now());
-        if is_lost {
-            table.mark_memory_lost();
-        }
+    /// Takes over what the cache log remembers, and that its tail may be missing.
+    pub(crate) fn restore(&self, snapshot: SessionSnapshot) {
+        self.table().restore(snapshot, self.now());
     }
 
     /// A request has arrived; nothing else is known of it yet. The session that begins with it.

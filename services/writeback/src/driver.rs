@@ -221,13 +221,17 @@ impl Life {
                 Vec::new()
             }
         };
-        if held.is_empty() && recovered.is_some() {
-            engine.log.close_clean().await.map_err(RunError::Close)?;
-        }
+        let closed = match held.is_empty() && recovered.is_some() {
+            true => engine.log.close_clean().await.map_err(RunError::Close),
+            false => Ok(()),
+        };
+        // Whatever came of it: the lease is renewed no more, and the directory is free.
         engine.stop.cancel();
-        session.await.map_err(RunError::Panicked)?;
-        served.map_err(RunError::Panicked)??;
+        let session = session.await.map_err(RunError::Panicked);
         unlock(engine).await;
+        session?;
+        served.map_err(RunError::Panicked)??;
+        closed?;
         if held.is_empty() {
             tracing::info!("writeback stopped");
             return Ok(());

@@ -4,6 +4,7 @@
 //! its own ([`Started`]), so that a client that goes away leaves nothing half done and nothing locked.
 
 mod attempts;
+mod check;
 mod data_log;
 mod defragment;
 pub(crate) mod direct;

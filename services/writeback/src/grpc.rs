@@ -15,6 +15,7 @@ use endio_chassis::shutdown::Shutdown;
 use tonic::service::Routes;
 
 use crate::MESSAGE_BYTES_MAX;
+use crate::conversion::ANSWER_BYTES_MAX;
 use crate::engine::Engine;
 
 pub(crate) use inspect::InspectService;
@@ -35,7 +36,13 @@ pub(crate) fn routes(engine: &Arc<Engine>, shutdown: &Shutdown) -> Routes {
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX),
     )
-    .add_service(VolumesServer::new(VolumesService { engine: engine() }))
-    .add_service(InspectServer::new(InspectService { engine: engine() }))
+    .add_service(
+        VolumesServer::new(VolumesService { engine: engine() })
+            .max_encoding_message_size(ANSWER_BYTES_MAX),
+    )
+    .add_service(
+        InspectServer::new(InspectService { engine: engine() })
+            .max_encoding_message_size(ANSWER_BYTES_MAX),
+    )
     .add_service(traces)
 }

@@ -27,7 +27,7 @@ use endio_types::{BLOCK_SIZE, Lblk, LblkRange, Reason};
 use futures_util::StreamExt as _;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{Semaphore, SemaphorePermit, oneshot};
 use tokio::time::Instant;
 
 use crate::failure::Failure;
@@ -136,7 +136,7 @@ impl Submitter {
     /// The last attempt's failure when the job's deadline has passed, or at once where trying again
     /// cannot help. Nothing of the job is in flight then, or its session is gone.
     pub(crate) async fn write(&self, job: &Job, gate: Gate<'_>) -> Result<Written, Failure> {
-        let _room = self.room(job).await?;
+        let mut room = Some(self.room(job).await?);
         let crcs: Vec<u32> = job.data.chunks(BLOCK_SIZE).map(crc32c::crc32c).collect();
         let (first, max) = self.limits.backoff;
         let backoff = Backoff { first, max, retries_max: None };
@@ -165,7 +165,15 @@ impl Submitter {
                 "a write begins again"
             );
             note_store(&mut avoid, missed.store);
+            // Write-outs of one volume whose stores are away leave room for those of others; their data is
+            // dirty, and counted as that. Data of direct writes is nowhere else.
+            if job.lane == Lane::WriteOut {
+                room = None;
+            }
             pause(&mut pauses, &missed.failure, job.deadline).await?;
+            if room.is_none() {
+                room = Some(self.room(job).await?);
+            }
         }
         Err(Failure::new(Reason::TimedOut, "too many attempts"))
     }
@@ -193,7 +201,7 @@ impl Submitter {
         avoid: &[u32],
         gate: &mut Option<Gate<'_>>,
     ) -> Result<Written, Missed> {
-        let granted = self.begin(job, attempt, avoid).await?;
+        let mut granted = self.begin(job, attempt, avoid).await?;
         let mut flight = Flight {
             submitter: self,
             job,
@@ -203,7 +211,7 @@ impl Submitter {
             bios: FuturesUnordered::new(),
             missed: None,
         };
-        flight.hand_over(&granted.begun.segments, crcs).await;
+        flight.hand_over(&mut granted, crcs).await?;
         if flight.missed.is_none()
             && let Some(durable) = gate.take()
             && let Err(failure) = durable.await
@@ -305,37 +313,105 @@ struct Flight<'a> {
     missed: Option<Missed>,
 }
 
+/// What became of a segment that is to be handed over.
+enum Taken {
+    /// Its store's stream has it.
+    Sent(Sent),
+    /// The io_end has to be given up.
+    Missed(Missed),
+    /// The io_end has ended by itself.
+    Ended(Missed),
+}
+
 impl Flight<'_> {
     /// Hands every segment to its store's stream, until one cannot be.
-    async fn hand_over(&mut self, segments: &[Segment], crcs: &[u32]) {
+    ///
+    /// # Errors
+    /// The io_end ended meanwhile: nothing is left to be released.
+    async fn hand_over(&mut self, granted: &mut Granted, crcs: &[u32]) -> Result<(), Missed> {
+        let Granted { begun, done, .. } = granted;
+        let segments = &begun.segments;
         // A conversion that knows no further ranges would leave them out, and call it done.
         let firsts = segments.iter().filter(|segment| segment.replica == 0);
-        let granted: u64 =
+        let blocks: u64 =
             firsts.filter_map(|s| s.token.as_ref()).map(|t| u64::from(t.blocks)).sum();
-        if self.job.blocks() != granted {
+        if self.job.blocks() != blocks {
             let failure = Failure::new(Reason::Malformed, "the grant is not for the whole write");
             self.missed = Some(Missed { failure, store: 0, is_retryable: false });
-            return;
+            return Ok(());
         }
         for segment in segments {
             let Some(bio) = self.bio(segment, crcs) else {
                 let failure = Failure::new(Reason::Malformed, "a segment beyond its write");
                 self.missed = Some(Missed { failure, store: 0, is_retryable: false });
-                return;
+                return Ok(());
             };
             let (mut bio, span) = bio;
             bio.traceparent = span.traceparent();
             let store = bio.token.as_ref().map_or(0, |token| token.store);
-            match self.submitter.stores.write(bio).await {
-                Ok(sent) => {
+            match self.taken(bio, store, done).await {
+                Taken::Sent(sent) => {
                     let time = self.submitter.metrics.legs.bio.clone();
                     self.bios.push(Box::pin(segment_done(store, sent, span, time)));
                     reach(Point::WritebackBioSent);
                 }
-                Err(failure) => {
-                    span.fail(&failure.detail);
-                    self.missed = Some(Missed { failure, store, is_retryable: true });
-                    return;
+                Taken::Missed(missed) => {
+                    span.fail(&missed.failure.detail);
+                    self.missed = Some(missed);
+                    return Ok(());
+                }
+                Taken::Ended(missed) => {
+                    span.fail(&missed.failure.detail);
+                    return Err(missed);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until a store's stream has taken a segment. A stream of a store that is silent takes nothing
+    /// for long, so whatever ends the attempt ends the wait: the segment is not sent then, nor later.
+    async fn taken(
+        &mut self,
+        bio: Bio,
+        store: u32,
+        done: &mut oneshot::Receiver<Completion>,
+    ) -> Taken {
+        let taken = self.submitter.stores.write(bio);
+        tokio::pin!(taken);
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut *done => {
+                    let is_told = done.is_ok();
+                    let mut missed = match self.ended(done.ok()) {
+                        Err(missed) => missed,
+                        // Its submitter has not released it.
+                        Ok(_) => {
+                            let detail = "a write is called done that was not submitted";
+                            let failure = Failure::new(Reason::Malformed, detail);
+                            Missed { failure, store: 0, is_retryable: false }
+                        }
+                    };
+                    if is_told && missed.store == 0 {
+                        // Conversion cannot know whom the write waited for.
+                        missed.store = store;
+                    }
+                    return Taken::Ended(missed);
+                }
+                sent = &mut taken => return match sent {
+                    Ok(sent) => Taken::Sent(sent),
+                    Err(failure) => Taken::Missed(Missed { failure, store, is_retryable: true }),
+                },
+                Some((store, outcome)) = self.bios.next() => {
+                    if let Err(failure) = outcome {
+                        return Taken::Missed(Missed { failure, store, is_retryable: true });
+                    }
+                }
+                () = at(Some(self.job.deadline)) => {
+                    let last = Failure::new(Reason::PeerAway, "a block-store takes nothing");
+                    let failure = timed_out(&last);
+                    return Taken::Missed(Missed { failure, store, is_retryable: false });
                 }
             }
         }

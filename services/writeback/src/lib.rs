@@ -175,6 +175,8 @@ pub async fn start(config: Config, deps: Deps) -> Result<Running, StartError> {
         counters: ServerCounters::register(&engine.metrics.registry),
         config: server_config,
         descriptors: vec![DESCRIPTORS],
+        // It reads everything there is.
+        unhurried: &["/endio.writeback.v1.Inspect/Check"],
     };
     let readiness = Readiness::new(grpc::SERVICES).await;
     admin::watch("writeback", &readiness);

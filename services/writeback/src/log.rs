@@ -1,6 +1,8 @@
 //! The cache log for tasks: appends in place, flushes on a blocking thread for all who wait.
 
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use endio_failpoints::{Bug, Point, is_planted, reach_io};
 use endio_state_machine::writeback::Lsn;
@@ -27,6 +29,32 @@ pub(crate) struct Log {
     order: Arc<Mutex<()>>,
     wanted: watch::Sender<Lsn>,
     reached: watch::Receiver<Reached>,
+    full: Arc<FullSince>,
+}
+
+/// Since when the log has refused every write for want of room.
+struct FullSince {
+    started: Instant,
+    /// Milliseconds after that, and one; 0: it has room.
+    since_ms: AtomicU64,
+}
+
+impl FullSince {
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn note<T>(&self, appended: &Result<T, CacheLogError>) {
+        match appended {
+            Err(CacheLogError::Full { .. } | CacheLogError::DiskFull) => {
+                let now = self.now_ms() + 1;
+                // Somebody else noted it before.
+                let _ = self.since_ms.compare_exchange(0, now, Relaxed, Relaxed);
+            }
+            Ok(_) if self.since_ms.load(Relaxed) != 0 => self.since_ms.store(0, Relaxed),
+            _ => {}
+        }
+    }
 }
 
 impl Log {
@@ -36,7 +64,8 @@ impl Log {
         let (wanted, asks) = watch::channel(Lsn(0));
         let (tell, reached) = watch::channel(Reached::default());
         tokio::spawn(flush_when_wanted(Arc::downgrade(&inner), asks, tell));
-        Self { inner, order: Arc::default(), wanted, reached }
+        let full = Arc::new(FullSince { started: Instant::now(), since_ms: AtomicU64::new(0) });
+        Self { inner, order: Arc::default(), wanted, reached, full }
     }
 
     /// Held while a record is appended and its data put into the dirty cache, and while the log is
@@ -57,7 +86,15 @@ impl Log {
         if is_planted(Bug::LogSkipsAppend) && write.blocks.start.0.is_multiple_of(8) {
             return Ok(self.inner.last_lsn());
         }
-        self.inner.append_write(write, payload)
+        let appended = self.inner.append_write(write, payload);
+        self.full.note(&appended);
+        appended
+    }
+
+    /// Whether it has taken no write for so long, because it is full.
+    pub(crate) fn is_full_for(&self, patience: Duration) -> bool {
+        let since_ms = self.full.since_ms.load(Relaxed);
+        since_ms > 0 && u128::from(self.full.now_ms() + 1 - since_ms) >= patience.as_millis()
     }
 
     /// Notes that blocks are converted.

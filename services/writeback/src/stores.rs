@@ -99,6 +99,8 @@ impl Stores {
 
     /// Hands a segment over to its store's stream; returns when the stream has taken it.
     ///
+    /// Cancel-safe: what is not taken yet is not sent. Callers bound the wait.
+    ///
     /// # Errors
     /// `PEER_AWAY`: the segment was not handed over. Its token must not be used again all the same.
     pub(crate) async fn write(&self, bio: Bio) -> Result<Sent, Failure> {

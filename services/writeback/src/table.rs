@@ -57,27 +57,39 @@ impl Table {
     /// is told; of a volume that is deleted nobody wants to hear.
     pub(crate) fn end(&self, volume: &Volume, why: Failure) {
         let is_deleted = why.reason == Reason::UnknownVolume;
-        let is_owed = volume.let_go(why);
+        let owe = || {
+            if !is_deleted {
+                self.remember_loss(volume.id);
+            }
+        };
+        let is_owed = volume.let_go(why, owe);
         self.remove(volume);
         if is_owed && !is_deleted {
-            self.owe_loss(volume.id);
+            self.pass_loss_on(volume.id);
         }
     }
 
     /// Acknowledged writes of a volume are lost, and nobody was told.
     pub(crate) fn owe_loss(&self, volume: u64) {
-        {
-            let mut losses = self.losses();
-            if losses.len() >= LOSSES_MAX {
-                tracing::error!(
-                    volume,
-                    "acknowledged writes are lost, and too many such are remembered"
-                );
-                return;
-            }
-            losses.insert(volume);
+        self.remember_loss(volume);
+        self.pass_loss_on(volume);
+    }
+
+    /// Under the lock of a volume's state, perhaps: takes none of those.
+    fn remember_loss(&self, volume: u64) {
+        let mut losses = self.losses();
+        if losses.len() >= LOSSES_MAX && !losses.contains(&volume) {
+            tracing::error!(
+                volume,
+                "acknowledged writes are lost, and too many such are remembered"
+            );
+            return;
         }
-        // Opened here anew before its end was noticed.
+        losses.insert(volume);
+    }
+
+    /// Tells of a loss where the volume is open here anew, since before its end was noticed.
+    fn pass_loss_on(&self, volume: u64) {
         let open = self.all().into_iter().find(|open| open.id == volume && open.usable().is_ok());
         if let Some(open) = open {
             self.tell_loss(&open);
@@ -146,18 +158,22 @@ impl Events for Table {
 
     fn space_reset(&self, volume: u64, outcome: Result<u64, Failure>) {
         let Some(volume) = self.all().into_iter().find(|open| open.id == volume) else { return };
+        if let Err(failure) = &outcome
+            && failure.ends_volume()
+        {
+            // What is remembered here is not served until it is gone: the reset stays pending.
+            if volume.state().credit_reset.is_some() {
+                tracing::warn!(volume = %volume.name, error = %failure, "not open here any more");
+                self.end(&volume, failure.clone());
+            }
+            return;
+        }
         let mut state = volume.state();
         let Some(request) = state.credit_reset.take() else { return };
         match outcome {
             Ok(_) => {
                 state.credit.granted(request);
                 state.credit_refusal = None;
-            }
-            Err(failure) if failure.ends_volume() => {
-                drop(state);
-                tracing::warn!(volume = %volume.name, error = %failure, "not open here any more");
-                self.end(&volume, failure);
-                return;
             }
             Err(failure) => {
                 match failure.is_full() {

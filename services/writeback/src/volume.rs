@@ -122,6 +122,8 @@ pub struct State {
     pub direct: BTreeMap<u64, u64>,
     /// Direct writes that wait to share an io_end.
     pub(crate) direct_queue: DirectQueue,
+    /// It is being closed or deleted at conversion, and may be somebody else's at any moment.
+    pub leaving: bool,
     /// Why the volume is not usable here any more.
     pub gone: Option<Failure>,
 }
@@ -150,6 +152,11 @@ impl Loss {
     /// Nobody was told.
     pub fn new(why: Failure) -> Self {
         Self { why, told: BTreeSet::new() }
+    }
+
+    /// Whether this observer has yet to be told.
+    pub fn is_untold(&self, who: &str) -> bool {
+        !self.told.contains(who)
     }
 
     /// What this observer has to be told, once.
@@ -223,6 +230,7 @@ impl Volume {
                 direct_bytes: 0,
                 direct: BTreeMap::new(),
                 direct_queue: DirectQueue::default(),
+                leaving: false,
                 gone: None,
             }),
             changed: Notify::new(),
@@ -267,13 +275,18 @@ impl Volume {
     }
 
     /// The volume is not usable here any more; every waiter hears why. The first reason stays. Says
-    /// whether a client of this writeback has yet to hear that acknowledged writes are lost.
-    pub fn let_go(&self, why: Failure) -> bool {
+    /// whether a client of this writeback has yet to hear that acknowledged writes are lost: `owe` is
+    /// called then, before anybody sees that the volume is gone.
+    pub fn let_go(&self, why: Failure, owe: impl FnOnce()) -> bool {
         let is_owed = {
             let mut state = self.state();
             let is_first = state.gone.is_none();
             state.gone.get_or_insert(why);
-            is_first && state.goes_with_a_loss()
+            let is_owed = is_first && state.goes_with_a_loss();
+            if is_owed {
+                owe();
+            }
+            is_owed
         };
         self.changed();
         is_owed

@@ -1,6 +1,7 @@
 //! A file system image goes in, services die, and the same image comes out.
 #![allow(clippy::unwrap_used)]
 
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -163,4 +164,46 @@ fn import_finishes_when_a_store_dies_for_good_and_a_third_registers() -> anyhow:
 #[test]
 fn import_with_too_few_stores_says_so_and_waits() -> anyhow::Result<()> {
     one_of_two_dies(true, "import_with_too_few_stores_says_so_and_waits")
+}
+
+/// Imports a file of that length, with data only in one range, into a growable volume of `size` bytes of
+/// 0xAA: the file's bytes are what is there afterwards, and beyond them what was there before.
+fn into_a_growable_volume(
+    cluster: &Cluster,
+    volume: &str,
+    size: usize,
+    length: u64,
+    data: (u64, usize),
+) -> anyhow::Result<()> {
+    let (old, new) = (cluster.dir().join("old.img"), cluster.dir().join("new.img"));
+    std::fs::write(&old, vec![0xAA; size])?;
+    let file = std::fs::File::create(&new)?;
+    file.set_len(length)?;
+    file.write_all_at(&vec![0x55; data.1], data.0)?;
+    cluster.endio_ok(&["volume", "create", volume, "--size", &size.to_string(), "--growable"])?;
+    cluster.endio_ok(&["import", volume, text(&old)?])?;
+    cluster.endio_ok(&["import", volume, text(&new)?, "--checkpoint", "1MiB"])?;
+    let copy = cluster.dir().join("copy.img");
+    cluster.endio_ok(&["export", volume, text(&copy)?])?;
+    let (file, copy) = (std::fs::read(&new)?, std::fs::read(&copy)?);
+    ensure!(copy.len() == size.max(file.len()), "{volume} has {} bytes", copy.len());
+    let differs = file.iter().zip(&copy).position(|(file, copy)| file != copy);
+    ensure!(differs.is_none(), "{volume} differs from the file at {differs:?}");
+    let stays = copy.iter().skip(file.len()).all(|byte| *byte == 0xAA);
+    ensure!(stays, "{volume} was changed beyond the file");
+    Ok(())
+}
+
+/// Holes of the file free what a growable volume had there, and make it as long as the file all the same.
+#[test]
+fn a_growable_volume_holds_the_file_and_nothing_older_after_an_import() -> anyhow::Result<()> {
+    const MIB: u64 = 1 << 20;
+    let cluster = Cluster::start(options(1))?;
+    // The volume ends inside a round of the import, and a hole follows; the file ends with one.
+    into_a_growable_volume(&cluster, "longer", 1_500_000, 3 * MIB + 5, (2 * MIB, 9))?;
+    into_a_growable_volume(&cluster, "shorter", 20_000, 10_000, (0, 4_096))?;
+    into_a_growable_volume(&cluster, "unaligned", 10_000, 20_000, (16_384, 3_616))?;
+    into_a_growable_volume(&cluster, "trailing", 4_096, 2 * MIB + 1, (0, 100))?;
+    cluster.endio_ok(&["check"])?;
+    Ok(cluster.no_panic()?)
 }

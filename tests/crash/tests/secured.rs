@@ -81,6 +81,19 @@ fn the_command_tells_why_it_was_not_let_in() -> anyhow::Result<()> {
     Ok(cluster.no_panic()?)
 }
 
+/// Data goes to a writeback, and nobody else may say that it is durable.
+#[test]
+fn the_command_takes_no_other_service_for_a_writeback() -> anyhow::Result<()> {
+    let cluster = secured()?;
+    let conversion = cluster.conversion_url().to_owned();
+    cluster.endio_ok(&["health", "--endpoint", &conversion])?;
+    let output = cluster.endio(&["volume", "list", "--endpoint", &conversion])?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let is_told = said.contains("and not endio://service/writeback/");
+    ensure!(output.status.code() == Some(4) && is_told, "{said}");
+    Ok(cluster.no_panic()?)
+}
+
 #[test]
 fn a_service_does_not_start_before_somebody_has_chosen() -> anyhow::Result<()> {
     let bin = endio_testkit::process::binaries()?;

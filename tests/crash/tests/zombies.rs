@@ -1,15 +1,16 @@
 //! Processes that stop, are given up, and come back as if nothing had happened.
 #![allow(clippy::unwrap_used)]
 
+use std::process::Command;
 use std::time::Duration;
 
 use bytes::Bytes;
 use endio_api::common::ListSpansRequest;
 use endio_api::conversion::ListIoEndsRequest;
 use endio_testkit::client::{Client, Pipe, Put};
-use endio_testkit::cluster::{Cluster, Options, Who};
+use endio_testkit::cluster::{Background, Cluster, Options, Who};
 use endio_testkit::oracle::Crash;
-use endio_testkit::process::{LISTEN, Process, Spec};
+use endio_testkit::process::{LISTEN, Process, Spec, binaries};
 use endio_testkit::seed::{self, Rng};
 use endio_testkit::workload::{Mix, Workload};
 use endio_types::Reason;
@@ -97,6 +98,44 @@ async fn a_writeback_that_wakes_up_after_a_takeover_is_fenced() {
     load.verify().await.unwrap();
     new.fsync("vol1").await.unwrap();
     new.settles().await.unwrap();
+    cluster.no_panic().unwrap();
+}
+
+/// A conversion that is frozen keeps its data directory: no successor starts over it, so there are never
+/// two of them, and it goes on where it was. Only its death, frozen as it is, makes room for the next
+/// one, which begins a new epoch.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_successor_starts_over_the_directory_of_a_frozen_conversion() {
+    let mut cluster = cluster(1);
+    let client = cluster.client().with_patience(PATIENCE);
+    client.create("vol1", VOLUME_BYTES, 1).await.unwrap();
+    let mut load = load(&client, "no_successor_starts_over_the_directory_of_a_frozen_conversion");
+    load.run(100).await.unwrap();
+    let data_dir = cluster.dir().join("conversion");
+    let mut successor = Command::new(binaries().unwrap().join("endio-conversion"));
+    successor.arg("--data-dir").arg(&data_dir).args(["--listen", "127.0.0.1:0", "--insecure"]);
+    cluster.process(Who::Conversion).pause();
+    let running = tokio::spawn(async move {
+        load.run(100).await?;
+        load.drain().await?;
+        anyhow::Ok(load)
+    });
+    sleep(BEYOND_THE_LEASE).await;
+    let mut successor = Background::start(successor, cluster.dir().join("successor.log")).unwrap();
+    let refused = block_in_place(|| successor.finish(PATIENCE)).unwrap_err();
+    let refused = format!("{refused:#}");
+    assert!(refused.contains("in use by another process"), "{refused}");
+    cluster.process(Who::Conversion).resume();
+    let mut load = running.await.unwrap().unwrap();
+    load.verify().await.unwrap();
+    client.settles().await.unwrap();
+    // Frozen once more, and killed like that: now there is room.
+    cluster.process(Who::Conversion).pause();
+    block_in_place(|| cluster.bounce(Who::Conversion)).unwrap();
+    load.run(100).await.unwrap();
+    load.drain().await.unwrap();
+    load.verify().await.unwrap();
+    client.settles().await.unwrap();
     cluster.no_panic().unwrap();
 }
 

@@ -1,7 +1,7 @@
 //! A writeback and a block-store of which a test decides every message: they speak the protocol to
 //! the conversion service and nothing else.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use endio_api::common::{Reason, Token};
@@ -33,6 +33,8 @@ pub fn conversion(url: &str) -> ConversionClient<Channel> {
 pub struct RawWriteback {
     /// Its name.
     pub name: String,
+    /// How many completions have come for each io_end, whether anybody waited for them or not.
+    pub completions: BTreeMap<u64, u32>,
     sender: mpsc::Sender<WritebackBatch>,
     answers: Streaming<ConversionBatch>,
     queue: VecDeque<Answer>,
@@ -55,8 +57,8 @@ impl RawWriteback {
         sender.send(batch([hello])).await.expect("the channel is open");
         let opened = client.writeback_session(ReceiverStream::new(messages)).await;
         let answers = opened.expect("a session opens").into_inner();
-        let (name, queue) = (name.to_owned(), VecDeque::new());
-        let mut writeback = Self { name, sender, answers, queue, request: 0 };
+        let (name, queue, completions) = (name.to_owned(), VecDeque::new(), BTreeMap::new());
+        let mut writeback = Self { name, completions, sender, answers, queue, request: 0 };
         writeback.wait(|answer| matches!(answer, Answer::Welcome(_)).then_some(())).await;
         writeback
     }
@@ -81,7 +83,12 @@ impl RawWriteback {
             let next = timeout(ANSWER_WAIT, self.answers.message()).await;
             match next.expect("conversion answers in time") {
                 Ok(Some(batch)) => {
-                    self.queue.extend(batch.messages.into_iter().filter_map(|m| m.message));
+                    for answer in batch.messages.into_iter().filter_map(|m| m.message) {
+                        if let Answer::Completion(completion) = &answer {
+                            *self.completions.entry(completion.io_end).or_default() += 1;
+                        }
+                        self.queue.push_back(answer);
+                    }
                 }
                 Ok(None) => return Err(None),
                 Err(status) => return Err(Some(status)),

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -108,6 +109,7 @@ pub struct GatedDevice {
     pub memory: MemoryDevice,
     gate: Mutex<Gate>,
     changed: Condvar,
+    flushes: AtomicU64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -120,7 +122,13 @@ enum Gate {
 impl GatedDevice {
     fn new(blocks: u64) -> Self {
         let memory = MemoryDevice::new(blocks);
-        Self { memory, gate: Mutex::new(Gate::Open), changed: Condvar::new() }
+        let (gate, changed) = (Mutex::new(Gate::Open), Condvar::new());
+        Self { memory, gate, changed, flushes: AtomicU64::new(0) }
+    }
+
+    /// Flushes that it was asked for.
+    pub fn flushes(&self) -> u64 {
+        self.flushes.load(Ordering::Relaxed)
     }
 
     fn set(&self, gate: Gate) {
@@ -166,6 +174,7 @@ impl BlockDevice for GatedDevice {
     }
 
     fn flush(&self) -> io::Result<()> {
+        self.flushes.fetch_add(1, Ordering::Relaxed);
         self.pass()?;
         self.memory.flush()
     }

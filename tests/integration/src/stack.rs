@@ -62,6 +62,12 @@ impl Writeback {
         running.engine().metrics().defragmented_blocks.value()
     }
 
+    /// Reads that met a bad copy, or a store that did not answer, and took another copy.
+    pub fn reads_repaired(&self) -> u64 {
+        let running = self.running.as_ref().expect("it runs");
+        running.engine().metrics().reads_repaired.value()
+    }
+
     /// Stops it; it must drain.
     pub async fn stop(&mut self) {
         self.shutdown.request();

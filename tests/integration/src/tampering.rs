@@ -45,6 +45,7 @@ pub enum Verdict {
 /// What becomes of each message of a session; it is asked before the message arrives.
 pub type Judge = Box<dyn Fn(Said<'_>) -> Verdict + Send + Sync>;
 type Judged = Arc<Mutex<Option<Judge>>>;
+type Listed = Arc<Mutex<Option<ListVolumesResponse>>>;
 
 /// The conversion between.
 pub struct Tampering {
@@ -52,6 +53,7 @@ pub struct Tampering {
     pub url: String,
     tamper: Arc<Mutex<Option<Tamper>>>,
     judge: Judged,
+    list: Listed,
     sessions: Arc<Mutex<JoinSet<()>>>,
     server: tokio::task::JoinHandle<()>,
 }
@@ -71,15 +73,22 @@ impl Tampering {
             client: raw::conversion(conversion),
             tamper: Arc::default(),
             judge: Arc::default(),
+            list: Arc::default(),
             sessions: Arc::default(),
         };
-        let Between { tamper, judge, sessions, .. } = service.clone();
+        let Between { tamper, judge, list, sessions, .. } = service.clone();
         let server = tokio::spawn(async move {
             let mut server = tonic::transport::Server::builder();
             let router = server.add_service(ConversionServer::new(service));
             router.serve_with_incoming(Incoming::new([listener])).await.expect("it serves");
         });
-        Self { url, tamper, judge, sessions, server }
+        Self { url, tamper, judge, list, sessions, server }
+    }
+
+    /// These are all volumes that there are, from now on.
+    pub fn lists(&self, volumes: Vec<Volume>) {
+        let list = ListVolumesResponse { volumes, ..ListVolumesResponse::default() };
+        *self.list.lock().unwrap_or_else(PoisonError::into_inner) = Some(list);
     }
 
     /// Messages of writebacks' sessions are judged like this from now on.
@@ -111,6 +120,7 @@ struct Between {
     client: ConversionClient<Channel>,
     tamper: Arc<Mutex<Option<Tamper>>>,
     judge: Judged,
+    list: Listed,
     sessions: Arc<Mutex<JoinSet<()>>>,
 }
 
@@ -205,6 +215,17 @@ macro_rules! passes_on {
                 self.client.clone().$call(request.into_inner()).await
             })*
 
+            async fn list_volumes(
+                &self,
+                request: Request<ListVolumesRequest>,
+            ) -> Answer<ListVolumesResponse> {
+                let list = self.list.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                match list {
+                    Some(list) => Ok(Response::new(list)),
+                    None => self.client.clone().list_volumes(request.into_inner()).await,
+                }
+            }
+
             async fn read_log(&self, request: Request<ReadLogRequest>) -> Answer<ReadLogResponse> {
                 let request = request.into_inner();
                 let answer = self.client.clone().read_log(request).await?.into_inner();
@@ -255,7 +276,6 @@ macro_rules! passes_on {
 passes_on! {
     create_volume: CreateVolumeRequest => Volume;
     get_volume: VolumeRequest => Volume;
-    list_volumes: ListVolumesRequest => ListVolumesResponse;
     resize_volume: ResizeVolumeRequest => Volume;
     delete_volume: DeleteVolumeRequest => DeleteVolumeResponse;
     open_volume: OpenVolumeRequest => OpenVolumeResponse;

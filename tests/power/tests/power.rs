@@ -176,7 +176,7 @@ impl Drop for Rig {
     }
 }
 
-/// Promises 1 to 4 across power cuts: what was flushed is there, what was not may be missing and
+/// Promises 1, 2, 3 and 6 across power cuts: what was flushed is there, what was not may be missing and
 /// then somebody is told, once; nothing is foreign or torn, and every service starts again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_power_cut_loses_nothing_that_was_flushed_and_the_first_fsync_says_that_more_may_be() {

@@ -47,6 +47,8 @@ enum Event {
 enum Waiting {
     Effect(EffectKind),
     View(Result<MapView, Refusal>, Rc<End>),
+    /// An answer that shows what the newest record made of a volume.
+    Answer(Message, Rc<End>),
 }
 
 /// One life of the process.
@@ -428,25 +430,26 @@ impl Process {
             }
             Event::Ask(Message::Lookup(volume, generation, range, over), end) => {
                 if let Err(refusal) = self.machine.attempts_over(volume, generation, over) {
-                    end.send(Message::View(Err(refusal)));
+                    self.answer(Message::View(Err(refusal)), end);
                     return Ok(());
                 }
                 let view = self.machine.lookup(volume, generation, range);
                 match view.map_err(|error| error.to_string())? {
                     Ok(view) => self.wait(view.seq, Waiting::View(Ok(view), end)),
-                    Err(refusal) => end.send(Message::View(Err(refusal))),
+                    Err(refusal) => self.answer(Message::View(Err(refusal)), end),
                 }
                 Ok(())
             }
             Event::Ask(Message::ReadLog(volume, generation, from), end) => {
                 let most = world.plan.log_read_blocks;
-                end.send(Message::InLog(self.machine.logged(volume, generation, from, most)));
+                let logged = self.machine.logged(volume, generation, from, most);
+                self.answer(Message::InLog(logged), end);
                 Ok(())
             }
             Event::Ask(Message::Owner(name), end) => {
                 let volume = self.machine.volume(&name);
                 let owner = volume.map(|volume| (volume.id, volume.owner, volume.generation));
-                end.send(Message::Owned(owner));
+                self.answer(Message::Owned(owner), end);
                 Ok(())
             }
             Event::Ask(Message::Deletions, end) => {
@@ -455,6 +458,12 @@ impl Process {
             }
             Event::Ask(..) => Ok(()),
         }
+    }
+
+    /// Whoever hears that a volume is somebody else's lets go of what it has acknowledged: only when that is
+    /// durable.
+    fn answer(&mut self, message: Message, end: Rc<End>) {
+        self.wait(self.machine.seq(), Waiting::Answer(message, end));
     }
 
     fn feed(&mut self, world: &World, input: Input) -> Result<(), String> {
@@ -503,6 +512,7 @@ impl Process {
         let kind = match waiting {
             Waiting::Effect(kind) => kind,
             Waiting::View(view, end) => return end.send(Message::View(view)),
+            Waiting::Answer(message, end) => return end.send(message),
         };
         match kind {
             EffectKind::Reply(to, body) => {

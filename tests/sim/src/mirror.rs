@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use endio_state_machine::chunk::ExtentState;
 use endio_state_machine::extent_map::MapExtent;
 use endio_state_machine::record::{Record, Run};
-use endio_types::{IoEndId, LblkRange, StoreId, VolumeId};
+use endio_types::{Generation, IoEndId, LblkRange, StoreId, VolumeId};
 
 use crate::logs::Logs;
 
@@ -31,6 +31,8 @@ pub struct Mirror {
     in_place: BTreeSet<VolumeId>,
     converted: BTreeSet<IoEndId>,
     logs: Logs,
+    /// Volumes that are open, under which generation.
+    open: BTreeMap<VolumeId, Generation>,
 }
 
 impl Mirror {
@@ -61,6 +63,12 @@ impl Mirror {
                 for run in runs {
                     self.map(*volume, run, false, seq)?;
                 }
+            }
+            Record::OpenVolume { volume, generation, .. } => {
+                self.open.insert(*volume, *generation);
+            }
+            Record::CloseVolume { volume } | Record::DeleteVolume { volume } => {
+                self.open.remove(volume);
             }
             Record::Unmap { volume, range } => self.unmap(*volume, *range),
             Record::Zero { volume, range } => {
@@ -110,6 +118,11 @@ impl Mirror {
             self.maps.entry(volume).or_default().insert(lblk, mapped);
         }
         Ok(())
+    }
+
+    /// Whether the volume is open under this generation.
+    pub fn is_open_under(&self, volume: VolumeId, generation: Generation) -> bool {
+        self.open.get(&volume) == Some(&generation)
     }
 
     /// Whether a bio of a volume that redirects may land on a block: never where a map leads.

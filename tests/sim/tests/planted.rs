@@ -48,6 +48,7 @@ impl Plant {
                 Some(&["size_is_known", "no_lost_flushed_write"])
             }
             Self::Modelled(Planted::LogFirstOff) => Some(&["log_first"]),
+            Self::Pure(Bug::FencedEarly) => Some(&["taken-is-durable"]),
             Self::Modelled(Planted::OlderKept) => {
                 Some(&["newer-log-wins", "no_lost_flushed_write"])
             }
@@ -140,6 +141,7 @@ fn bugs() -> Vec<Plant> {
         Bug::LockGrantsAll,
         Bug::CreditLeaked,
         Bug::LoggedForEver,
+        Bug::FencedEarly,
     ];
     let modelled = [
         Planted::LogFirstOff,

@@ -5,8 +5,8 @@ use std::fmt;
 use crate::source::{code, lines_with};
 use crate::tree::{Crate, File};
 
-/// Which of our crates each crate may use, apart from in its tests. The list is the drawing in
-/// ARCHITECTURE.md: arrows point down only. What lies in `tests/` may use everything.
+/// Which of our crates each crate may use, apart from in its tests. ARCHITECTURE.md draws it: arrows
+/// point down only. What lies in `tests/` may use everything.
 const LAYERS: &[(&str, &[&str])] = &[
     ("crates/types", &[]),
     ("crates/failpoints", &[]),
@@ -99,6 +99,13 @@ const WORDS: &[Words] = &[
         ],
         packages: &["tokio", "tracing", "rand", "futures-util", "tonic", "prost", "rustix"],
         applies: |dir| dir == "crates/state-machine" || dir == "crates/types",
+        spares_tests: true,
+    },
+    Words {
+        sentence: "leases and timeouts go by the monotonic clock: no service asks for the time of day",
+        words: &["SystemTime", "UNIX_EPOCH", "chrono::", "clock_gettime", "ClockId::Realtime"],
+        packages: &["chrono", "time", "jiff"],
+        applies: |dir| dir.starts_with("services/"),
         spares_tests: true,
     },
     Words {

@@ -16,7 +16,8 @@ use tower::service_fn;
 
 use super::conn::Conn;
 use super::listener::dial_memory;
-use super::{FRAME_BYTES_MAX, NetError};
+use super::{FRAME_BYTES_MAX, NetError, WINDOW_BYTES_MAX, WINDOW_BYTES_MIN};
+use crate::config::Fault;
 use crate::tls::Tls;
 
 /// How channels connect and how they notice that their peer is gone.
@@ -32,8 +33,8 @@ pub struct DialerConfig {
     /// Wait for the answer of a ping before the connection counts as dead, in ms. Too small: a
     /// busy peer is cut off. Too large: a dead peer holds calls for so long.
     pub keepalive_timeout_ms: u64,
-    /// Bytes that the peer may send ahead on one stream. Too small: throughput is bounded by the
-    /// round trip. Too large: memory per stream.
+    /// Bytes that the peer may send ahead on one stream; 65,535 to 2^31 - 1. Too small: throughput is
+    /// bounded by the round trip. Too large: memory per stream.
     pub stream_window_bytes: u32,
     /// The same for all streams of a connection together.
     pub connection_window_bytes: u32,
@@ -48,6 +49,30 @@ impl Default for DialerConfig {
             stream_window_bytes: 8 << 20,
             connection_window_bytes: 32 << 20,
         }
+    }
+}
+
+impl DialerConfig {
+    /// What is wrong with it, with the keys that it has inside a configuration.
+    #[must_use]
+    pub fn faults(&self) -> Vec<Fault> {
+        let ms = |key: &str, value: u64| {
+            Fault::unless_within(&format!("dialer.{key}"), value, 1, 3_600_000)
+        };
+        let window = |key: &str, value: u32| {
+            let (min, max) = (WINDOW_BYTES_MIN, WINDOW_BYTES_MAX);
+            Fault::unless_within(&format!("dialer.{key}"), value.into(), min, max)
+        };
+        [
+            ms("connect_timeout_ms", self.connect_timeout_ms),
+            ms("keepalive_interval_ms", self.keepalive_interval_ms),
+            ms("keepalive_timeout_ms", self.keepalive_timeout_ms),
+            window("stream_window_bytes", self.stream_window_bytes),
+            window("connection_window_bytes", self.connection_window_bytes),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
     }
 }
 
@@ -103,8 +128,9 @@ impl Dialer {
         Self { tls: Some(tls), ..self }
     }
 
-    /// The same, for peers whose certificate has a URI that begins so. Whoever holds another
-    /// certificate for the same host is not taken for them. Without TLS it means nothing.
+    /// The same, for peers whose certificate has a URI that begins so, and no other URI of the same
+    /// scheme: nobody is two people at once. Whoever holds another certificate for the same host is not
+    /// taken for them. Without TLS it means nothing.
     #[must_use]
     pub fn expecting(&self, uri_prefix: &'static str) -> Self {
         Self { expects: Some(uri_prefix), ..self.clone() }
@@ -205,6 +231,13 @@ fn connect(target: Target) -> BoxFuture<'static, io::Result<TokioIo<Conn>>> {
     })
 }
 
+/// Whether the one name of this scheme begins so.
+fn is_one_of(names: &[String], prefix: &str) -> bool {
+    let scheme = prefix.split_inclusive("://").next().unwrap_or(prefix);
+    let mut names = names.iter().filter(|name| name.starts_with(scheme));
+    names.next().is_some_and(|name| name.starts_with(prefix)) && names.next().is_none()
+}
+
 impl Secured {
     /// With the certificates as they are now.
     async fn connect(self) -> io::Result<Conn> {
@@ -215,11 +248,51 @@ impl Secured {
         let conn = Conn::tls(TlsStream::Client(stream));
         let names = conn.names();
         match self.expects {
-            Some(prefix) if !names.iter().any(|name| name.starts_with(prefix)) => {
+            Some(prefix) if !is_one_of(&names, prefix) => {
                 let text = format!("{} is {names:?}, and not {prefix}…", self.host_port);
                 Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
             }
             _ => Ok(conn),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_with_two_identities_is_nobody() {
+        let is = |names: &[&str]| {
+            let names: Vec<_> = names.iter().map(|name| (*name).to_owned()).collect();
+            is_one_of(&names, "endio://service/writeback/")
+        };
+        assert!(is(&["endio://service/writeback/w1"]));
+        assert!(is(&["spiffe://cluster/w1", "endio://service/writeback/w1"]));
+        assert!(!is(&["endio://service/block-store/s1"]));
+        assert!(!is(&["endio://service/writeback/w1", "endio://service/block-store/s1"]));
+        assert!(!is(&["endio://service/writeback/w1", "endio://service/writeback/w2"]));
+        assert!(!is(&[]));
+    }
+
+    #[test]
+    fn every_value_without_meaning_is_named() {
+        assert_eq!(DialerConfig::default().faults(), []);
+        let config = DialerConfig {
+            connect_timeout_ms: 0,
+            keepalive_interval_ms: 0,
+            keepalive_timeout_ms: 0,
+            stream_window_bytes: 65_534,
+            connection_window_bytes: 1 << 31,
+        };
+        let keys: Vec<_> = config.faults().into_iter().map(|fault| fault.key).collect();
+        let expected = [
+            "dialer.connect_timeout_ms",
+            "dialer.keepalive_interval_ms",
+            "dialer.keepalive_timeout_ms",
+            "dialer.stream_window_bytes",
+            "dialer.connection_window_bytes",
+        ];
+        assert_eq!(keys, expected);
     }
 }

@@ -110,8 +110,12 @@ impl Fixture {
         let channel = Dialer::default().channel(&url).unwrap();
         let readiness = Readiness::new(&[Faulty::NAME]).await;
         let shutdown = Shutdown::new();
-        let options =
-            ServerOptions { config, descriptors: vec![descriptors()], ..ServerOptions::default() };
+        let options = ServerOptions {
+            config,
+            descriptors: vec![descriptors()],
+            unhurried: &["/test.Faulty/HangsForGoodReason"],
+            ..ServerOptions::default()
+        };
         let routes = Routes::new(Faulty);
         let server = serve(options, listener, routes, readiness.clone(), shutdown.clone());
         let server = tokio::spawn(server);
@@ -134,7 +138,11 @@ fn descriptors() -> &'static [u8] {
     };
     let service = ServiceDescriptorProto {
         name: Some("Faulty".to_owned()),
-        method: vec![method("Hangs", false), method("HangsInStream", true)],
+        method: vec![
+            method("Hangs", false),
+            method("HangsForGoodReason", false),
+            method("HangsInStream", true),
+        ],
         ..Default::default()
     };
     let file = FileDescriptorProto {
@@ -245,20 +253,25 @@ async fn calls_beyond_the_limit_are_shed_until_one_ends() {
 }
 
 #[tokio::test]
-async fn the_deadline_ends_a_unary_call_and_leaves_streams_alone() {
+async fn the_deadline_ends_a_unary_call_and_leaves_streams_and_the_unhurried_alone() {
     let config = ServerConfig { unary_timeout_ms: 50, ..Default::default() };
     let fixture = Fixture::start(config).await;
     let stream = tokio::spawn({
         let channel = fixture.channel.clone();
         async move { call(&channel, "HangsInStream").await }
     });
+    let unhurried = tokio::spawn({
+        let channel = fixture.channel.clone();
+        async move { call(&channel, "HangsForGoodReason").await }
+    });
     // Two rounds, so that the stream has outlived the deadline by the time it is looked at.
     for _ in 0..2 {
         let status = call(&fixture.channel, "Hangs").await;
         assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
     }
-    assert!(!stream.is_finished());
+    assert!(!stream.is_finished() && !unhurried.is_finished());
     stream.abort();
+    unhurried.abort();
     fixture.shutdown.force();
     fixture.server.await.unwrap().unwrap();
 }

@@ -64,11 +64,18 @@ impl<T: ChunkTable> Machine<T> {
         out: &mut Output,
     ) -> Step<T> {
         let request = begin.request;
-        let message = match self.try_begin(session, name, begin)? {
-            Ok(begun) => begun,
-            Err(refusal) => ToWriteback::Refused { request, refusal },
+        let (after, message) = match self.try_begin(session, name, begin)? {
+            Ok(begun) => (Durability::Now, begun),
+            // Who hears that a volume is not its own lets go of what it has acknowledged: only if that
+            // is so for good.
+            Err(refusal) => match refusal.reason {
+                Reason::OldGeneration | Reason::UnknownVolume => {
+                    (self.when_committed(), ToWriteback::Refused { request, refusal })
+                }
+                _ => (Durability::Now, ToWriteback::Refused { request, refusal }),
+            },
         };
-        self.tell(session, Durability::Now, message, out);
+        self.tell(session, after, message, out);
         Ok(())
     }
 

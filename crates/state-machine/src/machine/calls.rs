@@ -237,14 +237,25 @@ impl<T: ChunkTable> Machine<T> {
             return Ok(());
         };
         let generation = Generation(volume.generation.0 + 1);
-        self.supersede(&volume, generation, out)?;
         let wait_ms = self.owner_before_reads_until(&volume, &writeback).since(self.now);
+        let before = volume.owner.as_ref().and_then(|owner| self.writebacks.get(owner));
+        let before = before.and_then(|owner| owner.session);
         self.is_heard_of(&writeback);
         let log_last = self.durable.logs.newest(volume.id);
         let rt = self.volumes.entry(volume.id).or_default();
         (rt.attempts_over, rt.log_over, rt.log_last) = (0, 0, log_last);
         let owner = writeback;
         self.commit(Record::OpenVolume { volume: volume.id, generation, owner }, out)?;
+        self.supersede(&volume, generation, out)?;
+        if let Some(session) = before.filter(|_| volume.generation > Generation(0)) {
+            // Whoever hears this lets go of what it has acknowledged: not before it is so for good.
+            let message = ToWriteback::VolumeFenced { volume: volume.id, generation };
+            let after = match planted::is(Bug::FencedEarly) {
+                true => Durability::Now,
+                false => self.when_committed(),
+            };
+            self.tell(session, after, message, out);
+        }
         self.reads.entry(volume.id).or_default().opened(volume.map_version);
         self.settle_reads(volume.id)?;
         if let (Some(key), Some(info)) = (self.granting_key(), self.volume_info(volume.id)) {
@@ -255,7 +266,9 @@ impl<T: ChunkTable> Machine<T> {
     }
 
     /// Until when an owner that the volume is taken from may answer reads from what it remembers,
-    /// which no store checks. An earlier start of the same instance is over. Who is on record as the owner
+    /// which no store checks. It may renew its lease until the record of the opening is durable, from when
+    /// on the caller counts: so whatever there is to wait for takes a whole lease. An earlier start of the
+    /// same instance is over. Who is on record as the owner
     /// itself may have taken the volume just before this process's predecessor died, and never heard so.
     fn owner_before_reads_until(&mut self, volume: &VolumeState, next: &str) -> Millis {
         if volume.owner.as_deref() == Some(next) {
@@ -263,15 +276,18 @@ impl<T: ChunkTable> Machine<T> {
             rt.read_elsewhere_until = rt.read_elsewhere_until.max(rt.may_be_taken_until);
         }
         let before = volume.owner.as_deref().filter(|before| !is_same_instance(before, next));
-        let lease = before.and_then(|before| self.writebacks.get(before)?.lease);
+        let is_leased = before.is_some_and(|before| self.is_alive(before));
+        let a_lease_from_now = self.now.plus(self.limits.lease_ms.into());
+        let now = self.now;
         let rt = self.volumes.entry(volume.id).or_default();
-        if let Some(lease) = lease {
-            rt.read_elsewhere_until = rt.read_elsewhere_until.max(lease.ends());
+        if is_leased || rt.read_elsewhere_until > now {
+            rt.read_elsewhere_until = rt.read_elsewhere_until.max(a_lease_from_now);
         }
         rt.read_elsewhere_until
     }
 
-    /// Ends what generations below `generation` have in flight, and fences them.
+    /// Ends what generations below `generation` have in flight, and fences them. Behind the record that makes
+    /// it so: whoever hears of such an end lets go of what it has acknowledged.
     fn supersede(
         &mut self,
         volume: &VolumeState,
@@ -283,11 +299,6 @@ impl<T: ChunkTable> Machine<T> {
         self.drop_changes(volume.id, Reason::OldGeneration, message, out);
         if volume.generation > Generation(0) {
             self.fence_generation(volume.id, generation);
-            let owner = volume.owner.as_ref().and_then(|owner| self.writebacks.get(owner));
-            if let Some(session) = owner.and_then(|owner| owner.session) {
-                let message = ToWriteback::VolumeFenced { volume: volume.id, generation };
-                self.tell(session, Durability::Now, message, out);
-            }
         }
         Ok(())
     }
@@ -311,8 +322,8 @@ impl<T: ChunkTable> Machine<T> {
                 let id = volume.id;
                 // The owner asked for it; there is nobody to warn.
                 volume.owner = None;
-                self.supersede(&volume, next, out)?;
                 self.commit(Record::CloseVolume { volume: id }, out)?;
+                self.supersede(&volume, next, out)?;
                 self.settle_reads(id)?;
                 Ok(ReplyBody::Closed)
             }
@@ -338,7 +349,14 @@ impl<T: ChunkTable> Machine<T> {
             Some(_) if range.len == 0 => Some((Reason::Malformed, "no blocks are named")),
             Some(state) => {
                 let end = range.start.0.checked_add(range.len);
-                let size = state.size_bytes.div_ceil(BLOCK_BYTES);
+                // The owner of a growable volume has acknowledged what is not converted yet, and may
+                // trim before it, where nothing is mapped. Cut here, the change would not wait for
+                // a write in flight that extends the volume.
+                let size_bytes = match change {
+                    MapChange::Trim | MapChange::Zero if state.growable => VOLUME_BYTES_MAX,
+                    _ => state.size_bytes,
+                };
+                let size = size_bytes.div_ceil(BLOCK_BYTES);
                 let is_inside = end.is_some_and(|end| end <= size);
                 (!is_inside).then_some((Reason::OutOfRange, "beyond the end of the volume"))
             }

@@ -135,7 +135,7 @@ impl<T: ChunkTable> Machine<T> {
             Input::Writeback { session, message } => self.writeback(session, message, out)?,
             Input::WritebackLost { session } => self.writeback_lost(session),
             Input::Store { session, message } => self.store(session, message, out)?,
-            Input::StoreLost { session } => self.store_lost(session, out),
+            Input::StoreLost { session } => self.store_lost(session),
             Input::MetadataFull(full) => self.metadata_full = full,
             Input::StopIntake => self.stopping = true,
             Input::AbortAll => self.abort_all(out)?,
@@ -145,14 +145,15 @@ impl<T: ChunkTable> Machine<T> {
         Ok(())
     }
 
-    /// Converts what is queued, goes on with map changes and punches free blocks, in bounded
-    /// batches. Called once per turn of the driver's loop.
+    /// Tells writebacks what is new of the stores, converts what is queued, goes on with map changes and
+    /// punches free blocks, in bounded batches. Called once per turn of the driver's loop.
     ///
     /// # Errors
     /// The machine cannot go on; see [`MachineError`].
     pub fn drain(&mut self, now: Millis, out: &mut Output) -> Step<T> {
         self.now = self.now.max(now);
         self.expire(out)?;
+        self.tell_stores(out);
         for _ in 0..self.limits.drain_batches_max {
             if !self.convert_batch(out)? {
                 break;
@@ -168,7 +169,7 @@ impl<T: ChunkTable> Machine<T> {
     pub fn has_work(&self) -> bool {
         let queued = self.lanes.iter().any(|lane| !lane.is_empty());
         let changes = self.changing.iter().any(|volume| self.change_can_run(*volume));
-        queued || changes || !self.purging.is_empty() || self.punch_is_due()
+        queued || changes || !self.purging.is_empty() || self.stores_want_a_turn()
     }
 
     /// Records up to `seq` are durable: what they freed may move on. Idempotent.

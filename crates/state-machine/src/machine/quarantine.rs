@@ -124,6 +124,7 @@ impl<T: ChunkTable> Machine<T> {
 
     /// Sends the next fence to each store that has none outstanding.
     pub(super) fn send_fences(&mut self, out: &mut Output) {
+        let newest = self.when_committed();
         for rt in self.stores.values_mut() {
             let Some(session) = rt.session else { continue };
             if rt.fence.is_some() || rt.lease.is_none() {
@@ -141,7 +142,12 @@ impl<T: ChunkTable> Machine<T> {
             self.next_command += 1;
             let message = fence_message(&fence);
             let kind = EffectKind::Store(session, message);
-            out.effects.push(super::Effect { after: after(rt, self.committed), kind });
+            // What a store refuses under an old generation its owner takes for gone: not before it is.
+            let after = match fence.volumes.is_empty() {
+                true => after(rt, self.committed),
+                false => newest,
+            };
+            out.effects.push(super::Effect { after, kind });
             rt.fence = Some(fence);
         }
     }
@@ -169,15 +175,17 @@ impl<T: ChunkTable> Machine<T> {
 
     /// An aborted io_end that wrote in place keeps its range until every store has fenced it.
     fn in_place_fenced(&mut self, io_end: IoEndId, store: StoreId) {
+        let Some(volume) = self.ledger.lingers(io_end) else { return };
         let waits = self.stores.iter().any(|(id, rt)| {
             let outstanding = rt.fence.as_ref().is_some_and(|f| f.io_ends.contains(&io_end));
             *id != store && (outstanding || rt.fence_io_ends.contains(&io_end))
         });
-        if waits || self.ledger.get(io_end).is_some() {
+        if waits {
             return;
         }
-        for volume in self.volumes.values_mut() {
-            volume.in_flight.remove(io_end);
+        self.ledger.lingers_no_more(io_end);
+        if let Some(rt) = self.volumes.get_mut(&volume) {
+            rt.in_flight.remove(io_end);
         }
     }
 
@@ -220,9 +228,9 @@ impl<T: ChunkTable> Machine<T> {
         Ok(())
     }
 
-    /// Whether a store could get a punch now.
-    pub(super) fn punch_is_due(&self) -> bool {
-        self.stores.values().any(|rt| rt.next_punch <= self.now && can_punch(rt))
+    /// Whether a store could get a punch now, or writebacks have something to hear of one.
+    pub(super) fn stores_want_a_turn(&self) -> bool {
+        self.stores.values().any(|rt| rt.untold || (rt.next_punch <= self.now && can_punch(rt)))
     }
 
     /// When a store can get its next punch, if there is something to punch.

@@ -215,8 +215,9 @@ impl<T: ChunkTable> Machine<T> {
             *count = count.saturating_sub(1);
             // The blocks are in the map: nobody may write or free them while a bio of this
             // io_end can still land there.
-            if !in_place_risk {
-                rt.in_flight.remove(id);
+            match in_place_risk {
+                true => self.ledger.linger(id, io_end.volume),
+                false => rt.in_flight.remove(id),
             }
         }
         self.use_credit(io_end.volume, 0, io_end.credit);

@@ -153,6 +153,8 @@ pub(super) struct StoreRt {
     pub(super) next_punch: Millis,
     /// When it released a segment last.
     pub(super) written_at: Option<Millis>,
+    /// Something of it has changed that writebacks are to hear.
+    pub(super) untold: bool,
 }
 
 impl StoreRt {
@@ -171,6 +173,7 @@ impl StoreRt {
             punch: None,
             next_punch: Millis(0),
             written_at: None,
+            untold: false,
         }
     }
     /// New tokens may name it.

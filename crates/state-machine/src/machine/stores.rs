@@ -38,7 +38,7 @@ impl<T: ChunkTable> Machine<T> {
         };
         match message {
             FromStore::Register { .. } => Ok(()),
-            FromStore::Ready { epoch } => self.store_ready(store, epoch, out),
+            FromStore::Ready { epoch } => self.store_ready(store, epoch),
             FromStore::Release { token, outcome } => {
                 let released = self.release_segment(store, &token, Outcome::Store(outcome), out)?;
                 let (io_end, segment) = (token.io_end, token.segment);
@@ -168,10 +168,10 @@ impl<T: ChunkTable> Machine<T> {
         for message in fence.into_iter().chain(punch) {
             self.send_store(id, message, out);
         }
-        self.tell_stores(out);
+        self.note_news(id);
     }
 
-    fn store_ready(&mut self, id: StoreId, epoch: ClusterEpoch, out: &mut Output) -> Step<T> {
+    fn store_ready(&mut self, id: StoreId, epoch: ClusterEpoch) -> Step<T> {
         if epoch != self.durable.epoch {
             return Ok(());
         }
@@ -179,7 +179,7 @@ impl<T: ChunkTable> Machine<T> {
             rt.ready = true;
         }
         self.drained_by_epoch(id)?;
-        self.tell_stores(out);
+        self.note_news(id);
         Ok(())
     }
 
@@ -190,17 +190,17 @@ impl<T: ChunkTable> Machine<T> {
         let message = ToStore::Renewed { lease_ms: self.limits.lease_ms, floor: self.floor() };
         self.send_store(id, message, out);
         if returned {
-            self.tell_stores(out);
+            self.note_news(id);
         }
     }
 
     /// The stream to a store ended. Its tokens live until its lease ends.
-    pub(super) fn store_lost(&mut self, session: StoreSession, out: &mut Output) {
+    pub(super) fn store_lost(&mut self, session: StoreSession) {
         let Some(id) = self.store_sessions.remove(&session) else { return };
         if let Some(rt) = self.stores.get_mut(&id) {
             rt.session = None;
         }
-        self.tell_stores(out);
+        self.note_news(id);
     }
 
     /// The lease of a store has ended.
@@ -209,7 +209,7 @@ impl<T: ChunkTable> Machine<T> {
             rt.lease = None;
         }
         self.abort_of_store(id, Reason::LeaseExpired, out)?;
-        self.tell_stores(out);
+        self.note_news(id);
         Ok(())
     }
 
@@ -226,8 +226,24 @@ impl<T: ChunkTable> Machine<T> {
         Ok(())
     }
 
-    /// Tells every writeback about the stores.
-    pub(super) fn tell_stores(&self, out: &mut Output) {
+    /// Notes that writebacks are to hear of a store, with the next [`Machine::drain`].
+    fn note_news(&mut self, id: StoreId) {
+        if let Some(rt) = self.stores.get_mut(&id) {
+            rt.untold = true;
+        }
+    }
+
+    /// Tells every writeback about the stores, if there is news of one. Once a turn: the list names all of
+    /// them, and after a restart each of them comes twice. That is early enough: it waits for records,
+    /// so a grant that names a store overtakes what was said of the store in the same turn in any case.
+    pub(super) fn tell_stores(&mut self, out: &mut Output) {
+        let mut is_news = false;
+        for rt in self.stores.values_mut() {
+            is_news |= std::mem::take(&mut rt.untold);
+        }
+        if !is_news || self.writeback_sessions.is_empty() {
+            return;
+        }
         let stores = self.stores(self.now);
         for session in self.writeback_sessions.keys() {
             let message = ToWriteback::Stores(stores.clone());

@@ -4,6 +4,7 @@ use endio_types::{Generation, LblkRange, Millis, Reason, SegmentIndex, StoreId, 
 
 use super::inspect::{HeldInfo, Holder, IoEndInfo, IoEndState, MapView, StoreInfo, VolumeInfo};
 use super::{Machine, MachineError, Refusal};
+use crate::chunk::CHUNK_BLOCKS;
 use crate::extent_map::{self, ChunkTable, MapExtent};
 use crate::ledger::IoEnd;
 use crate::record::VolumeState;
@@ -11,6 +12,9 @@ use crate::token::ReadGrant;
 
 /// What [`Machine::lookup`] returns: the inner error is a refusal to the caller.
 pub(super) type LookupResult<E> = Result<Result<MapView, Refusal>, MachineError<E>>;
+
+/// What [`Machine::next_extents`] returns: the parts, and where to go on.
+pub(super) type Stretch<E> = Result<Option<(Vec<MapExtent>, u64)>, MachineError<E>>;
 
 impl<T: ChunkTable> Machine<T> {
     /// The map of a range. The driver shows it once `MapView::seq` is durable. A generation that
@@ -65,6 +69,28 @@ impl<T: ChunkTable> Machine<T> {
     ) -> Result<Option<Vec<MapExtent>>, MachineError<T::Error>> {
         let Some(id) = self.names.get(name).copied() else { return Ok(None) };
         extent_map::lookup(&mut self.table, id, range).map(Some).map_err(MachineError::Table)
+    }
+
+    /// The next mapped parts of a volume by name, for display, and where to go on: at the end of `range`
+    /// if there is no more. Looks at `blocks_max` blocks behind a hole of any length. `None`: no such volume.
+    ///
+    /// # Errors
+    /// The table failed.
+    pub fn next_extents(
+        &mut self,
+        name: &str,
+        range: LblkRange,
+        blocks_max: u64,
+    ) -> Stretch<T::Error> {
+        let Some(id) = self.names.get(name).copied() else { return Ok(None) };
+        let index = self.table.next_of(id, range.start.0 / CHUNK_BLOCKS);
+        let index = index.map_err(MachineError::Table)?;
+        let end = range.end();
+        let first = index.map_or(end, |index| index.saturating_mul(CHUNK_BLOCKS));
+        let first = first.clamp(range.start.0, end);
+        let stretch = LblkRange::new(first, blocks_max.min(end - first));
+        let extents = extent_map::lookup(&mut self.table, id, stretch);
+        Ok(Some((extents.map_err(MachineError::Table)?, stretch.end())))
     }
 
     /// A volume by name. Shows what is applied, durable or not.

@@ -18,6 +18,10 @@
 //! A session therefore begins as soon as a request of it arrives, even one that is then refused
 //! ([`SessionTable::meet`]), and the log is told of one that begins with number 1: its later requests
 //! may be applied before the first, and be all that is known of it after a restart.
+//! A session that is known, of which a power loss may have taken the newest requests
+//! ([`SessionTable::mark_memory_lost`]), is like one of an earlier life up to its next first try:
+//! a retry that is not known to be applied is [`Decision::TooOld`].
+//!
 //! A session is forgotten only after it was idle for `idle_min_ms`, so a client that retries for
 //! less time than that never meets a forgotten session. First tries may overtake each other, but
 //! not by more than that time: a number is above all that were first sent so long before it.
@@ -81,10 +85,14 @@ pub enum Decision {
     Malformed,
 }
 
+/// As the first number of a session's life: none of this life has come, only of the one before.
+const NOT_YET: u64 = u64::MAX;
+
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 struct Session {
     low: u64,
     floor: u64,
+    /// Number with which this life of the session began. Retries of what came before are not taken.
     first: u64,
     results: BTreeMap<u64, u64>,
     #[serde(skip)]
@@ -176,9 +184,10 @@ impl SessionTable {
     }
 
     /// State of sessions may be missing (a power loss took the log's tail): from now on no retry
-    /// of an unknown session is taken for new.
+    /// of an unknown session is taken for new, and none of what a known one sent before.
     pub fn mark_memory_lost(&mut self) {
         self.memory_lost = true;
+        self.sessions.values_mut().for_each(|session| session.first = NOT_YET);
     }
 
     /// Room for one more session, if need be by forgetting the one that is idle longest.
@@ -211,6 +220,26 @@ impl SessionTable {
     /// Merges a snapshot in: afterwards a number counts as applied if either said so.
     /// Idle times start anew at `now`.
     pub fn restore(&mut self, snapshot: SessionSnapshot, now: Millis) {
+        if snapshot.memory_lost {
+            // Number 1 may have begun the session here as a retry, when this was not known.
+            let begun = self.sessions.values_mut().filter(|session| session.first == 1);
+            begun.for_each(|session| session.first = NOT_YET);
+        }
+        self.take_in(snapshot, now, |session, stored| session.first.min(stored.first));
+    }
+
+    /// Merges a later snapshot of the same log in: as [`SessionTable::restore`], but in which life a
+    /// session is, the later one knows.
+    pub fn follow(&mut self, snapshot: SessionSnapshot, now: Millis) {
+        self.take_in(snapshot, now, |_, stored| stored.first);
+    }
+
+    fn take_in(
+        &mut self,
+        snapshot: SessionSnapshot,
+        now: Millis,
+        first: impl Fn(&Session, &Session) -> u64,
+    ) {
         self.memory_lost |= snapshot.memory_lost;
         let limits = self.limits;
         for (id, stored) in snapshot.sessions {
@@ -218,6 +247,7 @@ impl SessionTable {
                 .sessions
                 .entry(id)
                 .or_insert_with(|| Session { first: stored.first, ..Session::default() });
+            session.first = first(session, &stored);
             session.merge(stored, limits);
             session.last_used = now;
         }
@@ -259,11 +289,19 @@ impl Session {
         if sequence <= self.floor || (is_retry && sequence < self.first) {
             return Decision::TooOld;
         }
+        self.begins_with(sequence);
         self.running.insert(sequence);
         Decision::New
     }
 
+    fn begins_with(&mut self, sequence: u64) {
+        if self.first == NOT_YET {
+            self.first = sequence;
+        }
+    }
+
     fn applied(&mut self, sequence: u64, result: u64, limits: SessionLimits) {
+        self.begins_with(sequence);
         if sequence > self.low {
             self.results.entry(sequence).or_insert(result);
         }
@@ -273,7 +311,6 @@ impl Session {
     fn merge(&mut self, other: Self, limits: SessionLimits) {
         self.low = self.low.max(other.low);
         self.floor = self.floor.max(other.floor);
-        self.first = self.first.min(other.first);
         self.results.extend(other.results);
         self.trim(limits);
     }

@@ -48,6 +48,38 @@ fn a_retry_of_a_session_that_is_not_known_is_refused_unless_it_is_the_first_requ
     assert_eq!(table.begin(key(1, 1), false, NOW), Decision::New);
 }
 
+/// A power loss may have taken what was applied last: nothing that was sent before is applied once more.
+#[test]
+fn after_a_memory_loss_a_known_session_takes_retries_of_what_came_since_only() {
+    let mut table = small();
+    (1..=6).for_each(|number| table.applied(key(1, number), number, NOW));
+    table.mark_memory_lost();
+    assert_eq!(table.begin(key(1, 6), true, NOW), Decision::Duplicate(Some(6)));
+    assert_eq!(table.begin(key(1, 7), true, NOW), Decision::TooOld, "perhaps it was applied");
+    assert_eq!(table.begin(key(1, 9), false, NOW), Decision::New);
+    table.failed(key(1, 9));
+    assert_eq!(table.begin(key(1, 9), true, NOW), Decision::New, "it came since");
+    assert_eq!(table.begin(key(1, 10), true, NOW), Decision::New, "so did this");
+    assert_eq!(table.begin(key(1, 8), true, NOW), Decision::TooOld);
+}
+
+/// A session that requests began here, before the log was read, is of the life that the log knows of, unless
+/// a first try of a later number began it.
+#[test]
+fn what_began_before_the_memory_was_restored_does_not_hide_that_some_is_lost() {
+    let mut lost = small();
+    (1..=6).for_each(|number| lost.applied(key(1, number), number, NOW));
+    lost.mark_memory_lost();
+    let mut table = small();
+    assert!(table.meet(key(1, 1), true, NOW));
+    assert!(!table.meet(key(2, 7), false, NOW));
+    table.restore(lost.snapshot(), NOW);
+    assert_eq!(table.begin(key(1, 1), true, NOW), Decision::Duplicate(None));
+    assert_eq!(table.begin(key(1, 7), true, NOW), Decision::TooOld);
+    assert_eq!(table.begin(key(2, 6), true, NOW), Decision::TooOld);
+    assert_eq!(table.begin(key(2, 8), true, NOW), Decision::New);
+}
+
 #[test]
 fn a_retry_from_an_earlier_life_of_a_forgotten_session_is_too_old() {
     let mut table = small();

@@ -5,18 +5,26 @@ use endio_types::*;
 
 use crate::rig::*;
 
-/// Scenario 50.
+/// Scenario 50. Of two releases of a store's token the one before the end of its lease is the last one
+/// that the write waits for, and the one at the end comes too late.
 #[test]
 fn a_release_one_millisecond_before_expiry_counts_and_at_expiry_does_not() {
     for (wait, refused) in [(999, None), (1000, Some(Reason::LeaseExpired))] {
         let mut rig = Rig::new(1, 100);
         let volume = rig.volume("v", 100, 1);
         let begun = rig.begin(&volume, 0, 1);
+        assert_eq!(rig.submit(&begun.submitter), None);
+        // Only the store's lease ends.
+        rig.now = rig.now.plus(500);
         rig.say(FromWriteback::Renew { confirms: vec![] });
-        rig.now = rig.now.plus(wait);
+        rig.now = rig.now.plus(wait - 500);
         assert_eq!(rig.durable_release(&begun.segments[0].token), refused);
         rig.drain();
-        assert_eq!(rig.conversions(), 0);
+        let done = rig.completion(&begun).unwrap();
+        assert_eq!(done.failed, refused);
+        assert_eq!(rig.conversions(), usize::from(refused.is_none()));
+        let written: &[u64] = if refused.is_none() { &[0] } else { &[] };
+        assert_eq!(rig.written(&volume), written);
         rig.assert_sound();
     }
 }
@@ -150,17 +158,30 @@ fn after_a_restart_old_tokens_are_refused_and_the_write_begins_again() {
     rig.assert_sound();
 }
 
-/// Scenario 33.
+/// Scenario 33. What is released again after the crash converts nothing a second time; a retry is a write
+/// of its own, with a conversion of its own.
 #[test]
 fn after_a_crash_behind_the_commit_the_data_is_written_and_a_retry_succeeds() {
     let mut rig = Rig::new(1, 100);
     let volume = rig.volume("v", 100, 1);
-    rig.write(&volume, 0, 4);
+    let begun = rig.begin(&volume, 0, 4);
+    rig.finish(&begun);
+    assert_eq!(rig.conversions(), 1);
     rig.crash();
     assert_eq!(rig.written(&volume), [0, 1, 2, 3]);
+    let place = rig.place(&volume, 0);
     rig.hello(WB, "wb");
     rig.join_store(1, 1, 100);
+    assert_eq!(rig.durable_release(&begun.segments[0].token), Some(Reason::OldEpoch));
+    assert_eq!(rig.submit(&begun.submitter), Some(Reason::OldEpoch));
+    rig.drain();
+    assert_eq!(rig.conversions(), 1, "the io_end converted twice");
+    assert_eq!(rig.place(&volume, 0), place);
+    // What is free was to be punched since.
+    rig.acknowledge();
     assert_eq!(rig.write(&volume, 0, 4).failed, None);
+    assert_eq!(rig.conversions(), 2);
+    assert_eq!(rig.completions.len(), 2);
     rig.assert_sound();
 }
 
@@ -236,7 +257,8 @@ fn a_clock_that_jumps_an_hour_either_way_ends_each_write_once_and_none_early() {
     }
 }
 
-/// Scenario 59.
+/// Scenario 59. The first attempt is given up with its session, the second one completes, and only then
+/// the store's release of the first arrives.
 #[test]
 fn a_late_release_of_the_first_attempt_changes_nothing_after_the_second() {
     let mut rig = Rig::new(1, 100);
@@ -244,14 +266,17 @@ fn a_late_release_of_the_first_attempt_changes_nothing_after_the_second() {
     let first = rig.begin(&volume, 0, 1);
     rig.submit(&first.submitter);
     rig.input(Input::WritebackLost { session: WB });
-    let again = WritebackSession(2);
-    rig.hello(again, "wb");
-    let message = FromWriteback::Begin(begin_io(&volume, 0, 1));
-    rig.input(Input::Writeback { session: again, message });
-    let version = rig.machine.volume("v").unwrap().map_version;
+    rig.hello(WB, "wb");
+    let second = rig.begin(&volume, 0, 1);
+    assert_eq!(rig.finish(&second).failed, None);
+    let token = second.segments[0].token;
+    let places = |rig: &mut Rig| (rig.place(&volume, 0), rig.conversions(), rig.journal.len());
+    let before = places(&mut rig);
+    assert_eq!((before.0, before.1), (Some((token.store, token.pblk)), 1));
     assert_eq!(rig.durable_release(&first.segments[0].token), Some(Reason::Aborted));
     rig.drain();
-    assert_eq!(rig.machine.volume("v").unwrap().map_version, version);
+    assert_eq!(places(&mut rig), before);
+    assert_eq!(rig.completion(&first).and_then(|done| done.failed), Some(Reason::Aborted));
     rig.assert_sound();
 }
 
@@ -417,47 +442,92 @@ fn a_store_without_a_certificate_is_bound_by_the_first_that_it_shows() {
     rig.assert_sound();
 }
 
-/// What an owner remembers it may serve under its lease, whoever has the volume by then.
-#[test]
-fn a_forced_open_is_told_to_wait_until_the_owner_before_serves_nothing() {
+/// Of two writebacks that have said Hello, and a volume that nobody has opened.
+fn two_writebacks_and_a_volume() -> Rig {
     let mut rig = Rig::new(1, 100);
     let (first, other) = (WritebackSession(11), WritebackSession(12));
     rig.hello(first, "wb-a/1");
     rig.hello(other, "wb-b/1");
     rig.create("v", BLOCK_BYTES, 1, false, false);
-    let open = |rig: &mut Rig, writeback: &str| match rig.call(open(writeback, true, None)) {
+    rig
+}
+
+/// How long who opens the volume by force is told to wait, in milliseconds.
+fn waits_ms(rig: &mut Rig, writeback: &str) -> u64 {
+    match rig.call(open(writeback, true, None)) {
         Ok(ReplyBody::Opened(_, _, wait_ms)) => wait_ms,
         other => panic!("{other:?}"),
-    };
-    assert_eq!(open(&mut rig, "wb-a/1"), 0, "nobody had it");
+    }
+}
+
+/// What an owner remembers it may serve under its lease, whoever has the volume by then.
+#[test]
+fn a_forced_open_is_told_to_wait_until_the_owner_before_serves_nothing() {
+    let mut rig = two_writebacks_and_a_volume();
+    assert_eq!(waits_ms(&mut rig, "wb-a/1"), 0, "nobody had it");
     rig.now = rig.now.plus(100);
-    assert_eq!(open(&mut rig, "wb-b/1"), 900, "the lease of a second runs since its Hello");
+    assert_eq!(waits_ms(&mut rig, "wb-b/1"), 1000, "a may renew its lease until that is durable");
     rig.now = rig.now.plus(100);
-    assert_eq!(open(&mut rig, "wb-b/2"), 800, "a later start of b waits for a, and not for b");
-    assert_eq!(open(&mut rig, "wb-c/1"), 1000, "b/2 has a lease since it opened the volume");
+    assert_eq!(waits_ms(&mut rig, "wb-b/2"), 1000, "a later start of b waits for a as well");
     rig.now = rig.now.plus(1000);
-    assert_eq!(open(&mut rig, "wb-a/2"), 0);
+    assert_eq!(waits_ms(&mut rig, "wb-b/3"), 0, "and not for b");
+    assert_eq!(waits_ms(&mut rig, "wb-c/1"), 1000, "b/2 has a lease since it opened the volume");
+    rig.now = rig.now.plus(1000);
+    assert_eq!(waits_ms(&mut rig, "wb-a/2"), 0);
 }
 
 /// The answer to a takeover dies with conversion. Whoever asked is on record as the owner when it asks
 /// again, and the owner before is not on record at all: it may be cut off, and its lease not over.
 #[test]
 fn who_may_have_taken_a_volume_before_a_restart_waits_for_the_owner_that_nothing_names() {
-    let mut rig = Rig::new(1, 100);
-    let (first, other) = (WritebackSession(11), WritebackSession(12));
-    rig.hello(first, "wb-a/1");
-    rig.hello(other, "wb-b/1");
-    rig.create("v", BLOCK_BYTES, 1, false, false);
-    let open = |rig: &mut Rig, writeback: &str| match rig.call(open(writeback, true, None)) {
-        Ok(ReplyBody::Opened(_, _, wait_ms)) => wait_ms,
-        other => panic!("{other:?}"),
-    };
-    assert_eq!(open(&mut rig, "wb-a/1"), 0);
-    assert_eq!(open(&mut rig, "wb-b/1"), 1000, "and this is not heard");
+    let mut rig = two_writebacks_and_a_volume();
+    assert_eq!(waits_ms(&mut rig, "wb-a/1"), 0);
+    assert_eq!(waits_ms(&mut rig, "wb-b/1"), 1000, "and this is not heard");
     rig.crash();
-    assert_eq!(open(&mut rig, "wb-b/1"), 1000, "as long as a lease from before can last");
+    assert_eq!(waits_ms(&mut rig, "wb-b/1"), 1000, "as long as a lease from before can last");
     rig.now = rig.now.plus(400);
-    assert_eq!(open(&mut rig, "wb-b/1"), 600);
-    rig.now = rig.now.plus(600);
-    assert_eq!(open(&mut rig, "wb-b/1"), 0);
+    assert_eq!(waits_ms(&mut rig, "wb-b/1"), 1000, "asked anew, it counts anew");
+    rig.now = rig.now.plus(1000);
+    assert_eq!(waits_ms(&mut rig, "wb-b/1"), 0);
+}
+
+/// Whoever hears that its volume was taken lets go of what it has acknowledged. A takeover that conversion
+/// forgets, because it dies before that is durable, must not have been heard of.
+#[test]
+fn nobody_hears_of_a_takeover_before_it_is_durable() {
+    let mut rig = Rig::new(1, 100);
+    let old = rig.volume("v", 100, 1);
+    rig.promise(old.id, old.generation, 8);
+    let is_told = |kind: &EffectKind| match kind {
+        EffectKind::Writeback(WB, ToWriteback::VolumeFenced { .. }) => true,
+        EffectKind::Writeback(WB, ToWriteback::Refused { refusal, .. }) => {
+            refusal.reason == Reason::OldGeneration
+        }
+        EffectKind::Store(_, ToStore::Fence { volumes, .. }) => !volumes.is_empty(),
+        _ => false,
+    };
+    let before = rig.count(is_told);
+    for is_lost in [true, false] {
+        rig.auto_commit = false;
+        rig.call_later(open("w2", true, None));
+        let begin = begin_io(&old, 0, 1);
+        rig.say(FromWriteback::Begin(begin));
+        rig.drain_once();
+        assert_eq!(rig.count(is_told), before, "a takeover that is not durable");
+        rig.auto_commit = true;
+        match is_lost {
+            true => {
+                rig.crash();
+                rig.join_store(1, 2, 100);
+                rig.hello(WB, "wb");
+                let now = rig.machine.volume("v").unwrap();
+                assert_eq!((now.owner.as_deref(), now.generation), (Some("wb"), old.generation));
+            }
+            false => {
+                rig.commit();
+                assert!(rig.count(is_told) >= before + 2, "the owner and its store hear of it");
+            }
+        }
+    }
+    rig.assert_sound();
 }

@@ -12,4 +12,5 @@ mod random;
 mod references;
 mod rig;
 mod space;
+mod stores;
 mod table;

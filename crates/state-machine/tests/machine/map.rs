@@ -27,6 +27,42 @@ fn the_size_grows_with_the_conversion_byte_exact_and_never_beyond_it() {
     assert_eq!(rig.machine.volume("v").unwrap().size_bytes, 5000);
 }
 
+/// The owner of a growable volume has acknowledged what is not converted yet, or was converted unheard.
+#[test]
+fn a_trim_behind_the_end_of_a_growable_volume_waits_for_the_write_that_extends_it() {
+    let mut rig = Rig::new(1, 100);
+    rig.create("v", 0, 1, false, true);
+    let volume = rig.open("v", "wb");
+    let last = VOLUME_BYTES_MAX / BLOCK_BYTES;
+    for change in [MapChange::Trim, MapChange::Zero] {
+        assert_eq!(rig.change(&volume, change, 0, last), Ok(0), "{change:?} of nothing");
+        let refused = rig.change(&volume, change, 1, last).unwrap_err();
+        assert_eq!(refused.reason, Reason::OutOfRange, "no volume is so long");
+    }
+    let refused = rig.change(&volume, MapChange::Allocate, 0, 1).unwrap_err();
+    assert_eq!(refused.reason, Reason::OutOfRange, "who would free it?");
+    assert_eq!(rig.machine.volume("v").unwrap().size_bytes, 0);
+    let mut append = begin_io(&volume, 8, 4);
+    append.size_after_bytes = 12 * BLOCK_BYTES;
+    let begun = rig.try_begin(append).unwrap();
+    let trim = rig.call_later(change_call(&volume, MapChange::Trim, 0, 10));
+    rig.drain();
+    assert!(!rig.replies.contains_key(&trim));
+    rig.finish(&begun);
+    rig.drain();
+    let Ok(ReplyBody::Changed { blocks_changed, .. }) = rig.replies[&trim] else {
+        panic!("{:?}", rig.replies[&trim])
+    };
+    assert_eq!((blocks_changed, rig.written(&volume)), (2, vec![10, 11]));
+    assert_eq!(rig.machine.volume("v").unwrap().size_bytes, 12 * BLOCK_BYTES);
+    let fixed = rig.volume("w", 8, 1);
+    for change in [MapChange::Trim, MapChange::Zero, MapChange::Allocate] {
+        let refused = rig.change(&fixed, change, 0, 9).unwrap_err();
+        assert_eq!(refused.reason, Reason::OutOfRange, "{change:?} of a volume of a fixed size");
+    }
+    rig.assert_sound();
+}
+
 /// Scenarios 42 and 44.
 #[test]
 fn a_trim_waits_for_the_write_below_it_and_nothing_comes_back_to_life() {
@@ -127,27 +163,33 @@ fn allocate_beside_a_write_in_flight_converts_only_what_was_written() {
     rig.assert_sound();
 }
 
-/// Scenario 46.
+/// Scenario 46. The order of release decides, and neither the order of begin nor the lane.
 #[test]
 fn of_two_overlapping_io_ends_the_later_released_one_wins_in_any_lane() {
-    for first_lane in Lane::ALL {
+    let lanes =
+        Lane::ALL.iter().flat_map(|first| Lane::ALL.iter().map(move |then| [*first, *then]));
+    for (lanes, released) in lanes.flat_map(|lanes| [(lanes, [0, 1]), (lanes, [1, 0])]) {
         let mut rig = Rig::new(1, 100);
         let volume = rig.volume("v", 100, 1);
         reserve(&mut rig, &volume, 50).unwrap();
-        let mut writes = vec![];
-        for lane in
-            [first_lane, if first_lane == Lane::Direct { Lane::WriteOut } else { Lane::Direct }]
-        {
-            let begin = BeginIo { lane, ..begin_io(&volume, 0, 2) };
-            writes.push(rig.try_begin(begin).unwrap());
-        }
-        for write in &writes {
-            rig.durable_release(&write.segments[0].token);
-            rig.submit(&write.submitter);
+        let writes = [(lanes[0], 0, 2), (lanes[1], 1, 2)].map(|(lane, lblk, blocks)| {
+            let begin = BeginIo { lane, ..begin_io(&volume, lblk, blocks) };
+            rig.try_begin(begin).unwrap()
+        });
+        for at in released {
+            rig.durable_release(&writes[at].segments[0].token);
+            rig.submit(&writes[at].submitter);
         }
         rig.drain();
-        let last = writes[1].segments[0].token;
-        assert_eq!(rig.place(&volume, 0), Some((last.store, last.pblk)));
+        let of = |at: usize, block: u64| {
+            let token = writes[at].segments[0].token;
+            Some((token.store, Pblk(token.pblk.0 + block)))
+        };
+        let last = released[1];
+        let both = of(last, if last == 0 { 1 } else { 0 });
+        assert_eq!(rig.place(&volume, 1), both, "{lanes:?}, released {released:?}");
+        assert_eq!(rig.place(&volume, 0), of(0, 0));
+        assert_eq!(rig.place(&volume, 2), of(1, 1));
         rig.assert_sound();
     }
 }
@@ -426,4 +468,31 @@ fn a_change_that_its_caller_gave_up_is_not_carried_out_when_it_arrives_late() {
     assert!(rig.call(call).is_ok());
     assert_eq!(over(&mut rig, 9), Ok(()), "nothing is said of an older generation");
     rig.assert_sound();
+}
+
+#[test]
+fn a_hole_of_any_length_is_one_step_of_a_list_of_extents() {
+    let mut rig = Rig::new(1, 100);
+    let blocks = VOLUME_BYTES_MAX / BLOCK_BYTES;
+    let volume = rig.volume("v", blocks, 1);
+    let last = blocks - 1;
+    for lblk in [3, 1024 * 70, last] {
+        rig.write(&volume, lblk, 1);
+    }
+    let mut steps = Vec::new();
+    let mut at = 0;
+    while at < blocks && steps.len() < 100 {
+        let rest = LblkRange::new(at, blocks - at);
+        let (extents, next) = rig.machine.next_extents("v", rest, 1024 * 64).unwrap().unwrap();
+        assert!(next > at);
+        at = next;
+        steps.push(extents.iter().map(|extent| extent.range.start.0).collect::<Vec<_>>());
+    }
+    assert_eq!(steps, [vec![3], vec![1024 * 70], vec![last]]);
+    // Inside a chunk that has nothing there, and behind everything.
+    let (none, next) = rig.machine.next_extents("v", LblkRange::new(5, 10), 4).unwrap().unwrap();
+    assert_eq!((none.len(), next), (0, 9));
+    let nothing = LblkRange::new(1024 * 71, 500);
+    assert_eq!(rig.machine.next_extents("v", nothing, 4).unwrap(), Some((vec![], 1024 * 71 + 500)));
+    assert_eq!(rig.machine.next_extents("w", nothing, 4).unwrap(), None);
 }

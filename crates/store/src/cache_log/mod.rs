@@ -117,14 +117,16 @@ impl CacheLog {
         });
         let is_blind = is_planted(Bug::BootIdIgnored);
         let power_lost = !before.clean && before.boot_id != boot_id && !is_blind;
-        let mut sessions = SessionTable::new(SessionLimits {
+        let sessions = SessionTable::new(SessionLimits {
             sessions_max: options.sessions_max,
             ..SessionLimits::default()
         });
-        if power_lost || before.lost.is_some() {
-            sessions.mark_memory_lost();
+        let mut scan = scan::scan(&*disk, &before, power_lost, sessions)?;
+        // A start after a power loss may have died before it noted that in a segment of its own.
+        let is_unnoted = !before.clean && before.lost.is_some() && scan.snapshot <= before.durable;
+        if power_lost || is_unnoted {
+            scan.sessions.mark_memory_lost();
         }
-        let scan = scan::scan(&*disk, &before, power_lost, sessions)?;
         // After a kill the newest records may be in the page cache only.
         for segment in &scan.segments {
             segment

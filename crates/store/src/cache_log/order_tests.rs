@@ -4,7 +4,8 @@
 
 use std::collections::BTreeMap;
 
-use endio_types::BLOCK_BYTES;
+use endio_state_machine::writeback::sessions::Decision;
+use endio_types::{BLOCK_BYTES, Millis};
 use proptest::prelude::*;
 
 use super::sim::SimDisk;
@@ -212,6 +213,40 @@ fn a_loss_is_told_again_after_a_kill_and_after_a_stop_until_somebody_was_told() 
     drop(log);
     let (_, replay) = open(&disk);
     assert!(!replay.may_have_lost(VOLUME));
+}
+
+/// A retry of a request that a power loss may have taken is never new, whatever happens to the log since.
+#[test]
+fn what_a_session_sent_before_a_power_loss_stays_in_doubt() {
+    let key = |sequence| RequestKey { session: SessionId([1; 16]), sequence };
+    let decide = |replay: &Replay, sequence| {
+        let mut table = SessionTable::new(SessionLimits::default());
+        table.restore(replay.sessions().clone(), Millis(0));
+        table.begin(key(sequence), true, Millis(0))
+    };
+    let disk = SimDisk::default();
+    let (log, _) = open(&disk);
+    log.append_done(key(1), 7).unwrap();
+    log.sync_to(log.last_lsn()).unwrap();
+    log.append_done(key(2), 7).unwrap();
+    drop(log);
+    disk.cut_power(|| false);
+    let (log, replay) = open(&disk);
+    assert_eq!(decide(&replay, 1), Decision::Duplicate(Some(7)));
+    assert_eq!(decide(&replay, 2), Decision::TooOld);
+    drop(log);
+    let (log, replay) = open(&disk);
+    assert_eq!(decide(&replay, 2), Decision::TooOld, "after a kill");
+    // A first try begins another life of the session.
+    log.append_done(key(5), 7).unwrap();
+    drop(log);
+    for how in ["kill", "stop in order"] {
+        let (log, replay) = open(&disk);
+        assert_eq!(decide(&replay, 2), Decision::TooOld, "{how}");
+        assert_eq!(decide(&replay, 5), Decision::Duplicate(Some(7)), "{how}");
+        assert_eq!(decide(&replay, 6), Decision::New, "{how}");
+        log.close_clean().unwrap();
+    }
 }
 
 #[test]

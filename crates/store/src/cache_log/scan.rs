@@ -124,6 +124,8 @@ pub(super) struct Scan {
     pub(super) sessions: SessionTable,
     pub(super) volumes: BTreeMap<VolumeId, (String, Generation)>,
     pub(super) last: Lsn,
+    /// The newest snapshot: what begins the newest segment.
+    pub(super) snapshot: Lsn,
     /// Newest record that some record calls durable.
     claimed: Lsn,
     pub(super) torn_bytes: u64,
@@ -153,6 +155,7 @@ pub(super) fn scan(
         sessions,
         volumes: BTreeMap::new(),
         last: Lsn(0),
+        snapshot: Lsn(0),
         claimed: state.durable,
         torn_bytes: 0,
     };
@@ -289,7 +292,8 @@ impl Scan {
             Kind::Snapshot => {
                 let snapshot: SnapshotPayload =
                     postcard::from_bytes(payload).map_err(|_| unreadable)?;
-                self.sessions.restore(snapshot.sessions, now);
+                self.sessions.follow(snapshot.sessions, now);
+                self.snapshot = header.lsn;
                 self.volumes = snapshot.volumes;
             }
             Kind::Volume => {

@@ -61,6 +61,23 @@ pub enum BackupError {
     /// The place to restore into holds something.
     #[error("{} is not empty: restore into a new directory", .0.display())]
     NotEmpty(std::path::PathBuf),
+    /// The place to restore into is where a file system is mounted: no directory can take its place.
+    #[error(
+        "{} is a mount point, which no directory can replace: restore into a new directory inside \
+         it, and move what is in there up before conversion is started",
+        .0.display()
+    )]
+    MountPoint(std::path::PathBuf),
+    /// What was restored cannot be given its name.
+    #[error("{} cannot be renamed to {}", from.display(), to.display())]
+    Rename {
+        /// Where it lies.
+        from: std::path::PathBuf,
+        /// Where it is wanted.
+        to: std::path::PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
     /// It cannot be read.
     #[error("the backup cannot be read")]
     Io(#[from] io::Error),

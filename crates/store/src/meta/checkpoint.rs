@@ -14,7 +14,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use endio_failpoints::{Point, reach};
+use endio_failpoints::{Point, reach, reach_io};
 use endio_state_machine::chunk::{CHUNK_BYTES_MAX, ChunkId};
 use endio_state_machine::extent_map::successor;
 use endio_types::VolumeId;
@@ -79,9 +79,11 @@ impl Running {
     }
 
     fn write_out(&mut self, shared: &Shared) -> Result<(), MetaError> {
+        let fail = |error| shared.fail("append to", names::CHECKPOINT_NEW, error);
+        reach_io(Point::CheckpointWriting)
+            .map_err(|_| fail(std::io::ErrorKind::StorageFull.into()))?;
         let mut data = &self.buffer[..];
         while !data.is_empty() {
-            let fail = |error| shared.fail("append to", names::CHECKPOINT_NEW, error);
             let count = self.file.append(data).map_err(fail)?;
             data = &data[count..];
         }
@@ -149,6 +151,7 @@ impl Checkpointer {
         if snapshot.len() > SNAPSHOT_BYTES_MAX {
             return Err(MetaError::Misuse("a snapshot must not be longer than 1 GiB"));
         }
+        self.leave_ballast()?;
         let created = self.shared.vfs.create(names::CHECKPOINT_NEW);
         let file =
             created.map_err(|error| self.shared.fail("create", names::CHECKPOINT_NEW, error))?;
@@ -175,6 +178,10 @@ impl Checkpointer {
 
     /// Copies up to `max` more chunks; `true` when all of them are in. Chunks may change between
     /// two calls.
+    ///
+    /// # Errors
+    /// [`MetaError::NoSpace`], also as soon as the journal lives on its ballast, which a checkpoint must
+    /// not take from it: give it up.
     pub fn write_chunks(
         &mut self,
         table: &mut dyn MetaTable,
@@ -185,6 +192,7 @@ impl Checkpointer {
         };
         for _ in 0..max {
             let Some(from) = running.from else { break };
+            self.leave_ballast()?;
             let Some(id) = table.next(from)? else {
                 running.from = None;
                 // A chunk that is missing may have been emptied by a record as new as this.
@@ -209,6 +217,17 @@ impl Checkpointer {
         let complete = running.from.is_none();
         self.running = Some(running);
         Ok(complete)
+    }
+
+    /// An error while the ballast serves commits. To finish takes little of it, and gives space back.
+    fn leave_ballast(&self) -> Result<(), MetaError> {
+        match self.shared.lives_on_ballast() {
+            false => Ok(()),
+            true => {
+                let full = std::io::ErrorKind::StorageFull.into();
+                Err(self.shared.fail("append to", names::CHECKPOINT_NEW, full))
+            }
+        }
     }
 
     /// Makes the checkpoint durable, drops the oldest one and the journal segments that only it

@@ -5,6 +5,9 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{AtFlags, StatxAttributes, StatxFlags};
+use rustix::io::Errno;
+
 use super::api::MetaOptions;
 use super::backup::{BackupError, BackupHead, BackupReader, Part};
 use super::canary::write_durably;
@@ -28,8 +31,12 @@ impl Restoring {
     /// in `dir` before [`Self::finish`], and nothing is left beside it after an error.
     ///
     /// # Errors
-    /// `dir` holds something, the backup is damaged, or the disk fails.
+    /// `dir` holds something or is a mount point, the backup is damaged, or the disk fails.
     pub fn begin(input: impl Read, dir: &Path, options: &MetaOptions) -> Result<Self, BackupError> {
+        // Told before the work is done that would be in vain.
+        if is_mount_point(dir)? {
+            return Err(BackupError::MountPoint(dir.to_owned()));
+        }
         if !is_empty(dir)? {
             return Err(BackupError::NotEmpty(dir.to_owned()));
         }
@@ -57,7 +64,10 @@ impl Restoring {
     /// # Errors
     /// The file system refuses.
     pub fn finish(self) -> Result<(), BackupError> {
-        fs::rename(&self.part, &self.dir)?;
+        fs::rename(&self.part, &self.dir).map_err(|source| {
+            let (from, to) = (self.part.clone(), self.dir.clone());
+            BackupError::Rename { from, to, source }
+        })?;
         let parent = self.dir.parent().filter(|parent| !parent.as_os_str().is_empty());
         File::open(parent.unwrap_or(Path::new(".")))?.sync_all()?;
         Ok(())
@@ -68,6 +78,16 @@ impl Drop for Restoring {
     fn drop(&mut self) {
         // Gone already if it was finished; else nobody finds half a restore.
         let _ = fs::remove_dir_all(&self.part);
+    }
+}
+
+/// Whether a file system, or a part of one, is mounted there. Nothing is mounted where nothing is.
+fn is_mount_point(dir: &Path) -> io::Result<bool> {
+    match rustix::fs::statx(rustix::fs::CWD, dir, AtFlags::empty(), StatxFlags::BASIC_STATS) {
+        // Devices alone do not tell: a directory may be mounted on another one of the same disk.
+        Ok(stat) => Ok(stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT)),
+        Err(Errno::NOENT) => Ok(false),
+        Err(error) => Err(error.into()),
     }
 }
 

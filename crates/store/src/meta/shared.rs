@@ -168,7 +168,13 @@ impl Shared {
     pub(crate) fn has_room_for_checkpoint(&self) -> bool {
         let reserve = self.options.ballast_bytes;
         let needed = self.stats().checkpoint_bytes.saturating_add(reserve);
-        reserve == 0 || self.free_bytes() >= needed
+        reserve == 0 || (!self.lives_on_ballast() && self.free_bytes() >= needed)
+    }
+
+    /// Whether the ballast was given up: what is free now is for commits alone.
+    pub(crate) fn lives_on_ballast(&self) -> bool {
+        let is_needed = self.options.ballast_bytes > 0 && self.stats().degraded;
+        is_needed && !self.ballast_is_whole()
     }
 
     fn free_bytes(&self) -> u64 {

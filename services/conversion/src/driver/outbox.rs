@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use endio_chassis::trace::{Context, Span};
 use endio_state_machine::machine::{
-    ConvertedBatch, Durability, Effect, EffectKind, FromStore, FromWriteback, Input, MapView,
-    Refusal, ReplyBody, ReplyTo, StoreSession, ToStore, ToWriteback, WritebackSession,
+    ConvertedBatch, Durability, Effect, EffectKind, FromStore, FromWriteback, Input, Refusal,
+    ReplyBody, ReplyTo, StoreSession, ToStore, ToWriteback, WritebackSession,
 };
 use endio_types::Millis;
 use tokio::sync::{mpsc, oneshot};
@@ -30,11 +30,10 @@ enum Waiting {
         waited_ms: u64,
         span: Span,
     },
-    View(Box<MapView>, oneshot::Sender<Result<MapView, Refusal>>),
+    /// Sends the answer to a question.
+    Answer(Box<dyn FnOnce() + Send>),
     /// Held until the batch is durable: its span ends then.
-    Batch {
-        _span: Span,
-    },
+    Batch { _span: Span },
 }
 
 #[derive(Default)]
@@ -116,9 +115,13 @@ impl Outbox {
         }
     }
 
-    /// Shows a view of the map once what it rests on is durable.
-    pub(crate) fn view(&mut self, view: MapView, reply: oneshot::Sender<Result<MapView, Refusal>>) {
-        self.wait(view.seq, Waiting::View(Box::new(view), reply));
+    /// Answers a question once records up to `seq` are durable: the last one that the answer shows.
+    pub(crate) fn answer<A>(&mut self, seq: u64, answer: A, reply: oneshot::Sender<A>)
+    where
+        A: Send + 'static,
+    {
+        // An answer that nobody waits for any more is dropped.
+        self.wait(seq, Waiting::Answer(Box::new(move || drop(reply.send(answer)))));
     }
 
     /// One span for the whole batch, from now until it is durable, with a link to each write.
@@ -168,7 +171,7 @@ impl Outbox {
     fn send(&mut self, waiting: Waiting, calls: &mut Calls, metrics: &Metrics) {
         let (kind, began, waited_ms, span) = match waiting {
             Waiting::Effect { kind, began, waited_ms, span } => (kind, began, waited_ms, span),
-            Waiting::View(view, reply) => return drop(reply.send(Ok(*view))),
+            Waiting::Answer(send) => return send(),
             Waiting::Batch { .. } => return,
         };
         match kind {
@@ -354,6 +357,18 @@ mod tests {
         let mut rig = Rig::new();
         rig.push(EffectKind::Writeback(SESSION, receipt()), None);
         rig.outbox.forget_writeback(SESSION);
+        assert!(rig.outbox.is_empty());
+    }
+
+    #[tokio::test]
+    async fn an_answer_waits_for_the_last_record_that_it_shows() {
+        let mut rig = Rig::new();
+        let (reply, mut answer) = oneshot::channel();
+        rig.outbox.answer(7, "volumes", reply);
+        rig.release(6);
+        assert!(answer.try_recv().is_err() && !rig.outbox.is_empty());
+        rig.release(7);
+        assert_eq!(answer.try_recv(), Ok("volumes"));
         assert!(rig.outbox.is_empty());
     }
 

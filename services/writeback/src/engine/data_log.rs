@@ -73,12 +73,15 @@ impl Engine {
         deadline: Instant,
     ) -> Result<(), Failure> {
         let lsn = self.log.last();
-        self.log_flush(volume, lsn).await;
-        let ended = volume.wait(|state| match &state.gone {
-            Some(gone) => Some(Err(gone.clone())),
-            None => (!state.dirty.pending_up_to(lsn)).then_some(Ok(())),
-        });
-        match tokio::time::timeout_at(deadline, ended).await {
+        let durable = async {
+            self.log_flush(volume, lsn).await;
+            let ended = volume.wait(|state| match &state.gone {
+                Some(gone) => Some(Err(gone.clone())),
+                None => (!state.dirty.pending_up_to(lsn)).then_some(Ok(())),
+            });
+            ended.await
+        };
+        match tokio::time::timeout_at(deadline, durable).await {
             Ok(ended) => ended,
             Err(_) => Err(Failure::new(Reason::TimedOut, "the data could not be made durable")),
         }

@@ -33,6 +33,10 @@ const LOOK: Duration = Duration::from_millis(100);
 const REST: Duration = Duration::from_mins(10);
 /// How long a window may be tried: a client may wait behind it.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// How long nothing is written anew, of any volume, after the stores were found short of room or conversion did
+/// not say: room comes back when somebody deletes or a store joins, a matter of minutes, and each look asks
+/// for the list of all stores.
+const SHORT_REST: Duration = Duration::from_secs(30);
 /// Free part of each store below which nothing is written anew: the room is for those who write.
 const FREE_PART: u64 = 16;
 
@@ -74,13 +78,12 @@ impl Engine {
             let mut book = Book::new();
             loop {
                 // A stop does not wait for a conversion that is away; a window under way has its own task.
-                let bytes = tokio::select! {
+                let (bytes, is_short) = tokio::select! {
                     biased;
                     () = engine.stop.cancelled() => return,
-                    bytes = engine.defragment_some(&mut book, quiet) => bytes,
+                    some = engine.defragment_some(&mut book, quiet) => some,
                 };
-                let paced = Duration::from_micros(bytes.saturating_mul(1_000_000) / rate);
-                let pause = if bytes > 0 { paced } else { LOOK };
+                let pause = pause_after(bytes, is_short, rate);
                 tokio::select! {
                     biased;
                     () = engine.stop.cancelled() => return,
@@ -90,8 +93,9 @@ impl Engine {
         });
     }
 
-    /// One window of each volume that wants it and that nobody writes to. Returns the bytes written.
-    async fn defragment_some(self: &Arc<Self>, book: &mut Book, quiet: Duration) -> u64 {
+    /// One window of each volume that wants it and that nobody writes to. Returns the bytes written, and
+    /// whether the stores are short of room.
+    async fn defragment_some(self: &Arc<Self>, book: &mut Book, quiet: Duration) -> (u64, bool) {
         let volumes = self.table.all();
         book.retain(|key, _| volumes.iter().any(|open| (open.id, open.generation) == *key));
         let mut bytes = 0;
@@ -102,12 +106,12 @@ impl Engine {
                 continue;
             }
             if self.stop.is_cancelled() || self.takes_work().is_err() {
-                return bytes;
+                return (bytes, false);
             }
             let Some(window) = volume.state().fragments.take() else { continue };
             if !self.has_room().await {
                 volume.state().fragments.put_back(window);
-                return bytes;
+                return (bytes, true);
             }
             // In a task of its own: a stop waits for it, and nothing cuts it short.
             let engine = Arc::clone(self);
@@ -146,7 +150,7 @@ impl Engine {
                 }
             }
         }
-        bytes
+        (bytes, false)
     }
 
     fn rest(&self, volume: &Volume, seen: &mut Seen) {
@@ -240,6 +244,16 @@ impl Engine {
     }
 }
 
+/// Pause after a look at the volumes in which so many bytes were written, at so many bytes a second.
+fn pause_after(bytes: u64, is_short: bool, rate: u64) -> Duration {
+    let paced = Duration::from_micros(bytes.saturating_mul(1_000_000) / rate);
+    match (is_short, bytes) {
+        (true, _) => paced.max(SHORT_REST),
+        (false, 0) => LOOK,
+        (false, _) => paced,
+    }
+}
+
 /// The part of an extent in a window: how many blocks, and where each copy begins.
 fn places_in((range, extent): &Part<Arc<Extent>>, window: LblkRange) -> Option<(u64, Vec<Place>)> {
     let part = range.intersection(window)?;
@@ -265,4 +279,19 @@ fn look<'a>(book: &'a mut Book, volume: &Volume, now: Instant) -> &'a mut Seen {
         seen.quiet_since = now;
     }
     seen
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stores_that_are_short_of_room_are_left_alone_for_a_while() {
+        const MIB: u64 = 1 << 20;
+        assert_eq!(pause_after(0, false, MIB), LOOK);
+        assert_eq!(pause_after(2 * MIB, false, MIB), Duration::from_secs(2));
+        assert_eq!(pause_after(0, true, MIB), SHORT_REST);
+        assert_eq!(pause_after(2 * MIB, true, MIB), SHORT_REST);
+        assert_eq!(pause_after(90 * MIB, true, MIB), Duration::from_secs(90));
+    }
 }

@@ -203,6 +203,9 @@ impl Engine {
 
     /// The end of a volume here: what is dirty is of no use to anybody any more.
     async fn clear(self: &Arc<Self>, volume: &Arc<Volume>) {
+        // Whoever began to append while it was ours is done: nothing comes behind what is noted below.
+        drop(self.log.order());
+        self.note_loss(volume.id).await;
         volume.wait(|state| (state.write_outs == 0).then_some(())).await;
         let lost = {
             let mut state = volume.state();

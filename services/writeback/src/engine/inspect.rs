@@ -1,4 +1,4 @@
-//! Questions that may always be asked: extents, status, checks, traces.
+//! Questions that may always be asked: extents, io_ends, stores, traces.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -7,28 +7,23 @@ use endio_api::common::{
     Extent, ExtentState, KeepTracesRequest, ListSpansRequest, ListSpansResponse, Span,
 };
 use endio_api::conversion::{
-    CheckRequest as MetadataCheck, ListIoEndsRequest, ListIoEndsResponse, ListStoresRequest,
-    ListStoresResponse,
+    ListIoEndsRequest, ListIoEndsResponse, ListStoresRequest, ListStoresResponse,
 };
 use endio_api::traces::span_to_proto;
-use endio_api::writeback::{CheckResponse, NbdListener, NbdTls};
+use endio_api::writeback::{NbdListener, NbdTls};
 use endio_chassis::metrics::Gauge;
 use endio_chassis::net::ListenAddr;
 use endio_chassis::recorder::SpanQuery;
-use endio_types::{ByteRange, LblkRange, Reason};
+use endio_types::{ByteRange, LblkRange};
 use tokio::time::{Duration, Instant};
 
 use super::Engine;
-use super::read::READ_BLOCKS_MAX;
 use crate::conversion::Client;
 use crate::failure::Failure;
-use crate::stores::store_away;
 use crate::volume::Volume;
 
 /// Blocks of the map that are shown at once.
-const EXTENT_BLOCKS_MAX: u64 = 65_536;
-/// Findings that a check names; one more says that there are more.
-const FINDINGS_MAX: usize = 1_000;
+pub(super) const EXTENT_BLOCKS_MAX: u64 = 65_536;
 /// Traces in one request to keep them.
 const KEEP_MAX: usize = 1_024;
 /// How long that request may take: what is kept is of use to people only.
@@ -36,14 +31,14 @@ const KEEP_PATIENCE: Duration = Duration::from_secs(2);
 /// How long to wait before it.
 const KEEP_AFTER: Duration = Duration::from_millis(100);
 /// How long a question may take that waits for other services.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 
 impl Engine {
     /// The states of some blocks from `at` on, without gaps, and the first block after them;
     /// `None`: the range is done.
     ///
     /// # Errors
-    /// As a look-up.
+    /// As a look-up; `OLD_GENERATION`: the volume is open elsewhere.
     pub async fn extents(
         &self,
         volume: &Arc<Volume>,
@@ -61,13 +56,14 @@ impl Engine {
         };
         let mapped_end = volume.state().view.mapped_end();
         let mapped = part.intersection(LblkRange::new(0, mapped_end));
-        let map = match mapped {
-            Some(mapped) => {
-                let deadline = Instant::now() + PATIENCE;
-                self.look_up(volume, mapped, deadline).await?.extents
-            }
-            None => Vec::new(),
-        };
+        // Where nothing can be mapped, the look-up of no block still says whether the volume is ours: what is
+        // dirty here, and what looks like a hole, says nothing once another writeback has it.
+        let mapped = mapped.unwrap_or(LblkRange::new(0, 0));
+        let found = self.look_up(volume, mapped, Instant::now() + PATIENCE).await?;
+        if found.read_grant.is_none() {
+            return Err(Failure::fenced());
+        }
+        let map = found.extents;
         Ok(Some((overlay(part, &map, &delayed), part.end())))
     }
 
@@ -233,116 +229,6 @@ impl Engine {
             }
         }
         found
-    }
-
-    /// Verifies the metadata's invariants, and with `read_data` every copy of every block.
-    ///
-    /// # Errors
-    /// `PEER_AWAY`: conversion cannot be asked.
-    pub async fn check(self: &Arc<Self>, read_data: bool) -> Result<CheckResponse, Failure> {
-        let call = |mut client: Client| async move { client.check(MetadataCheck {}).await };
-        let metadata = self.conversion.call(Instant::now() + PATIENCE, call).await?;
-        let mut report = CheckResponse { metadata: Some(metadata), ..CheckResponse::default() };
-        if read_data {
-            for volume in self.list().await?.volumes {
-                if let Err(failure) = self.check_data(&volume.name, &mut report).await {
-                    note(&mut report, format!("volume {}: {failure}", volume.name));
-                }
-            }
-        }
-        Ok(report)
-    }
-
-    async fn check_data(
-        self: &Arc<Self>,
-        name: &str,
-        report: &mut CheckResponse,
-    ) -> Result<(), Failure> {
-        // Only the owner of a volume may read it.
-        let volume = self.volume(name).await?;
-        let end = volume.state().view.mapped_end();
-        let mut at = 0;
-        while at < end {
-            let part = LblkRange::new(at, READ_BLOCKS_MAX.min(end - at));
-            let _registered = volume.read_begins();
-            let map = self.look_up(&volume, part, self.deadline()).await?;
-            let grant = map.read_grant.clone().ok_or_else(Failure::fenced)?;
-            for extent in map.extents.iter().filter(|e| e.state == ExtentState::Written as i32) {
-                self.check_extent(name, &grant, extent, report).await;
-            }
-            // A hole of a thin volume may be long: the next extent says where to go on.
-            at = match map.extents.is_empty() {
-                true => self.next_extent(&volume, part.end(), end).await?,
-                false => part.end(),
-            };
-        }
-        Ok(())
-    }
-
-    /// The first mapped block at or after `at`.
-    async fn next_extent(
-        &self,
-        volume: &Arc<Volume>,
-        mut at: u64,
-        end: u64,
-    ) -> Result<u64, Failure> {
-        while at < end {
-            let part = LblkRange::new(at, EXTENT_BLOCKS_MAX.min(end - at));
-            let map = self.look_up(volume, part, self.deadline()).await?;
-            if let Some(first) = map.extents.first() {
-                return Ok(first.lblk);
-            }
-            at = part.end();
-        }
-        Ok(end)
-    }
-
-    async fn check_extent(
-        &self,
-        name: &str,
-        grant: &endio_api::common::ReadGrant,
-        extent: &Extent,
-        report: &mut CheckResponse,
-    ) {
-        let blocks = u64::from(extent.blocks);
-        for place in &extent.places {
-            let request = endio_api::blockstore::ReadRequest {
-                request: 0,
-                grant: Some(grant.clone()),
-                pblk: place.pblk,
-                blocks: extent.blocks,
-                crc32c: extent.crc32c.clone(),
-                traceparent: String::new(),
-            };
-            match self.stores.read(place.store, request).await {
-                Ok(_) => report.blocks_verified += blocks,
-                Err(failure) if failure.reason == store_away().reason => {
-                    report.blocks_unreachable += blocks;
-                }
-                Err(failure) => {
-                    let kind = match failure.reason {
-                        Reason::ChecksumMismatch => "does not match its checksum",
-                        _ => "cannot be read",
-                    };
-                    let (lblk, store, pblk) = (extent.lblk, place.store, place.pblk);
-                    note(
-                        report,
-                        format!(
-                            "volume {name}: blocks {lblk}+{blocks} on store {store} at {pblk}: \
-                             the data {kind} ({failure})"
-                        ),
-                    );
-                }
-            }
-        }
-    }
-}
-
-fn note(report: &mut CheckResponse, finding: String) {
-    match report.findings.len() {
-        len if len < FINDINGS_MAX => report.findings.push(finding),
-        FINDINGS_MAX => report.findings.push("there are more findings".to_owned()),
-        _ => {}
     }
 }
 

@@ -6,7 +6,7 @@ use bytes::BytesMut;
 use endio_api::conversion::{ChangeMapRequest, MapChange};
 use endio_chassis::trace::Span;
 use endio_state_machine::writeback::cover::inner_and_edges;
-use endio_types::{ByteRange, LblkRange, MapVersion, Reason};
+use endio_types::{BLOCK_BYTES, ByteRange, LblkRange, MapVersion, Reason};
 use tokio::time::Instant;
 
 use super::{Engine, Piece, Started};
@@ -14,7 +14,7 @@ use crate::dedupe::{Admission, Admitted, Retry};
 use crate::failure::Failure;
 use crate::locks::Held;
 use crate::metrics::Kind;
-use crate::volume::Volume;
+use crate::volume::{State, Volume};
 
 /// What happens to the range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -158,6 +158,7 @@ impl Change {
             return Ok(0);
         }
         if self.op.kind == RangeKind::Allocate {
+            self.extended().await?;
             // Allocated or not is a property of whole blocks; data in the cache stays.
             return self.change_map(self.blocks, held).await;
         }
@@ -168,6 +169,43 @@ impl Change {
             self.zero_edge(edge).await?;
         }
         if inner.is_empty() { Ok(0) } else { self.change_map(inner, held).await }
+    }
+
+    /// Waits until conversion knows a growable volume to be as long as the range. It allocates inside the size
+    /// that it knows only: blocks behind a size that shrinks are freed, and those behind one that never grew
+    /// would be nobody's. What was acknowledged and extends the volume is written out first.
+    async fn extended(&self) -> Result<(), Failure> {
+        let Self { engine, volume, .. } = self;
+        let end = self.blocks.end();
+        let is_known = |state: &State| state.view.durable_size_bytes().div_ceil(BLOCK_BYTES) >= end;
+        let (lsn, count, cursor) = {
+            let mut state = volume.state();
+            if is_known(&state) {
+                return Ok(());
+            }
+            let lsn = engine.log.last();
+            state.flush_up_to_at_least(lsn);
+            (lsn, state.error_count, state.errors.sample())
+        };
+        volume.changed();
+        let known = volume.wait(|state| match &state.gone {
+            Some(gone) => Some(Err(gone.clone())),
+            None if is_known(state) => Some(Ok(())),
+            // Told to whoever asks for errors, too: the data stays dirty.
+            None if state.error_count != count => {
+                let why = state.errors.peek(cursor).cloned();
+                let untold =
+                    || Failure::new(Reason::IoError, "a write-out failed and is tried again");
+                Some(Err(why.unwrap_or_else(untold)))
+            }
+            // Nothing extends it any more, and conversion knows better what there is.
+            None if state.dirty.oldest_lsn().is_none_or(|oldest| oldest > lsn) => Some(Ok(())),
+            None => None,
+        });
+        tokio::time::timeout_at(self.deadline, known).await.unwrap_or_else(|_| {
+            let detail = "what extends the volume could not be written out in time";
+            Err(Failure::new(Reason::TimedOut, detail))
+        })
     }
 
     /// Zeroes bytes inside one block.

@@ -165,19 +165,24 @@ impl Engine {
         deadline: Instant,
     ) -> Result<Vec<Run>, Failure> {
         let permits = u32::try_from(range.len).unwrap_or(u32::MAX);
-        let _room = match tokio::time::timeout_at(deadline, self.reads.acquire_many(permits)).await
-        {
-            Ok(Ok(room)) => room,
-            Ok(Err(_)) => return Err(Failure::draining()),
-            Err(_) => return Err(Failure::new(Reason::Limit, "too many bytes of reads in flight")),
-        };
         let mut pause = std::time::Duration::from_millis(self.config.retry_first_ms);
         let mut trusts_cache = true;
         loop {
+            // For each try: those that wait for a store that is away leave room for others, of other volumes
+            // perhaps. They hold no data.
+            let room = tokio::time::timeout_at(deadline, self.reads.acquire_many(permits)).await;
+            let room = match room {
+                Ok(Ok(room)) => room,
+                Ok(Err(_)) => return Err(Failure::draining()),
+                Err(_) => {
+                    return Err(Failure::new(Reason::Limit, "too many bytes of reads in flight"));
+                }
+            };
             let failure = match self.try_read(volume, range, &mut trusts_cache, deadline).await {
                 Ok(runs) => return Ok(runs),
                 Err(failure) => failure,
             };
+            drop(room);
             volume.usable()?;
             if std::mem::take(&mut trusts_cache) {
                 // Whatever is wrong with the blocks, first of all they must be the right ones.
@@ -271,8 +276,15 @@ impl Engine {
     /// opened the volume meanwhile. A look-up would say so, too, and so does a store of what it
     /// holds; nothing else does: not of what is dirty here, and not of holes.
     fn is_ours(&self, volume: &Volume) -> Result<(), Failure> {
+        // The lease first: whatever conversion had said before it renewed the lease is heeded by then. What
+        // is let go is discarded only afterwards, and must not look like a hole.
+        let is_leased = self.session.lease_holds();
+        let state = volume.state();
+        if let Some(gone) = &state.gone {
+            return Err(gone.clone());
+        }
         // Under a new session, first of all conversion must know the volume as ours.
-        if self.session.lease_holds() && volume.state().credit_reset.is_none() {
+        if is_leased && state.credit_reset.is_none() && !state.leaving {
             return Ok(());
         }
         let detail = "conversion has not confirmed for a while that the volume is open here";

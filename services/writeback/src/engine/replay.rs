@@ -27,7 +27,7 @@ impl Engine {
     pub async fn replay(self: &Arc<Self>, mut replay: Replay) -> Result<(), Failure> {
         reach(Point::WritebackReplay);
         let power_lost = replay.power_lost();
-        self.dedupe.restore(replay.sessions().clone(), power_lost);
+        self.dedupe.restore(replay.sessions().clone());
         let mut writes = Writes::new();
         while let Some(write) = replay.next_write()? {
             writes.entry(write.write.volume.0).or_default().push(write);
@@ -49,8 +49,12 @@ impl Engine {
             self.replay_volume(open, data).await?;
         }
         for (volume, data) in writes {
+            // Appended while the volume was taken away, and noted behind that.
             let writes = data.len();
             tracing::error!(volume, writes, "data in the cache log of a volume that is not open");
+            self.table.owe_loss(volume);
+            self.note_loss(volume).await;
+            self.log.append_closed(volume)?;
         }
         Ok(())
     }

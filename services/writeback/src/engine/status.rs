@@ -80,7 +80,10 @@ impl Engine {
             timeout(ANSWER_MAX, self.store_list()),
         );
         status.conversion = conversion.ok();
-        status.all_volumes = volumes.map_or_else(|_| Vec::new(), |volumes| volumes.volumes);
+        match volumes {
+            Ok(volumes) => status.all_volumes = volumes.volumes,
+            Err(failure) => status.volumes_unknown = failure.to_string(),
+        }
         let stores = stores.ok().and_then(Result::ok).map_or_else(Vec::new, |list| list.stores);
         let mut asked = tokio::task::JoinSet::new();
         for store in stores {

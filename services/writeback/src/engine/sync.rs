@@ -42,6 +42,18 @@ impl Observer {
         cursors.entry((volume.id, volume.generation)).or_insert(now);
     }
 
+    /// Whether this observer is about to hear of a loss of acknowledged writes.
+    fn is_to_hear_of_loss(&self, volume: &Volume, state: &State) -> bool {
+        let by_name = match (&self.who, &state.loss) {
+            (Some(who), Some(loss)) => loss.is_untold(who),
+            _ => false,
+        };
+        let cursors = self.cursors.lock().unwrap_or_else(PoisonError::into_inner);
+        let cursor = cursors.get(&(volume.id, volume.generation)).copied();
+        let cursor = cursor.unwrap_or_else(|| state.errors.sample());
+        by_name || state.errors.peek(cursor).is_some_and(Failure::is_loss)
+    }
+
     fn check(&self, volume: &Volume, state: &mut State) -> Option<Failure> {
         let mut cursors = self.cursors.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (volume.id, volume.generation);
@@ -125,6 +137,18 @@ impl Engine {
         until: Until,
         lsn: Lsn,
     ) -> Result<(), Failure> {
+        // Noted first, so that it is not told again after a kill. From where it counts as told on, nothing is
+        // waited for: who asks and goes away meanwhile was not told, and the next one is.
+        let is_loss = {
+            let state = volume.state();
+            match observer {
+                Some(observer) => observer.is_to_hear_of_loss(volume, &state),
+                None => state.errors.peek(state.told).is_some_and(Failure::is_loss),
+            }
+        };
+        if is_loss {
+            self.log.loss_told(volume.id).await;
+        }
         let (untold, is_pending) = {
             let mut state = volume.state();
             let untold = match observer {
@@ -137,12 +161,7 @@ impl Engine {
             (untold, until.is_ahead(&state, lsn))
         };
         match untold {
-            Some(failure) => {
-                if failure.is_loss() {
-                    self.log.loss_told(volume.id).await;
-                }
-                Err(failure)
-            }
+            Some(failure) => Err(failure),
             // Somebody else was told of the failure; the data is still not there.
             None if is_pending => {
                 Err(Failure::new(Reason::IoError, "a write-out failed and is tried again"))
@@ -156,23 +175,25 @@ impl Engine {
 
     /// Waits until what was acknowledged before is out, or a write-out has failed; tells nobody.
     async fn all_out(&self, volume: &Arc<Volume>, until: Until) -> Result<(Lsn, u64), Failure> {
-        let (lsn, errors, waited_for) = self.want_all_out(volume, until).await;
-        let ended = volume.wait(|state| match &state.gone {
-            Some(gone) => Some(Err(gone.clone())),
-            None if state.error_count != errors => Some(Ok(())),
-            None if !until.is_ahead(state, lsn) => Some(Ok(())),
-            None => None,
-        });
+        let out = async {
+            let (lsn, errors, waited_for) = self.want_all_out(volume, until).await;
+            let ended = volume.wait(|state| match &state.gone {
+                Some(gone) => Some(Err(gone.clone())),
+                None if state.error_count != errors => Some(Ok((lsn, waited_for))),
+                None if !until.is_ahead(state, lsn) => Some(Ok((lsn, waited_for))),
+                None => None,
+            });
+            ended.await
+        };
         // Write-outs have their own timeout, after which they leave an error here.
         let patience = Duration::from_millis(self.config.io_timeout_ms.saturating_mul(2));
-        match tokio::time::timeout(patience, ended).await {
-            Ok(ended) => ended?,
+        match tokio::time::timeout(patience, out).await {
+            Ok(out) => out,
             Err(_) => {
                 let detail = "what is dirty could not be written out in time";
-                return Err(Failure::new(Reason::TimedOut, detail));
+                Err(Failure::new(Reason::TimedOut, detail))
             }
         }
-        Ok((lsn, waited_for))
     }
 
     /// Asks for everything that is dirty now to be made durable: in the data log, if that takes it,

@@ -17,7 +17,7 @@ use crate::conversion::Client;
 use crate::dedupe::Retry;
 use crate::failure::Failure;
 use crate::locks::Held;
-use crate::volume::{MapChanging, Opened, Volume};
+use crate::volume::{MapChanging, Opened, State, Volume};
 
 impl Engine {
     /// The volume of that name, opened here if nobody has it open.
@@ -248,11 +248,18 @@ impl Engine {
         let noted = self.log.append_open(volume.id, &volume.name, volume.generation)?;
         self.log.durable(noted).await?;
         self.table.tell_loss(&volume);
+        let ask = {
+            let mut state = volume.state();
+            let ask = state.credit.reset();
+            // Somebody may have taken it since it was opened: what is dirty is read when conversion has
+            // answered.
+            state.credit_reset = Some(ask.request);
+            ask
+        };
         self.table.insert(Arc::clone(&volume));
         self.start_flusher(Arc::clone(&volume));
         let (name, generation) = (&volume.name, volume.generation);
         tracing::info!(volume = %name, generation, "volume open");
-        let ask = volume.state().credit.reset();
         let engine = Arc::clone(self);
         self.tasks.spawn(async move {
             // What an earlier owner was promised and did not use is given back here.
@@ -264,13 +271,23 @@ impl Engine {
                 add_blocks: ask.add_blocks,
                 drop_blocks: 0,
             };
+            let is_answered = |state: &mut State| {
+                if state.credit_reset == Some(ask.request) {
+                    state.credit_reset = None;
+                }
+            };
             match engine.session.reserve(None, reserve).await {
-                Ok(_) => drop(volume.state().credit.granted(ask.request)),
+                Ok(_) => {
+                    let mut state = volume.state();
+                    state.credit.granted(ask.request);
+                    is_answered(&mut state);
+                }
                 // The next session sets it anew.
                 Err(failure) if failure.reason == Reason::PeerAway => {}
                 Err(failure) => {
                     engine.heed(&volume, &failure);
                     let mut state = volume.state();
+                    is_answered(&mut state);
                     match failure.is_full() {
                         true => state.credit.refused(ask.request),
                         false => state.credit.put_off(ask.request),
@@ -529,6 +546,8 @@ impl Engine {
             let request = DeleteVolumeRequest { attempt: Some(attempt), ..request.clone() };
             async move { client.delete_volume(request).await }
         };
+        // From here on it may be gone, and somebody else may create another one of its name.
+        volume.state().leaving = true;
         let (deleted, left) = self.change(volume, deadline, call).await;
         match deleted {
             Ok(_) => {}
@@ -536,9 +555,15 @@ impl Engine {
             Err(failure) if failure.reason == Reason::UnknownVolume => {}
             Err(failure) => {
                 self.heed(volume, &failure);
-                if let Some(number) = left {
+                match left {
                     // What is acknowledged from now on must not go with a late deletion.
-                    self.settle_later(volume, number, held, |_| {});
+                    Some(number) => {
+                        let stays = Arc::clone(volume);
+                        self.settle_later(volume, number, held, move |_| {
+                            stays.state().leaving = false;
+                        });
+                    }
+                    None => volume.state().leaving = false,
                 }
                 return Err(failure);
             }
@@ -558,10 +583,13 @@ impl Engine {
     /// is not open here any more then, and another call closes it.
     pub async fn close(self: &Arc<Self>, name: &str) -> Result<(), Failure> {
         check_name(name)?;
-        let Some(volume) = self.table.find(name) else {
-            return self.close_left_open(name).await;
-        };
         let engine = Arc::clone(self);
+        let Some(volume) = self.table.find(name) else {
+            let name = name.to_owned();
+            // A caller that goes away leaves nobody's turn behind.
+            let close = async move { engine.close_left_open(&name).await };
+            return self.tasks.spawn(close).await.map_err(|_| Failure::task_lost())?;
+        };
         let close = async move { engine.close_open(&volume).await };
         self.tasks.spawn(close).await.map_err(|_| Failure::task_lost())?
     }
@@ -601,6 +629,8 @@ impl Engine {
         }
         self.forget(volume, everything, deadline).await?;
         let opened = (volume.id, volume.generation);
+        // From here on somebody else may open it, write, and be told that it is done.
+        volume.state().leaving = true;
         let closed = self.close_at_conversion(&volume.name, opened, deadline).await;
         // Whatever came of it: it may have been carried out, or may yet be, and then what is
         // acknowledged here would be lost. Nothing is dirty, and the next request opens it again.

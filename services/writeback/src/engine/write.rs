@@ -24,6 +24,9 @@ use crate::volume::{CachedBlock, Volume};
 /// How long the cache takes large writes, too, after the stores did not take one in time.
 const AROUND_RESTS: Duration = Duration::from_secs(10);
 
+/// A cache log that took nothing for so long is not about to have room: a write-out and a trim take less.
+const LOG_FULL_PATIENCE: Duration = Duration::from_secs(1);
+
 /// When a write is acknowledged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
@@ -379,7 +382,14 @@ impl Write {
         self.room().await?;
         self.credit().await?;
         let used = match self.insert(&whole, admission.as_ref()).await {
-            Ok(used) => used,
+            Ok(Some(used)) => used,
+            Ok(None) => {
+                volume.state().credit.put_back(self.blocks.len);
+                tracing::debug!(volume = %volume.name, "the cache log is full: around it");
+                self.direct().await?;
+                reach(Point::WritebackDirectDone);
+                return Ok(());
+            }
             Err(failure) => {
                 volume.state().credit.put_back(self.blocks.len);
                 return Err(failure);
@@ -476,8 +486,13 @@ impl Write {
         }
     }
 
-    /// Log first, then the cache.
-    async fn insert(&self, whole: &Bytes, admission: Option<&Admission>) -> Result<Used, Failure> {
+    /// Log first, then the cache. `None`: the log stays full, because what it begins with, of some other
+    /// volume perhaps, cannot be written out. The stores of this one may take the write all the same.
+    async fn insert(
+        &self,
+        whole: &Bytes,
+        admission: Option<&Admission>,
+    ) -> Result<Option<Used>, Failure> {
         loop {
             let room = self.engine.room.notified();
             tokio::pin!(room);
@@ -485,9 +500,13 @@ impl Write {
             match self.try_insert(whole, admission) {
                 Err(CacheLogError::Full { .. } | CacheLogError::DiskFull) => {}
                 Err(error) => return Err(error.into()),
-                Ok(inserted) => return inserted,
+                Ok(inserted) => return inserted.map(Some),
             }
             self.engine.want_everything_out();
+            // What may be sent again has its key in one record with its data, or none of both.
+            if admission.is_none() && self.engine.log.is_full_for(LOG_FULL_PATIENCE) {
+                return Ok(None);
+            }
             let until = self.deadline.min(Instant::now() + Duration::from_millis(100));
             let _ = tokio::time::timeout_at(until, room).await;
             if Instant::now() >= self.deadline {

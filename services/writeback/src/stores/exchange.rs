@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::time::Duration;
 
 use bytes::Bytes;
 use endio_api::blockstore::{
@@ -17,6 +18,11 @@ use tonic::{Status, Streaming};
 
 use super::{Limits, store_away};
 use crate::failure::Failure;
+
+/// How long every question is refused at once after a stream could not be opened. Long enough that all who
+/// waited for that stream are told of it, though the queue holds few of them at a time; short beside what an
+/// open may take, so that a store that is back is soon asked again.
+const REFUSE: Duration = Duration::from_millis(100);
 
 /// What is asked and answered.
 pub(super) trait Protocol: Send + 'static {
@@ -63,7 +69,9 @@ impl<P: Protocol> Exchange<P> {
         Self { jobs }
     }
 
-    /// Puts a question in the stream's queue.
+    /// Puts a question in the stream's queue, and waits for room there as long as the stream takes nothing.
+    ///
+    /// Cancel-safe: the question is in the queue when this returns, and never otherwise.
     pub(super) async fn hand_over(
         &self,
         ask: P::Ask,
@@ -91,10 +99,28 @@ async fn run<P: Protocol>(mut protocol: P, mut queue: mpsc::Receiver<Job<P>>, li
                 } else {
                     tracing::debug!(error = %status, "no stream to a block-store");
                 }
-                let _ = first.reply.send(Err(store_away()));
+                refuse(first, &mut queue).await;
             }
-            Err(_) => drop(first.reply.send(Err(store_away()))),
+            Err(_) => refuse(first, &mut queue).await,
         }
+    }
+}
+
+/// Answers everything that waits for a stream that could not be opened, and what comes in the next moment:
+/// each would pay for an open of its own, one after the other.
+async fn refuse<P: Protocol>(first: Job<P>, queue: &mut mpsc::Receiver<Job<P>>) {
+    let over = tokio::time::sleep(REFUSE);
+    tokio::pin!(over);
+    let mut next = Some(first);
+    while let Some(job) = next {
+        // Whoever asked may have gone.
+        let _ = job.reply.send(Err(store_away()));
+        next = tokio::select! {
+            biased;
+            // First: whoever asks again and again does not put the next open off for ever.
+            () = &mut over => None,
+            next = queue.recv() => next,
+        };
     }
 }
 
@@ -256,5 +282,77 @@ impl Protocol for Reads {
             Some(failure) => Err(failure),
         };
         (done.request, outcome)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use futures_util::future::join_all;
+
+    use super::*;
+
+    /// How a store that cannot be used meets a call.
+    #[derive(Clone, Copy, Debug)]
+    enum Store {
+        Silent,
+        FailsSlowly,
+    }
+
+    /// Streams that are never opened.
+    struct Never {
+        store: Store,
+        opens: Arc<AtomicUsize>,
+    }
+
+    impl Protocol for Never {
+        const IN_TRANSPORT: usize = 1;
+
+        type Ask = u64;
+        type Answer = u64;
+        type Value = ();
+        type Key = u64;
+
+        fn key(&mut self, ask: &mut u64) -> u64 {
+            *ask
+        }
+
+        async fn open(&mut self, _: ReceiverStream<u64>) -> Result<Streaming<u64>, Status> {
+            self.opens.fetch_add(1, Ordering::Relaxed);
+            match self.store {
+                Store::Silent => std::future::pending().await,
+                Store::FailsSlowly => tokio::time::sleep(Duration::from_millis(200)).await,
+            }
+            Err(Status::unavailable("it fails in the end"))
+        }
+
+        fn value(answer: u64) -> (u64, Result<(), Failure>) {
+            (answer, Ok(()))
+        }
+    }
+
+    /// However few of them the queue holds.
+    #[tokio::test]
+    async fn all_who_wait_for_a_stream_that_does_not_open_are_told_of_one_open() {
+        const ASKED: usize = 64;
+        for (store, queue) in
+            [Store::Silent, Store::FailsSlowly].into_iter().flat_map(|s| [(s, 1), (s, 256)])
+        {
+            let opens = Arc::new(AtomicUsize::new(0));
+            let never = Never { store, opens: Arc::clone(&opens) };
+            let limits =
+                Limits { queue, connect: Duration::from_millis(500), read: Duration::from_secs(1) };
+            let exchange = Exchange::start(never, limits);
+            let ask = async |number| exchange.hand_over(number).await?.await.unwrap();
+            for answer in join_all((0..ASKED as u64).map(ask)).await {
+                assert_eq!(answer.unwrap_err().reason, Reason::PeerAway);
+            }
+            // A machine that is slow may have been asked again before the last one was heard.
+            let opens = opens.load(Ordering::Relaxed);
+            assert!(opens <= 3, "{opens} opens for {store:?}, a queue of {queue}");
+        }
     }
 }

@@ -13,9 +13,16 @@ use endio_testkit::client::{Client, Refused};
 use endio_testkit::seed::{self, Rng};
 use endio_types::{Pblk, Reason};
 
-const VOLUME_BYTES: u64 = 16 << 20;
+pub(crate) const VOLUME_BYTES: u64 = 16 << 20;
+/// Neighbouring regions of so many blocks are read from different copies first.
+const REGION_BLOCKS: u64 = 256;
 
-async fn write(client: &Client, offset: u64, data: &[u8], mode: WriteMode) -> Result<(), Refused> {
+pub(crate) async fn write(
+    client: &Client,
+    offset: u64,
+    data: &[u8],
+    mode: WriteMode,
+) -> Result<(), Refused> {
     let write = WriteRequest {
         volume: "vol1".into(),
         offset_bytes: offset,
@@ -26,7 +33,7 @@ async fn write(client: &Client, offset: u64, data: &[u8], mode: WriteMode) -> Re
     Ok(client.io().write(write).await.map(drop)?)
 }
 
-async fn direct(client: &Client, offset: u64, data: &[u8]) {
+pub(crate) async fn direct(client: &Client, offset: u64, data: &[u8]) {
     write(client, offset, data, WriteMode::Direct).await.unwrap();
 }
 
@@ -113,7 +120,7 @@ async fn a_power_cut_of_the_device_loses_nothing_that_was_acknowledged_as_durabl
     client.settles().await.unwrap();
 }
 
-async fn place_of(client: &Client, lblk: u64) -> Vec<(u32, u64)> {
+pub(crate) async fn place_of(client: &Client, lblk: u64) -> Vec<(u32, u64)> {
     let request = endio_api::writeback::ExtentsRequest {
         volume: "vol1".into(),
         offset_bytes: lblk * 4096,
@@ -149,7 +156,7 @@ async fn a_flipped_bit_is_never_returned() {
 }
 
 /// A block as one read shows it.
-async fn read_once(client: &Client, offset_bytes: u64) -> Result<Vec<u8>, Refused> {
+pub(crate) async fn read_once(client: &Client, offset_bytes: u64) -> Result<Vec<u8>, Refused> {
     let request = ReadRequest {
         volume: "vol1".into(),
         offset_bytes,
@@ -165,6 +172,27 @@ async fn read_once(client: &Client, offset_bytes: u64) -> Result<Vec<u8>, Refuse
     Ok(data)
 }
 
+/// A writeback that remembers no clean block, so that each read reaches the stores, and "vol1".
+async fn without_memory(stack: &Stack, replicas: u32) -> (Writeback, Client) {
+    let config = endio_writeback::Config {
+        conversion: stack.conversion.url.clone(),
+        cache_dir: stack.directory.path().join("without-memory"),
+        read_cache_bytes: 0,
+        ..Default::default()
+    };
+    let writeback = Writeback::start_with(config).await;
+    let client = writeback.client();
+    client.create("vol1", VOLUME_BYTES, replicas).await.unwrap();
+    (writeback, client)
+}
+
+/// The stores by their numbers.
+async fn holders<'a>(stack: &'a Stack, client: &Client) -> BTreeMap<u32, &'a Store> {
+    let listed = client.inspect().stores(ListStoresRequest {}).await.unwrap().into_inner();
+    let of = |url: &str| stack.stores.iter().find(|store| store.url == url).unwrap();
+    listed.stores.into_iter().map(|store| (store.id, of(&store.url))).collect()
+}
+
 /// Many random flips, each read back at once: `ENDIO_FLIP_ROUNDS`. With one copy a read is an error,
 /// with two it is the data, and in no case other bytes.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -173,19 +201,8 @@ async fn no_random_flip_is_silent() {
     let mut rng = Rng::new(seed::announce("endio-integration-tests", "no_random_flip_is_silent"));
     for (replicas, share) in [(1, rounds / 2), (2, rounds - rounds / 2)] {
         let stack = Stack::start(replicas).await;
-        let config = endio_writeback::Config {
-            conversion: stack.conversion.url.clone(),
-            cache_dir: stack.directory.path().join("flips"),
-            // A read reaches the stores.
-            read_cache_bytes: 0,
-            ..Default::default()
-        };
-        let writeback = Writeback::start_with(config).await;
-        let client = writeback.client();
-        client.create("vol1", VOLUME_BYTES, u32::try_from(replicas).unwrap()).await.unwrap();
-        let listed = client.inspect().stores(ListStoresRequest {}).await.unwrap().into_inner();
-        let urls: BTreeMap<u32, String> =
-            listed.stores.into_iter().map(|store| (store.id, store.url)).collect();
+        let (_writeback, client) = without_memory(&stack, u32::try_from(replicas).unwrap()).await;
+        let holders = holders(&stack, &client).await;
         let mut errors = 0;
         for round in 0..share {
             let (block, fill) = (rng.below(64), u8::try_from(round % 255).unwrap() + 1);
@@ -195,9 +212,8 @@ async fn no_random_flip_is_silent() {
             assert_eq!(places.len(), replicas);
             let victim = usize::try_from(rng.below(places.len() as u64)).unwrap();
             let (store, pblk) = places[victim];
-            let holder = stack.stores.iter().find(|known| known.url == urls[&store]).unwrap();
             let bit = usize::try_from(rng.below(4096 * 8)).unwrap();
-            holder.device.memory.flip_bit(Pblk(pblk), bit);
+            holders[&store].device.memory.flip_bit(Pblk(pblk), bit);
             match (replicas, read_once(&client, block * 4096).await) {
                 (1, Err(refused)) => {
                     assert_eq!(refused.reason, Reason::ChecksumMismatch, "{refused}");
@@ -211,22 +227,40 @@ async fn no_random_flip_is_silent() {
     }
 }
 
+/// Scenario 76. Whichever copy is bad, a read that meets it takes the other one and nobody is told. The
+/// bad copy stays as it is: each read meets it anew, and when the other copy goes bad as well, the data
+/// is lost and a read says so.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_bad_replica_is_read_around() {
-    let (stack, client) = stack(2, 2).await;
-    direct(&client, 0, &[5; 8192]).await;
-    let places = place_of(&client, 0).await;
-    assert_eq!(places.len(), 2, "two replicas");
-    for bit in [3, 4] {
-        // Whichever store has that number: the block is only written on it.
-        for store in &stack.stores {
-            store.device.memory.flip_bit(Pblk(places[0].1), bit);
+    let stack = Stack::start(2).await;
+    let (writeback, client) = without_memory(&stack, 2).await;
+    let holders = holders(&stack, &client).await;
+    for (first, region) in [0, REGION_BLOCKS].into_iter().enumerate() {
+        let offset = region * 4096;
+        direct(&client, offset, &[5; 8192]).await;
+        let places = place_of(&client, region).await;
+        assert_eq!(places.len(), 2, "two replicas");
+        let flip = |copy: usize, bit| {
+            let (store, pblk) = places[copy];
+            holders[&store].device.memory.flip_bit(Pblk(pblk), bit);
+        };
+        flip(first, 3);
+        for _ in 0..2 {
+            let before = writeback.reads_repaired();
+            assert_eq!(client.read("vol1", offset, 8192).await.unwrap(), vec![5; 8192]);
+            assert_eq!(
+                writeback.reads_repaired(),
+                before + 1,
+                "the bad copy is met and passed over"
+            );
         }
-        if places[0].1 == places[1].1 {
-            // Both replicas lie at the same place: put the second store's bit back.
-            stack.stores[1].device.memory.flip_bit(Pblk(places[0].1), bit);
-        }
-        assert_eq!(client.read("vol1", 0, 8192).await.unwrap(), vec![5; 8192]);
+        flip(1 - first, 4);
+        let refused = read_once(&client, offset).await.unwrap_err();
+        assert_eq!(refused.reason, Reason::ChecksumMismatch, "{refused}");
+        flip(first, 3);
+        let before = writeback.reads_repaired();
+        assert_eq!(client.read("vol1", offset, 8192).await.unwrap(), vec![5; 8192]);
+        assert_eq!(writeback.reads_repaired(), before, "the good copy was asked first");
     }
 }
 
@@ -331,7 +365,7 @@ async fn direct_writes_at_once_use_a_store_to_its_last_block() {
     client.settles().await.unwrap();
 }
 
-/// Promise 6, scenarios 23 and 69. A device that fails for longer than the timeout is told to the
+/// Promise 6, scenario 23. A device that fails for longer than the timeout is told to the
 /// fsync that hits it; the data stays dirty, and once the fault clears, all is well without help.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_error_is_told_and_does_not_stick() {
@@ -398,7 +432,7 @@ async fn who_syncs_all_hears_one_error_and_the_others_stay_untold() {
     client.settles().await.unwrap();
 }
 
-/// Scenarios 40 and 41. An fsync waits for a segment that is written but not released.
+/// Scenario 40. An fsync waits for a segment that is not durable.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_fsync_waits_for_a_segment_in_flight() {
     let (stack, client) = stack(1, 1).await;
@@ -411,6 +445,35 @@ async fn an_fsync_waits_for_a_segment_in_flight() {
     stack.stores[0].device.open();
     fsync.await.unwrap().unwrap();
     assert_eq!(client.read("vol1", 0, 4096).await.unwrap(), vec![3; 4096]);
+}
+
+/// Scenario 37. A lone DSYNC write costs its store one flush, the same as without; what is durable
+/// already costs none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dsync_write_costs_one_flush_and_what_is_durable_already_none() {
+    let (stack, client) = stack(1, 1).await;
+    let device = &stack.stores[0].device;
+    let writes =
+        [(WriteMode::Direct, false), (WriteMode::Direct, true), (WriteMode::Buffered, true)];
+    for (at, (mode, dsync)) in (0..).zip(writes) {
+        let before = device.flushes();
+        let request = WriteRequest {
+            volume: "vol1".into(),
+            offset_bytes: at << 20,
+            data: Bytes::from_static(&[7; 8192]),
+            mode: mode.into(),
+            dsync,
+            ..Default::default()
+        };
+        client.io().write(request).await.unwrap();
+        assert_eq!(device.flushes(), before + 1, "{mode:?}, dsync: {dsync}");
+        client.fsync("vol1").await.unwrap();
+        assert_eq!(device.flushes(), before + 1, "{mode:?}, dsync: {dsync}: it was durable");
+    }
+    write(&client, 4 << 20, &[8; 4096], WriteMode::Buffered).await.unwrap();
+    let before = device.flushes();
+    client.fsync("vol1").await.unwrap();
+    assert_eq!(device.flushes(), before + 1, "it was not durable");
 }
 
 /// Scenarios 31, 34. Until the conversion, readers see the old data; afterwards the new.

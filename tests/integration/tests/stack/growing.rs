@@ -1,10 +1,12 @@
 //! Volumes that grow and shrink by the byte, against bytes in memory.
 
+use endio_api::common::ExtentState;
 use endio_api::conversion::CreateVolumeRequest;
-use endio_api::writeback::{RangeRequest, ResizeRequest, WriteMode, WriteRequest};
-use endio_integration_tests::stack::Stack;
-use endio_testkit::client::Client;
+use endio_api::writeback::{ExtentsRequest, RangeRequest, ResizeRequest, WriteMode, WriteRequest};
+use endio_integration_tests::stack::{Stack, Writeback};
+use endio_testkit::client::{Client, Refused};
 use endio_testkit::seed::{self, Rng};
+use endio_types::Reason;
 
 const NAME: &str = "vol1";
 /// No volume gets longer.
@@ -131,4 +133,76 @@ async fn a_volume_that_grows_and_shrinks_holds_what_was_written_and_zeroes() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_volume_in_place_that_grows_and_shrinks_holds_what_was_written_and_zeroes() {
     grows_and_shrinks(true).await;
+}
+
+/// The states of all blocks of the volume.
+async fn states(client: &Client) -> Vec<ExtentState> {
+    let request = ExtentsRequest { volume: NAME.to_owned(), ..Default::default() };
+    let mut stream = client.inspect().extents(request).await.unwrap().into_inner();
+    let mut states = Vec::new();
+    while let Some(message) = stream.message().await.unwrap() {
+        for extent in message.extents {
+            states.extend((0..extent.blocks).map(|_| extent.state()));
+        }
+    }
+    states
+}
+
+/// What was acknowledged and extends the volume is not converted yet: conversion knows a volume that ends before
+/// the range.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_lies_before_an_extension_that_is_not_written_out_is_trimmed_zeroed_and_allocated() {
+    const BLOCK: u64 = 4096;
+    let mut stack = Stack::start(1).await;
+    let config = endio_writeback::Config {
+        conversion: stack.conversion.url.clone(),
+        cache_dir: stack.directory.path().join("patient"),
+        // Nothing is written out unless somebody waits for it.
+        write_out_after_ms: 600_000,
+        ..Default::default()
+    };
+    let mut writeback = Writeback::start_with(config).await;
+    let client = writeback.client();
+    let create =
+        CreateVolumeRequest { name: NAME.to_owned(), growable: true, ..Default::default() };
+    client.create_as(create).await.unwrap();
+    let range = |first: u64, blocks: u64| RangeRequest {
+        volume: NAME.to_owned(),
+        offset_bytes: first * BLOCK,
+        length_bytes: blocks * BLOCK,
+        ..Default::default()
+    };
+    let write = async |at: u64, fill: u8| {
+        let request = WriteRequest {
+            volume: NAME.to_owned(),
+            offset_bytes: at * BLOCK,
+            data: vec![fill; BLOCK as usize].into(),
+            mode: WriteMode::Buffered.into(),
+            ..Default::default()
+        };
+        client.io().write(request).await.unwrap();
+    };
+    let (hole, delayed) = (ExtentState::Hole, ExtentState::Delayed);
+    let (written, unwritten) = (ExtentState::Written, ExtentState::Unwritten);
+    write(16, 1).await;
+    client.io().trim(range(0, 16)).await.unwrap();
+    client.io().write_zeroes(range(0, 16)).await.unwrap();
+    assert_eq!(states(&client).await, [vec![hole; 16], vec![delayed]].concat());
+    // Zeroes over data that is in the cache only, before data that stays there.
+    write(4, 2).await;
+    client.io().write_zeroes(range(0, 12)).await.unwrap();
+    let now = states(&client).await;
+    assert_eq!((now[4], now[16]), (unwritten, delayed));
+    // What is allocated has to lie inside what conversion knows.
+    client.io().allocate(range(0, 17)).await.unwrap();
+    assert_eq!(states(&client).await, [vec![unwritten; 16], vec![written]].concat());
+    let data = client.read(NAME, 0, 17 * BLOCK).await.unwrap();
+    assert!(data[..16 << 12].iter().all(|byte| *byte == 0), "zeroes");
+    assert!(data[16 << 12..].iter().all(|byte| *byte == 1), "the data stays");
+    let beyond = client.io().trim(range(0, 18)).await.unwrap_err();
+    assert_eq!(Refused::from(beyond).reason, Reason::OutOfRange);
+    let checked = client.settles().await.unwrap();
+    assert_eq!(checked.findings, Vec::<String>::new());
+    writeback.stop().await;
+    stack.stop().await;
 }

@@ -2,9 +2,11 @@
 #![allow(clippy::unwrap_used)]
 
 mod around;
+mod cut_off;
 mod data_log;
 mod defragment;
 mod faults;
+mod full_log;
 mod growing;
 mod history;
 mod hostile_answers;
@@ -15,5 +17,7 @@ mod late;
 mod protocol;
 mod read_cache;
 mod scenarios;
+mod silent;
 mod surface;
+mod taken;
 mod unheard;

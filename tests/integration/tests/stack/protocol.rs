@@ -11,6 +11,8 @@ use endio_testkit::checkers;
 use tempfile::TempDir;
 use tonic::transport::Channel;
 
+mod together;
+
 const STORE_BLOCKS: u64 = 4096;
 const VOLUME_BLOCKS: u64 = 2048;
 

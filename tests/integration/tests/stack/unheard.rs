@@ -30,6 +30,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 struct Line {
     /// Completions are lost.
     loses_ends: bool,
+    /// Answers of the data log are lost.
+    loses_logged: bool,
     /// What is dirty is promised no space under a new session.
     is_full: bool,
     /// Nothing gets through.
@@ -80,6 +82,10 @@ impl Line {
                 self.given_up += 1;
             }
             Said::ByConversion(FromConversion::Completion(_)) if self.loses_ends => {
+                self.lost += 1;
+                return Verdict::Lose;
+            }
+            Said::ByConversion(FromConversion::Logged(_)) if self.loses_logged => {
                 self.lost += 1;
                 return Verdict::Lose;
             }
@@ -275,10 +281,8 @@ async fn who_writes_over_what_may_be_converted_takes_space_of_its_own() {
     cut.ends_well().await;
 }
 
-/// A direct write that was given up has made the volume longer all the same. A resize into it, which to
-/// the writeback looks as if the volume grew, cuts its data off for good.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_a_resize_cuts_off_of_a_write_that_was_given_up_does_not_come_back() {
+/// A growing volume of two blocks of 1, which a direct write that was given up has extended by two of 2.
+async fn extended_unheard() -> Cut {
     let cut = Cut::start(4_000).await;
     cut.create(0, true).await;
     let direct = WriteMode::Direct;
@@ -293,6 +297,14 @@ async fn what_a_resize_cuts_off_of_a_write_that_was_given_up_does_not_come_back(
     cut.between.break_sessions();
     let refused = told(write).await.expect("its end was lost");
     assert_eq!(refused.reason, Reason::TimedOut, "{refused}");
+    cut
+}
+
+/// A direct write that was given up has made the volume longer all the same. A resize into it, which to
+/// the writeback looks as if the volume grew, cuts its data off for good.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_resize_cuts_off_of_a_write_that_was_given_up_does_not_come_back() {
+    let cut = extended_unheard().await;
     let request = endio_api::writeback::VolumeRequest { name: NAME.to_owned() };
     let seen = cut.client.volumes().get(request).await.unwrap().into_inner();
     assert_eq!(seen.size_bytes, 2 * BLOCK, "the writeback has not heard");
@@ -309,18 +321,7 @@ async fn what_a_resize_cuts_off_of_a_write_that_was_given_up_does_not_come_back(
 /// over a part of it, does not take what is there for a hole.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_write_that_was_given_up_has_put_behind_the_end_is_no_hole() {
-    let cut = Cut::start(4_000).await;
-    cut.create(0, true).await;
-    let direct = WriteMode::Direct;
-    assert!(told(cut.writes(0, vec![1; 2 * 4096], direct)).await.is_none());
-    cut.set(|line| line.loses_ends = true);
-    let write = cut.writes(2, vec![2; 2 * 4096], direct);
-    cut.until("the write is converted", |line| line.lost > 0).await;
-    cut.until("the write is given up", |line| line.given_up > 0).await;
-    cut.set(|line| line.loses_ends = false);
-    cut.between.break_sessions();
-    let refused = told(write).await.expect("its end was lost");
-    assert_eq!(refused.reason, Reason::TimedOut, "{refused}");
+    let cut = extended_unheard().await;
     assert!(told(cut.writes(3, vec![3; 100], WriteMode::Buffered)).await.is_none());
     let seen = cut.client.read(NAME, 0, 3 * BLOCK + 100).await.unwrap();
     let whole = [vec![1; 8192], vec![2; 4096], vec![3; 100], vec![2; 3996]].concat();
@@ -330,5 +331,25 @@ async fn what_a_write_that_was_given_up_has_put_behind_the_end_is_no_hole() {
     assert!(refused.is_none(), "{refused:?}");
     let seen = cut.client.read(NAME, 0, 4 * BLOCK).await.unwrap();
     assert_eq!(differs(&seen), None, "first byte that differs, on the stores");
+    cut.ends_well().await;
+}
+
+/// The session stands, and what the data log says of a flush is lost: the flush ends in its time, and the next
+/// one needs no log.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flush_ends_in_time_though_the_data_log_never_answers() {
+    let cut = Cut::start(1_000).await;
+    cut.create(16 << 20, false).await;
+    cut.set(|line| line.loses_logged = true);
+    assert!(told(cut.writes(0, vec![1; 4096], WriteMode::Buffered)).await.is_none());
+    let request = FsyncRequest { volume: NAME.to_owned(), may_log: true };
+    let mut io = cut.client.io();
+    let flush = tokio::spawn(async move { io.fsync(request).await.err().map(Refused::from) });
+    let refused = told(flush).await.expect("nobody said that it is durable");
+    assert_eq!(refused.reason, Reason::TimedOut, "{refused}");
+    cut.until("it was logged", |line| line.lost > 0).await;
+    cut.set(|line| line.loses_logged = false);
+    assert!(told(cut.syncs()).await.is_none());
+    assert_eq!(cut.client.read(NAME, 0, 4096).await.unwrap(), [1; 4096]);
     cut.ends_well().await;
 }

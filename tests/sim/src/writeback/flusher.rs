@@ -257,6 +257,7 @@ impl Wb {
 
     /// The end of a volume here: what is dirty is of no use to anybody any more.
     async fn clear(&self, volume: &Volume) {
+        self.note_loss(volume.id);
         volume.wait(|state| (state.write_outs == 0).then_some(())).await;
         let lost = {
             let mut state = volume.state.borrow_mut();

@@ -89,6 +89,8 @@ pub struct Engine {
     /// Volumes of which somebody has yet to hear that acknowledged writes are lost.
     losses: RefCell<BTreeSet<VolumeId>>,
     sessions: RefCell<SessionTable>,
+    /// Since when the log has refused every write for want of room.
+    log_full_since: Cell<Option<u64>>,
     session_ended: Signal,
     throttle: RefCell<Throttle>,
     room: Signal,
@@ -456,6 +458,13 @@ impl Wb {
     /// A volume is not served here any more. If acknowledged writes go with it, who asks for it here next
     /// is told.
     fn end(&self, volume: &Volume, why: Failure) {
+        let is_taken = matches!(why.reason, Reason::OldGeneration | Reason::UnknownVolume);
+        let is_open = || self.world.settled.borrow().is_open_under(volume.id, volume.generation);
+        if is_taken && volume.usable().is_ok() && is_open() {
+            // Conversion may forget yet that somebody else has it.
+            let why = "is let go, and by what is durable it is open here";
+            self.exec().fail(format!("taken-is-durable: {} {why}", volume.name));
+        }
         let (is_pending, is_unsaid) = volume.let_go(why);
         self.remove(volume);
         if why.reason == Reason::UnknownVolume {

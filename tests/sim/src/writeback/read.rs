@@ -119,6 +119,8 @@ impl Wb {
             gaps.retain(|gap| gap.start.0 < state.view.mapped_end());
             gaps
         };
+        // What is let go is discarded, and must not look like a hole.
+        volume.usable()?;
         let (Some(first), Some(last)) = (gaps.first(), gaps.last()) else { return Ok(blocks) };
         let hull = LblkRange::new(first.start.0, last.end() - first.start.0);
         let (ticket, grant, map) = match known(volume, &gaps).filter(|_| *trusts_cache) {

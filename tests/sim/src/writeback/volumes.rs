@@ -36,6 +36,7 @@ pub fn start(world: &Rc<World>, at: usize) {
         table: RefCell::default(),
         losses: RefCell::default(),
         sessions: RefCell::new(SessionTable::new(world.plan.sessions)),
+        log_full_since: Cell::default(),
         session_ended: Signal::default(),
         throttle: RefCell::new(Throttle::new(world.plan.throttle)),
         room: Signal::default(),
@@ -62,15 +63,8 @@ pub fn start(world: &Rc<World>, at: usize) {
 impl Wb {
     async fn recover(self, mut replay: Replay) {
         self.up().await;
-        let power_lost = replay.power_lost();
-        {
-            let now = self.exec().clock(self.node());
-            let mut sessions = self.engine.sessions.borrow_mut();
-            sessions.restore(replay.sessions().clone(), now);
-            if power_lost {
-                sessions.mark_memory_lost();
-            }
-        }
+        let now = self.exec().clock(self.node());
+        self.engine.sessions.borrow_mut().restore(replay.sessions().clone(), now);
         let mut writes: BTreeMap<VolumeId, Vec<ReplayedWrite>> = BTreeMap::new();
         loop {
             match replay.next_write() {

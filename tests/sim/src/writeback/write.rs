@@ -19,6 +19,9 @@ use crate::block::{Block, CELL_BYTES, CELLS, ZEROES, crc, to_bytes};
 use crate::exec::MS;
 use crate::world::Planted;
 
+/// A log that took nothing for so long is not about to have room.
+const LOG_FULL_PATIENCE: u64 = 1_000 * MS;
+
 /// Makes a retry safe.
 #[derive(Clone, Copy, Debug)]
 pub struct Retry {
@@ -172,7 +175,14 @@ impl Wb {
         self.take_credit(volume, blocks.len, deadline).await?;
         let inserted = self.insert(volume, blocks, &whole, end, admission.as_ref(), deadline);
         let used = match inserted.await {
-            Ok(used) => used,
+            Ok(Some(used)) => used,
+            Ok(None) => {
+                volume.state.borrow_mut().credit.put_back(blocks.len);
+                self.exec().note("around the full log", self.node(), &[blocks.start.0, blocks.len]);
+                self.forget(volume, blocks, deadline).await?;
+                self.write_through(volume, blocks, whole, end, deadline).await?;
+                return Ok(());
+            }
             Err(failure) => {
                 volume.state.borrow_mut().credit.put_back(blocks.len);
                 return Err(failure);
@@ -373,7 +383,8 @@ impl Wb {
         }
     }
 
-    /// Log first, then the cache. Returns how many blocks of credit were needed.
+    /// Log first, then the cache. Returns how many blocks of credit were needed; `None`: the log stays full,
+    /// and the stores are to take the write.
     async fn insert(
         &self,
         volume: &Rc<Volume>,
@@ -382,7 +393,7 @@ impl Wb {
         end_bytes: u64,
         admission: Option<&Admission>,
         deadline: u64,
-    ) -> Outcome<u64> {
+    ) -> Outcome<Option<u64>> {
         let bytes = to_bytes(whole);
         loop {
             volume.usable()?;
@@ -400,12 +411,24 @@ impl Wb {
                 true => Ok(self.engine.log.last_lsn()),
                 false => self.engine.log.append_write(&record, &[&bytes]),
             };
+            let full_since = &self.engine.log_full_since;
             match appended {
-                Ok(lsn) => return Ok(self.put_into_cache(volume, blocks, lsn, end_bytes, whole)),
+                Ok(lsn) => {
+                    full_since.set(None);
+                    let used = self.put_into_cache(volume, blocks, lsn, end_bytes, whole);
+                    return Ok(Some(used));
+                }
                 Err(CacheLogError::Full { .. } | CacheLogError::DiskFull) => {}
                 Err(error) => return Err(self.log_failed(&error)),
             }
             self.want_everything_out();
+            let now = self.exec().now();
+            let since = full_since.get().unwrap_or(now);
+            full_since.set(Some(since));
+            // What may be sent again has its key in one record with its data, or none of both.
+            if admission.is_none() && now - since >= LOG_FULL_PATIENCE {
+                return Ok(None);
+            }
             self.exec().sleep_until(deadline.min(self.exec().now() + 100 * MS)).await;
             if self.exec().now() >= deadline {
                 return Err(Failure::new(Reason::Limit));

@@ -122,6 +122,19 @@ fn an_impure_state_machine_is_found() {
     assert_eq!(violations(&[("crates/state-machine/Cargo.toml", &manifest)]).len(), 1);
 }
 
+/// Scenario 58: what sets the time of day moves no lease, because no service asks for it.
+#[test]
+fn a_service_that_asks_for_the_time_of_day_is_found() {
+    let source = "fn f() { std::time::SystemTime::now(); }";
+    for dir in ["services/conversion", "services/block-store", "services/writeback"] {
+        let found = sentences(dir, source);
+        assert!(found.iter().any(|sentence| sentence.starts_with("leases")), "{dir}: {found:?}");
+    }
+    assert!(sentences("services/writeback", "fn f() { std::time::Instant::now(); }").is_empty());
+    // Certificates and the times of spans go by the time of day.
+    assert!(sentences("crates/pki", source).is_empty());
+}
+
 #[test]
 fn tests_of_the_state_machine_may_read_their_seed() {
     let text = "let seed = std::env::var(\"SEED\");";
