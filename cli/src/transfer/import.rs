@@ -498,7 +498,8 @@ mod tests {
     async fn a_growable_volume_holds_the_file_and_nothing_older_after_an_import() {
         const MIB: u64 = 1 << 20;
         // Size of the volume, length of the file, where it has data.
-        let cases: [(usize, u64, &[(u64, u64)]); 7] = [
+        type Trimmed = &'static [(u64, u64)];
+        let cases: [(usize, u64, Trimmed); 7] = [
             // The volume ends inside a round and at its edge; the file has a hole at either end.
             (1_500_000, 3 * MIB + 5, &[(0, 4096), (2 * MIB, 2 * MIB + 9)]),
             (1 << 20, 3 * MIB, &[(MIB, MIB + 4096)]),

@@ -186,6 +186,8 @@ impl Driver {
         }
         reach(Point::ConversionEpoch);
         readiness.set_ready().await;
+        // The leases that a recovery grants run from here on: nobody could be heard before.
+        self.started = Instant::now();
         let mut queue = Vec::new();
         let mut stop_by: Option<Instant> = None;
         loop {

@@ -183,7 +183,7 @@ fn into_a_growable_volume(
     cluster.endio_ok(&["volume", "create", volume, "--size", &size.to_string(), "--growable"])?;
     cluster.endio_ok(&["import", volume, text(&old)?])?;
     cluster.endio_ok(&["import", volume, text(&new)?, "--checkpoint", "1MiB"])?;
-    let copy = cluster.dir().join("copy.img");
+    let copy = cluster.dir().join(format!("{volume}.copy"));
     cluster.endio_ok(&["export", volume, text(&copy)?])?;
     let (file, copy) = (std::fs::read(&new)?, std::fs::read(&copy)?);
     ensure!(copy.len() == size.max(file.len()), "{volume} has {} bytes", copy.len());

@@ -10,8 +10,7 @@ fn lists(rig: &Rig, session: WritebackSession, from: usize) -> Vec<Vec<(u32, boo
         EffectKind::Writeback(to, ToWriteback::Stores(stores)) if *to == session => Some(stores),
         _ => None,
     });
-    let plain =
-        lists.map(|stores| stores.iter().map(|store| (store.id.0, store.live)).collect());
+    let plain = lists.map(|stores| stores.iter().map(|store| (store.id.0, store.live)).collect());
     plain.collect()
 }
 

@@ -56,9 +56,9 @@ impl Engine {
         };
         let mapped_end = volume.state().view.mapped_end();
         let mapped = part.intersection(LblkRange::new(0, mapped_end));
-        // Where nothing can be mapped, the look-up of no block still says whether the volume is ours: what is
+        // Where nothing can be mapped, the look-up of one block still says whether the volume is ours: what is
         // dirty here, and what looks like a hole, says nothing once another writeback has it.
-        let mapped = mapped.unwrap_or(LblkRange::new(0, 0));
+        let mapped = mapped.unwrap_or(LblkRange { len: 1, ..part });
         let found = self.look_up(volume, mapped, Instant::now() + PATIENCE).await?;
         if found.read_grant.is_none() {
             return Err(Failure::fenced());

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use endio_api::conversion::CreateVolumeRequest;
 use endio_api::writeback::{StatusRequest, VolumeRequest, WriteMode, WriteRequest};
 use endio_integration_tests::stack::{Stack, Writeback};
 use endio_testkit::client::Client;
@@ -10,12 +11,13 @@ use endio_testkit::client::Client;
 const SIZE: u64 = 64 << 20;
 const PIECE: u64 = 64 << 10;
 const MIB: u64 = 1 << 20;
-/// Two copies, of which one cannot be stored.
+/// On a store that is away.
 const STUCK: &str = "stuck";
 const HEALTHY: &str = "healthy";
 
-/// Two stores, of which the second one has died, and a writeback with both volumes.
-async fn stack(config: endio_writeback::Config) -> (Stack, Writeback) {
+/// Two stores, of which the first one has died, and a writeback with both volumes. What the stuck one has lies
+/// on the first store alone, and is overwritten in place; so many pieces of it are dirty.
+async fn stack(config: endio_writeback::Config, dirty_pieces: u64) -> (Stack, Writeback) {
     let mut stack = Stack::start(2).await;
     let config = endio_writeback::Config {
         conversion: stack.conversion.url.clone(),
@@ -23,18 +25,34 @@ async fn stack(config: endio_writeback::Config) -> (Stack, Writeback) {
         // What is written goes into the cache log.
         write_around_bytes: 0,
         flush_log_bytes: 0,
+        // Nothing is written out unless somebody waits for it.
+        write_out_after_ms: 600_000,
         io_timeout_ms: 20_000,
         ..config
     };
     let writeback = Writeback::start_with(config).await;
     let client = writeback.client();
-    client.create(STUCK, SIZE, 2).await.unwrap();
-    client.create(HEALTHY, SIZE, 1).await.unwrap();
-    for volume in [STUCK, HEALTHY] {
-        write(&client, volume, 0, 1).await;
-        client.fsync(volume).await.unwrap();
-    }
     stack.stores[1].crash().await;
+    let request = CreateVolumeRequest {
+        name: STUCK.to_owned(),
+        size_bytes: SIZE,
+        replicas: 1,
+        in_place: true,
+        ..Default::default()
+    };
+    client.volumes().create(request).await.unwrap();
+    let patient = client.clone().with_patience(Duration::from_secs(60));
+    for piece in 0..dirty_pieces {
+        write(&client, STUCK, piece, 1).await;
+    }
+    patient.fsync(STUCK).await.unwrap();
+    stack.stores[1].start_again().await;
+    stack.wait_for_stores(2).await;
+    client.create(HEALTHY, SIZE, 1).await.unwrap();
+    for piece in 0..dirty_pieces {
+        write(&client, STUCK, piece, 2).await;
+    }
+    stack.stores[0].crash().await;
     (stack, writeback)
 }
 
@@ -58,7 +76,7 @@ async fn is_filled(client: &Client, volume: &str, pieces: impl Iterator<Item = (
 
 /// The store is back: nothing was lost, and everything ends.
 async fn ends_well(mut stack: Stack, client: Client) {
-    stack.stores[1].start_again().await;
+    stack.stores[0].start_again().await;
     stack.wait_for_stores(2).await;
     let patient = client.with_patience(Duration::from_secs(60));
     for volume in [STUCK, HEALTHY] {
@@ -77,9 +95,8 @@ async fn a_log_that_one_volume_keeps_full_does_not_stop_the_others() {
         log_bytes_max: 4 * MIB,
         ..Default::default()
     };
-    let (stack, mut writeback) = stack(small).await;
+    let (stack, writeback) = stack(small, 1).await;
     let client = writeback.client();
-    write(&client, STUCK, 0, 2).await;
     // Twice what the log holds, and over the same blocks again.
     let pieces = 8 * MIB / PIECE / 2;
     for fill in [3, 4] {
@@ -89,9 +106,6 @@ async fn a_log_that_one_volume_keeps_full_does_not_stop_the_others() {
     }
     let status = client.inspect().status(StatusRequest { cluster: false }).await.unwrap();
     assert!(status.into_inner().dirty_bytes >= PIECE, "it was written out after all");
-    // Whatever the log still has of it, a replay does not put it back over what went around.
-    writeback.crash().await;
-    writeback.start_again().await;
     is_filled(&client, HEALTHY, (0..pieces).map(|piece| (piece, 4))).await;
     is_filled(&client, STUCK, [(0, 2)].into_iter()).await;
     ends_well(stack, client).await;
@@ -104,14 +118,12 @@ async fn write_outs_that_wait_for_a_store_leave_room_for_others() {
         write_out_bytes_in_flight: 4 * MIB,
         write_out_blocks: 1_024,
         write_outs_per_volume: 8,
-        write_out_after_ms: 10,
         ..Default::default()
     };
-    let (stack, writeback) = stack(small).await;
+    let (stack, writeback) = stack(small, 8 * MIB / PIECE).await;
     let client = writeback.client();
-    for piece in 0..16 * MIB / PIECE {
-        write(&client, STUCK, piece, 2).await;
-    }
+    let waiting = client.clone();
+    let _fsync = tokio::spawn(async move { waiting.fsync(STUCK).await });
     // Under way, again and again.
     tokio::time::sleep(Duration::from_millis(300)).await;
     for round in 0..3 {

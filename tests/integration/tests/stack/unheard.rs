@@ -353,3 +353,42 @@ async fn a_flush_ends_in_time_though_the_data_log_never_answers() {
     assert_eq!(cut.client.read(NAME, 0, 4096).await.unwrap(), [1; 4096]);
     cut.ends_well().await;
 }
+
+/// A read waits for the session, and under the next one the volume is somebody else's. What was dirty is discarded
+/// by then, and behind the end that the map knows: it must not be read as a hole, for the data is durable.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_read_that_waited_while_its_volume_was_taken_does_not_see_a_hole() {
+    let cut = Cut::start(60_000).await;
+    cut.create(0, true).await;
+    assert!(told(cut.writes(0, vec![7; 4096], WriteMode::Buffered)).await.is_none());
+    cut.client.flush(NAME).await.unwrap();
+    assert_eq!(cut.status().await.dirty_bytes, BLOCK, "it is in the data log only");
+    cut.set(|line| line.is_cut = true);
+    cut.between.break_sessions();
+    let mut late = None;
+    for _ in 0..100 {
+        let client = cut.client.clone();
+        let mut read = tokio::spawn(async move { client.read(NAME, 0, BLOCK).await });
+        // Answered at once as long as the lease runs.
+        if tokio::time::timeout(Duration::from_millis(500), &mut read).await.is_err() {
+            late = Some(read);
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let late = late.expect("a lease that never ends");
+    let config = endio_writeback::Config {
+        conversion: cut.stack.conversion.url.clone(),
+        cache_dir: cut.stack.directory.path().join("second"),
+        ..Default::default()
+    };
+    let second = Writeback::start_with(config).await;
+    second.client().open(NAME, true).await.unwrap();
+    cut.set(|line| line.is_cut = false);
+    if let Ok(read) = late.await.unwrap() {
+        assert!(read == [7; 4096], "a hole where data is durable");
+    }
+    assert_eq!(second.client().read(NAME, 0, BLOCK).await.unwrap(), [7; 4096]);
+    second.client().fsync(NAME).await.unwrap();
+    second.client().settles().await.unwrap();
+}
