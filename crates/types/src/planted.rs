@@ -24,7 +24,8 @@ pub enum Bug {
     ReadersIgnored,
     /// After a restart blocks do not wait for stores to drain.
     EpochIgnored,
-    /// Blocks are free before the record that freed them is durable.
+    /// Blocks are free before the record that freed them is durable. A fence, which must be acknowledged first,
+    /// waits for the newest record, too: it does not here, or nothing would show.
     FreedBeforeDurable,
     /// A range is granted whoever holds it.
     LockGrantsAll,

@@ -9,6 +9,7 @@
 //! then ahead of the disk, and recovery is the only way back.
 
 mod checkpoint;
+mod clock;
 mod outbox;
 
 use std::collections::BTreeMap;
@@ -37,15 +38,13 @@ use crate::handle::{Event, Question, Traced};
 use crate::metrics::Metrics;
 use crate::snapshot;
 use checkpoint::Checkpoints;
+use clock::Clock;
 use outbox::Outbox;
 
 /// Longest sleep without a deadline: bounds how late a full metadata disk is noticed.
 const IDLE_MAX: Duration = Duration::from_millis(500);
 /// What handing records over takes at most where the queue of the committer has room.
 const HELD_UP: Duration = Duration::from_millis(10);
-/// A turn that begins later than it was meant to by more than this part of a lease, or lasts longer, heard
-/// nobody meanwhile: its process was stopped, perhaps, or the disk hung. What is beyond does not count.
-const LATE_OF_LEASE: u32 = 8;
 
 /// Pause between two looks at the gauges.
 const SHOW_EVERY: Duration = Duration::from_millis(500);
@@ -85,13 +84,7 @@ type Table = Box<dyn MetaTable>;
 pub(crate) struct Driver {
     machine: Machine<Table>,
     out: Output,
-    /// Where the machine's clock began. It stands still while the driver hears nobody: that is no silence of
-    /// theirs. A slow clock only makes leases longer here.
-    started: Instant,
-    /// The machine's time in this turn.
-    now: Millis,
-    /// This turn began late.
-    is_late: bool,
+    clock: Clock,
     committer: Committer,
     progress: watch::Receiver<Progress>,
     checkpoints: Checkpoints,
@@ -154,9 +147,7 @@ impl Driver {
         Ok(Self {
             machine,
             out,
-            started,
-            now: Millis(0),
-            is_late: false,
+            clock: Clock::new(started, config.limits.lease_ms),
             progress: committer.progress(),
             committer,
             checkpoints: Checkpoints::new(checkpointer),
@@ -187,11 +178,12 @@ impl Driver {
         reach(Point::ConversionEpoch);
         readiness.set_ready().await;
         // The leases that a recovery grants run from here on: nobody could be heard before.
-        self.started = Instant::now();
+        self.clock.begins(Instant::now());
         let mut queue = Vec::new();
         let mut stop_by: Option<Instant> = None;
         loop {
-            let wake = self.wake_at();
+            // What is due already does not make the next turn late.
+            let wake = self.wake_at().max(Instant::now());
             tokio::select! {
                 biased;
                 changed = self.progress.changed() => {
@@ -208,12 +200,9 @@ impl Driver {
                 () = tokio::time::sleep_until(wake) => {}
             }
             let is_waiting = !events.is_empty();
-            let began = self.begin_turn(wake);
-            let clock_began = self.started;
+            let under_way = self.clock.turn_begins(Instant::now(), wake);
             self.turn(&mut queue, is_waiting)?;
-            let counted = self.started - clock_began;
-            let took = began.elapsed().saturating_sub(counted);
-            self.started += took.saturating_sub(self.late());
+            self.clock.turn_ends(&under_way, Instant::now());
             if let Some(stop_by) = stop_by {
                 let is_late = Instant::now() >= stop_by || shutdown.is_forced();
                 if is_late && !self.machine.is_idle() {
@@ -341,10 +330,12 @@ impl Driver {
             let began = Instant::now();
             match self.committer.submit(group, is_waiting) {
                 // Its queue was full: see below.
-                Submitted::Queued if began.elapsed() > HELD_UP => self.started += began.elapsed(),
+                Submitted::Queued if began.elapsed() > HELD_UP => {
+                    self.clock.stand_still(began.elapsed());
+                }
                 Submitted::Queued => {}
                 // Nobody could be heard meanwhile: that is no silence of theirs.
-                Submitted::Durable(held_up) => self.started += held_up,
+                Submitted::Durable(held_up) => self.clock.stand_still(held_up),
                 Submitted::Ended => return Err(self.commit_failure()),
             }
         }
@@ -396,7 +387,7 @@ impl Driver {
                 let began = Instant::now();
                 let checked = runtime::aside(|| self.machine.check());
                 // Nobody could be heard meanwhile: that is no silence of theirs.
-                self.started += began.elapsed();
+                self.clock.stand_still(began.elapsed());
                 drop(reply.send(checked.map_err(DriverError::Machine)?));
             }
         }
@@ -487,36 +478,13 @@ impl Driver {
         let idle = Instant::now() + IDLE_MAX;
         let idle = self.outbox.due().map_or(idle, |due| idle.min(due));
         match self.machine.next_deadline() {
-            Some(at) => idle.min(self.started + Duration::from_millis(at.0)),
+            Some(at) => idle.min(self.clock.at(at)),
             None => idle,
         }
     }
 
-    /// How late a turn may be.
-    fn late(&self) -> Duration {
-        Duration::from_millis(self.config.limits.lease_ms.into()) / LATE_OF_LEASE
-    }
-
-    /// Sets the time of a turn that was meant to begin by `wake`.
-    fn begin_turn(&mut self, wake: Instant) -> Instant {
-        let began = Instant::now();
-        let late = began.saturating_duration_since(wake);
-        let beyond = late.saturating_sub(self.late());
-        let was_late = std::mem::replace(&mut self.is_late, !beyond.is_zero());
-        self.started += beyond;
-        if self.is_late && !was_late {
-            // What was sent meanwhile is in the sockets, and is read before anybody counts as silent. Not each
-            // time: on a machine that is always late, leases end all the same.
-            self.started += 2 * self.late();
-        }
-        // It never goes back.
-        let now = began.saturating_duration_since(self.started).as_millis() as u64;
-        self.now = self.now.max(Millis(now));
-        began
-    }
-
     fn now(&self) -> Millis {
-        self.now
+        self.clock.now()
     }
 
     fn next_id(&mut self) -> u64 {

@@ -214,3 +214,87 @@ impl Events for Table {
         self.all().iter().map(confirm).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use endio_chassis::net::Dialer;
+    use endio_state_machine::writeback::credit::CreditPolicy;
+
+    use super::*;
+    use crate::clean::CleanBlocks;
+    use crate::stores::Limits;
+    use crate::volume::{Opened, VolumeLimits};
+
+    fn open_volume(table: &Table) -> Arc<Volume> {
+        let opened = Opened {
+            volume: endio_api::conversion::Volume {
+                id: 7,
+                name: "vol1".to_owned(),
+                generation: 3,
+                size_bytes: 1 << 20,
+                ..Default::default()
+            },
+            grant: None,
+            logged_number: 0,
+            log_blocks_max: 0,
+        };
+        let clean = CleanBlocks::new(0);
+        let limits = VolumeLimits { credit: CreditPolicy::default(), map_entries_max: 16, clean };
+        let volume = Arc::new(Volume::new(opened, limits));
+        table.insert(Arc::clone(&volume));
+        volume
+    }
+
+    fn table() -> Table {
+        let second = Duration::from_secs(1);
+        let limits = Limits { queue: 1, connect: second, read: second };
+        Table::new(Arc::new(Stores::new(Dialer::default(), limits)))
+    }
+
+    /// Reads are answered from memory unless the reset is pending or the volume is gone: there is no moment
+    /// between the two.
+    #[test]
+    fn a_volume_whose_reset_is_refused_is_gone_before_the_reset_is_over() {
+        let table = table();
+        let volume = open_volume(&table);
+        assert_eq!(table.welcome(1).len(), 1);
+        table.space_reset(7, Err(Failure::fenced()));
+        assert!(volume.usable().is_err() && table.find("vol1").is_none());
+        assert!(volume.state().credit_reset.is_some());
+    }
+
+    #[test]
+    fn a_reset_that_is_granted_or_refused_for_want_of_space_is_over() {
+        for outcome in [Ok(0), Err(Failure::new(Reason::NoSpace, "full"))] {
+            let table = table();
+            let volume = open_volume(&table);
+            table.welcome(1);
+            table.space_reset(7, outcome);
+            assert!(volume.usable().is_ok() && volume.state().credit_reset.is_none());
+        }
+    }
+
+    /// Whoever sees that it is gone may note at once what is owed.
+    #[test]
+    fn a_loss_is_owed_before_the_volume_is_gone_for_anybody() {
+        let table = table();
+        let volume = open_volume(&table);
+        volume.has_lost();
+        let mut is_owed = false;
+        volume.let_go(Failure::fenced(), || is_owed = true);
+        assert!(is_owed);
+        // A second end owes nothing more.
+        volume.let_go(Failure::fenced(), || panic!("owed twice"));
+        let volume = open_volume(&table);
+        volume.has_lost();
+        table.end(&volume, Failure::fenced());
+        assert!(table.owes_loss(7));
+        table.forget_loss(7);
+        let volume = open_volume(&table);
+        volume.has_lost();
+        table.end(&volume, Failure::new(Reason::UnknownVolume, "deleted"));
+        assert!(!table.owes_loss(7));
+    }
+}

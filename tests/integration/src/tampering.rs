@@ -1,6 +1,6 @@
 //! A conversion between a writeback and the real one: it passes everything on, and says of a volume's
 //! data log what a test wants to be said. What it hears in a writeback's session it may lose or answer
-//! by itself, and it breaks sessions.
+//! by itself, it breaks sessions, and holds back the answers to a close.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,7 +11,7 @@ use endio_api::conversion::conversion_server::{Conversion, ConversionServer};
 use endio_api::conversion::writeback_message::Message as FromWriteback;
 use endio_api::conversion::*;
 use endio_chassis::net::Incoming;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
@@ -54,6 +54,7 @@ pub struct Tampering {
     tamper: Arc<Mutex<Option<Tamper>>>,
     judge: Judged,
     list: Listed,
+    holds_closes: Arc<watch::Sender<bool>>,
     sessions: Arc<Mutex<JoinSet<()>>>,
     server: tokio::task::JoinHandle<()>,
 }
@@ -74,15 +75,21 @@ impl Tampering {
             tamper: Arc::default(),
             judge: Arc::default(),
             list: Arc::default(),
+            holds_closes: Arc::default(),
             sessions: Arc::default(),
         };
-        let Between { tamper, judge, list, sessions, .. } = service.clone();
+        let Between { tamper, judge, list, holds_closes, sessions, .. } = service.clone();
         let server = tokio::spawn(async move {
             let mut server = tonic::transport::Server::builder();
             let router = server.add_service(ConversionServer::new(service));
             router.serve_with_incoming(Incoming::new([listener])).await.expect("it serves");
         });
-        Self { url, tamper, judge, list, sessions, server }
+        Self { url, tamper, judge, list, holds_closes, sessions, server }
+    }
+
+    /// Whether closes of volumes are carried out and not answered, until they may be.
+    pub fn holds_closes(&self, holds: bool) {
+        self.holds_closes.send_replace(holds);
     }
 
     /// These are all volumes that there are, from now on.
@@ -121,6 +128,7 @@ struct Between {
     tamper: Arc<Mutex<Option<Tamper>>>,
     judge: Judged,
     list: Listed,
+    holds_closes: Arc<watch::Sender<bool>>,
     sessions: Arc<Mutex<JoinSet<()>>>,
 }
 
@@ -226,6 +234,17 @@ macro_rules! passes_on {
                 }
             }
 
+            async fn close_volume(
+                &self,
+                request: Request<CloseVolumeRequest>,
+            ) -> Answer<CloseVolumeResponse> {
+                let answer = self.client.clone().close_volume(request.into_inner()).await;
+                let mut holds = self.holds_closes.subscribe();
+                // Its sender is in this service.
+                let _ = holds.wait_for(|holds| !holds).await;
+                answer
+            }
+
             async fn read_log(&self, request: Request<ReadLogRequest>) -> Answer<ReadLogResponse> {
                 let request = request.into_inner();
                 let answer = self.client.clone().read_log(request).await?.into_inner();
@@ -279,7 +298,6 @@ passes_on! {
     resize_volume: ResizeVolumeRequest => Volume;
     delete_volume: DeleteVolumeRequest => DeleteVolumeResponse;
     open_volume: OpenVolumeRequest => OpenVolumeResponse;
-    close_volume: CloseVolumeRequest => CloseVolumeResponse;
     lookup: LookupRequest => LookupResponse;
     change_map: ChangeMapRequest => ChangeMapResponse;
     list_stores: ListStoresRequest => ListStoresResponse;

@@ -249,6 +249,38 @@ fn what_a_session_sent_before_a_power_loss_stays_in_doubt() {
     }
 }
 
+/// A start after a power loss that fails anywhere leaves it to the next one to say that something is in doubt.
+#[test]
+fn a_start_that_dies_after_a_power_loss_does_not_hide_that_something_is_in_doubt() {
+    let key = |sequence| RequestKey { session: SessionId([1; 16]), sequence };
+    let (mut failed, mut noted) = (0, 0);
+    for room in 0..600 {
+        let disk = SimDisk::default();
+        let (log, _) = open(&disk);
+        log.append_volume_open(VOLUME, "vol", Generation(3)).unwrap();
+        log.append_done(key(1), 7).unwrap();
+        log.sync_to(log.last_lsn()).unwrap();
+        log.append_done(key(2), 7).unwrap();
+        drop(log);
+        disk.cut_power(|| false);
+        disk.set_space(Some(room));
+        let first = CacheLog::open_on(Box::new(disk.clone()), options());
+        failed += u32::from(first.is_err());
+        drop(first);
+        disk.set_space(None);
+        let (_, replay) = open(&disk);
+        // A power loss that was noted is none any more.
+        noted += u32::from(!replay.power_lost());
+        let mut table = SessionTable::new(SessionLimits::default());
+        table.restore(replay.sessions().clone(), Millis(0));
+        assert_eq!(table.begin(key(2), true, Millis(0)), Decision::TooOld, "{room} bytes of room");
+    }
+    assert!(
+        failed > 0 && failed + noted > 600,
+        "no start died between its notes: {failed}, {noted}"
+    );
+}
+
 #[test]
 fn a_loss_that_was_noted_outlives_the_volume_the_log_and_a_power_loss() {
     let (told, other) = (VolumeId(8), VolumeId(9));

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use endio_api::conversion::CreateVolumeRequest;
 use endio_api::conversion::conversion_message::Message as FromConversion;
-use endio_api::writeback::{ExtentsRequest, WriteMode, WriteRequest};
+use endio_api::writeback::{ExtentsRequest, VolumeRequest, WriteMode, WriteRequest};
 use endio_integration_tests::stack::{Stack, Writeback};
 use endio_integration_tests::tampering::{Said, Tampering, Verdict};
 use endio_testkit::client::{Client, Refused};
@@ -15,10 +15,14 @@ const BLOCK: u64 = 4096;
 const HOLE: u64 = 8 * MIB;
 
 async fn write(client: &Client, volume: &str, offset_bytes: u64, mode: WriteMode) {
+    fill(client, volume, offset_bytes, mode, 7).await;
+}
+
+async fn fill(client: &Client, volume: &str, offset_bytes: u64, mode: WriteMode, byte: u8) {
     let request = WriteRequest {
         volume: volume.to_owned(),
         offset_bytes,
-        data: Bytes::from(vec![7; BLOCK as usize]),
+        data: Bytes::from(vec![byte; BLOCK as usize]),
         mode: mode.into(),
         ..Default::default()
     };
@@ -79,4 +83,51 @@ async fn a_writeback_that_lost_a_volume_unheard_does_not_tell_where_it_has_holes
         assert_eq!(told, Err(Reason::OldGeneration), "{name} at {offset}");
         assert_eq!(extents(&second.client(), name, offset).await, Ok(1));
     }
+}
+
+/// A close is carried out, and its answer is late. Somebody else has opened the volume by then, and written to it:
+/// what is remembered of it here is not answered any more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_remembered_of_a_volume_is_not_read_while_its_close_is_not_answered() {
+    const NAME: &str = "vol1";
+    let stack = Stack::start(1).await;
+    let between = Tampering::start(&stack.conversion.url).await;
+    let config = |name: &str, conversion: &str| endio_writeback::Config {
+        conversion: conversion.to_owned(),
+        cache_dir: stack.directory.path().join(name),
+        io_timeout_ms: 3_000,
+        ..Default::default()
+    };
+    let first = Writeback::start_with(config("first", &between.url)).await;
+    let second = Writeback::start_with(config("second", &stack.conversion.url)).await;
+    let (client, other) = (first.client(), second.client());
+    client.create(NAME, 16 * MIB, 1).await.unwrap();
+    write(&client, NAME, 0, WriteMode::Direct).await;
+    for _ in 0..2 {
+        assert_eq!(client.read(NAME, 0, BLOCK).await.unwrap(), [7; BLOCK as usize]);
+    }
+    between.holds_closes(true);
+    let mut volumes = client.volumes();
+    let closing = tokio::spawn(async move {
+        volumes.close(VolumeRequest { name: NAME.to_owned() }).await.map(drop)
+    });
+    let mut opened = other.open(NAME, false).await;
+    for _ in 0..200 {
+        if opened.is_ok() {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        opened = other.open(NAME, false).await;
+    }
+    opened.expect("it is closed, whoever hears so");
+    fill(&other, NAME, 0, WriteMode::Direct, 9).await;
+    assert!(!closing.is_finished(), "its answer is held back");
+    if let Ok(read) = client.read(NAME, 0, BLOCK).await {
+        assert_eq!(read, [9; BLOCK as usize], "what another one has written over");
+    }
+    between.holds_closes(false);
+    // Too late, or not: it is not open there in either case.
+    let _ = closing.await.unwrap();
+    assert_eq!(other.read(NAME, 0, BLOCK).await.unwrap(), [9; BLOCK as usize]);
+    other.settles().await.unwrap();
 }
