@@ -341,6 +341,22 @@ pub fn is_feasible(free: impl Iterator<Item = u64> + Clone, demand: &Demand) -> 
     true
 }
 
+/// The part of `demand` that `stores` stores must have room for: of blocks with more copies than that, one on
+/// each of them. The other copies wait for other stores.
+///
+/// Where this part has room here, and had all of `demand` room together with stores that are away, it still
+/// has when they are back, whatever of the blocks with fewer copies was placed here meanwhile: the others leave
+/// one block on each store here, which is the most that one of them can take, so they want no
+/// more of the stores that are away than in any other placement.
+pub fn share_of(demand: &Demand, stores: usize) -> Demand {
+    let mut share = *demand;
+    for replicas in stores + 1..share.len() {
+        let waits = std::mem::take(&mut share[replicas]);
+        share[stores] = share[stores].saturating_add(waits);
+    }
+    share
+}
+
 /// One copy of each of a run of blocks: where each lies.
 pub type Copies = Vec<(StoreId, PblkRange)>;
 

@@ -235,10 +235,21 @@ impl<T: ChunkTable> Machine<T> {
         (volume.in_place && away).then_some(refusal)
     }
 
-    /// Whether the usable stores can hold so much.
-    pub(super) fn fits(&self, demand: &Demand) -> bool {
+    /// Whether the usable stores can hold so much, or their share of it: one volume with more copies than
+    /// stores are here waits for others, and holds nobody else up.
+    fn fits(&self, demand: &Demand) -> bool {
         let usable = self.stores.values().filter(|rt| rt.is_usable());
-        free_space::is_feasible(usable.map(|rt| rt.space.free()), demand)
+        let share = free_space::share_of(demand, self.usable_stores());
+        free_space::is_feasible(usable.map(|rt| rt.space.free()), &share)
+    }
+
+    fn usable_stores(&self) -> usize {
+        self.stores.values().filter(|rt| rt.is_usable()).count()
+    }
+
+    /// Whether so much can be promised, where what is new has that many copies.
+    pub(super) fn can_promise(&self, replicas: u32, demand: &Demand) -> bool {
+        self.usable_stores() >= replicas as usize && self.fits(demand)
     }
 
     /// What an allocation must leave room for: every promise but the one that it uses itself. While stores
@@ -254,6 +265,7 @@ impl<T: ChunkTable> Machine<T> {
         let mut all = demand;
         all[replicas as usize] = all[replicas as usize].saturating_add(blocks);
         if self.fits(&all) {
+            let demand = free_space::share_of(&demand, self.usable_stores());
             return Some(Promised { demand, elsewhere: Vec::new(), with_quarantined: false });
         }
         let will_have = |rt: &StoreRt| rt.space.free() + rt.space.quarantined();
@@ -275,8 +287,7 @@ impl<T: ChunkTable> Machine<T> {
         lane: Option<Lane>,
         avoid: &BTreeSet<StoreId>,
     ) -> Result<Vec<Run>, Refusal> {
-        let usable = self.stores.values().filter(|rt| rt.is_usable()).count();
-        if usable < replicas as usize {
+        if self.usable_stores() < replicas as usize {
             let message = "fewer stores are live than the volume has replicas";
             return Err(self.refusal(Reason::NotEnoughStores, message));
         }
@@ -341,7 +352,7 @@ impl<T: ChunkTable> Machine<T> {
     /// Why the usable stores cannot hold so much. Stores that are away count with all that they may
     /// have: while those would do, the stores are not full, and the caller had better wait.
     pub(super) fn no_room(&self, replicas: u32, demand: &Demand) -> Refusal {
-        let usable = self.stores.values().filter(|rt| rt.is_usable()).count();
+        let usable = self.usable_stores();
         let may_have = |rt: &StoreRt| match rt.is_usable() {
             true => rt.space.free(),
             false => rt.space.free() + rt.space.quarantined(),

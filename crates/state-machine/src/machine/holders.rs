@@ -197,7 +197,7 @@ impl<T: ChunkTable> Machine<T> {
                 if let Some(sum) = demand.get_mut(state.replicas as usize) {
                     *sum = sum.saturating_sub(now).saturating_add(wanted);
                 }
-                match wanted > now && !self.fits(&demand) {
+                match wanted > now && !self.can_promise(state.replicas, &demand) {
                     true => Some(self.no_room(state.replicas, &demand)),
                     false => {
                         let used = self.volumes.get(&volume).map_or(0, |v| v.credit_in_flight);

@@ -18,8 +18,8 @@
 //!   the volume again, and none that was meant for it touches another one of its name.
 //! * `logged-until-converted`: what was logged is in the log until this or newer data of the block is
 //!   converted, trimmed or zeroed, and not longer.
-//! * `credit-holds`: promised blocks fit into the free space of the usable stores, with all their copies;
-//!   only a store that goes away can break that.
+//! * `credit-holds`: promised blocks fit into the free space of the usable stores, with all their copies, or
+//!   with as many as stores are usable; only a store that goes away can break that.
 
 mod apply;
 mod begin;

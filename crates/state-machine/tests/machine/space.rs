@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use endio_state_machine::free_space::{self, Demand, Promised, Search, StoreSpace, is_feasible};
+use endio_state_machine::free_space::{
+    self, Demand, Promised, Search, StoreSpace, is_feasible, share_of,
+};
 use endio_state_machine::machine::*;
 use endio_types::*;
 use proptest::prelude::*;
@@ -75,6 +77,46 @@ fn what_is_promised_to_others_fits_again_when_a_store_is_back() {
     rig.assert_sound();
 }
 
+/// A volume whose second store is away waits. Others go on, and leave it its share of the store that is left.
+#[test]
+fn a_volume_with_more_copies_than_stores_are_live_holds_up_no_other() {
+    for lane in [Lane::WriteOut, Lane::Direct] {
+        let mut rig = Rig::new(2, 10);
+        let one = rig.volume("one", 100, 1);
+        let two = rig.volume("two", 100, 2);
+        assert_eq!(reserve(&mut rig, &two, 4), Ok(4));
+        rig.input(Input::StoreLost { session: StoreSession(2) });
+        assert_eq!(reserve(&mut rig, &two, 1), Err(Reason::NotEnoughStores));
+        match lane {
+            Lane::WriteOut => {
+                assert_eq!(reserve(&mut rig, &one, 7), Err(Reason::NotEnoughStores));
+                assert_eq!(reserve(&mut rig, &one, 6), Ok(6));
+            }
+            Lane::Direct => {
+                let refused = rig.try_begin(begin_io(&one, 0, 7)).unwrap_err();
+                assert_eq!(refused.reason, Reason::NotEnoughStores);
+            }
+        }
+        let begun = rig.try_begin(BeginIo { lane, ..begin_io(&one, 0, 6) }).unwrap();
+        assert_eq!(rig.finish(&begun).failed, None);
+        let write_out = || BeginIo { lane: Lane::WriteOut, ..begin_io(&two, 0, 4) };
+        assert_eq!(rig.try_begin(write_out()).unwrap_err().reason, Reason::NotEnoughStores);
+        rig.join_store(2, 1, 10);
+        let promised = rig.try_begin(write_out()).unwrap();
+        assert_eq!(rig.finish(&promised).failed, None);
+        rig.assert_sound();
+    }
+}
+
+/// Without any store nothing is promised.
+#[test]
+fn nothing_is_promised_while_no_store_is_live() {
+    let mut rig = Rig::new(1, 10);
+    let volume = rig.volume("v", 100, 1);
+    rig.input(Input::StoreLost { session: StoreSession(1) });
+    assert_eq!(reserve(&mut rig, &volume, 1), Err(Reason::NotEnoughStores));
+}
+
 /// Two copies on the two stores that are left would take what three copies want.
 #[test]
 fn a_write_out_waits_rather_than_take_what_others_were_promised() {
@@ -140,6 +182,54 @@ proptest! {
         let runs = runs.expect("there is room");
         prop_assert_eq!(runs.iter().map(|copies| copies[0].1.len).sum::<u64>(), blocks);
         prop_assert!(is_feasible(free_blocks(&stores).into_iter(), &demand));
+    }
+}
+
+proptest! {
+    /// What waits for stores that are away has room when they are back, if all others leave its share.
+    #[test]
+    fn what_waits_for_stores_that_are_away_fits_when_they_are_back(
+        live in prop::collection::vec(0u64..20, 1..4),
+        away in prop::collection::vec(0u64..20, 0..3),
+        wanted in prop::array::uniform4(0u64..10),
+        order in prop::collection::vec((1usize..4, 1u64..12), 0..12),
+    ) {
+        let mut stores: BTreeMap<_, _> =
+            (1..).zip(&live).map(|(id, free)| (StoreId(id), StoreSpace::empty(*free))).collect();
+        let with_away = |stores: &BTreeMap<StoreId, StoreSpace>, demand: &Demand| {
+            let all = free_blocks(stores).into_iter().chain(away.iter().copied());
+            is_feasible(all, demand)
+        };
+        let here = |stores: &BTreeMap<StoreId, StoreSpace>, demand: &Demand| {
+            is_feasible(free_blocks(stores).into_iter(), &share_of(demand, live.len()))
+        };
+        // As much of what is wanted as there is room for.
+        let mut demand = [0; 4];
+        for (copies, wanted) in wanted.into_iter().enumerate().skip(1) {
+            let most = (0..=wanted).rev().find(|more| {
+                let mut more_of_them = demand;
+                more_of_them[copies] += more;
+                here(&stores, &more_of_them) && with_away(&stores, &more_of_them)
+            });
+            demand[copies] += most.unwrap_or(0);
+        }
+        for (copies, most) in order {
+            if copies > live.len() || demand[copies] == 0 {
+                continue;
+            }
+            let blocks = most.min(demand[copies]);
+            demand[copies] -= blocks;
+            let promised = Promised {
+                demand: share_of(&demand, live.len()),
+                elsewhere: Vec::new(),
+                with_quarantined: false,
+            };
+            let mut spaces = stores.iter_mut().map(|(id, space)| (*id, space)).collect();
+            let search = Search { runs: 4, reuse_blocks: 0 };
+            let runs = free_space::allocate(&mut spaces, copies, blocks, Some(&promised), search);
+            prop_assert!(runs.is_some(), "there is room");
+            prop_assert!(with_away(&stores, &demand), "{:?} of {demand:?}", free_blocks(&stores));
+        }
     }
 }
 
