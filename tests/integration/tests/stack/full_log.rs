@@ -27,7 +27,7 @@ async fn stack(config: endio_writeback::Config, dirty_pieces: u64) -> (Stack, Wr
         flush_log_bytes: 0,
         // Nothing is written out unless somebody waits for it.
         write_out_after_ms: 600_000,
-        io_timeout_ms: 20_000,
+        io_timeout_ms: 60_000,
         ..config
     };
     let writeback = Writeback::start_with(config).await;
@@ -123,7 +123,7 @@ async fn write_outs_that_wait_for_a_store_leave_room_for_others() {
     let (stack, writeback) = stack(small, 8 * MIB / PIECE).await;
     let client = writeback.client();
     let waiting = client.clone();
-    let _fsync = tokio::spawn(async move { waiting.fsync(STUCK).await });
+    let fsync = tokio::spawn(async move { waiting.fsync(STUCK).await });
     // Under way, again and again.
     tokio::time::sleep(Duration::from_millis(300)).await;
     for round in 0..3 {
@@ -132,6 +132,7 @@ async fn write_outs_that_wait_for_a_store_leave_room_for_others() {
         client.volumes().close(VolumeRequest { name: HEALTHY.into() }).await.unwrap();
     }
     is_filled(&client, HEALTHY, (0..3).map(|piece| (piece, 3))).await;
+    assert!(!fsync.is_finished(), "the others waited until it had given up");
     ends_well(stack, client).await;
 }
 
