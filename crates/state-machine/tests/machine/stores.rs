@@ -63,3 +63,35 @@ fn what_is_told_of_a_store_waits_for_the_record_of_its_registration() {
     rig.commit();
     assert_eq!(lists(&rig, WB, from), [vec![(1, true), (2, true)]]);
 }
+
+/// A store that is told anything before it is told that it is registered ends its session.
+#[test]
+fn what_a_store_is_sent_does_not_overtake_its_registration() {
+    let mut rig = Rig::new(1, 100);
+    let volume = rig.volume("v", 100, 1);
+    let begun = rig.begin(&volume, 0, 4);
+    rig.drain();
+    rig.auto_commit = false;
+    rig.input(Input::StoreLost { session: StoreSession(1) });
+    let from = rig.sent.len();
+    // It comes back larger: that is a record.
+    rig.register(1, 1, 200);
+    rig.submit_with(&begun.submitter, vec![], true);
+    rig.store(1, FromStore::Renew);
+    rig.drain();
+    let told = |rig: &Rig| -> Vec<&str> {
+        let kinds = rig.sent[from..].iter().filter_map(|kind| match kind {
+            EffectKind::Store(_, ToStore::Registered { .. }) => Some("registered"),
+            EffectKind::Store(_, ToStore::Fence { .. }) => Some("fence"),
+            EffectKind::Store(_, ToStore::Renewed { .. }) => Some("renewed"),
+            _ => None,
+        });
+        kinds.collect()
+    };
+    assert_eq!(told(&rig), Vec::<&str>::new());
+    rig.commit();
+    let mut told = told(&rig);
+    assert_eq!(told.remove(0), "registered");
+    told.sort_unstable();
+    assert_eq!(told, ["fence", "renewed"]);
+}
