@@ -189,8 +189,11 @@ impl Worker {
 
     async fn send_next(&mut self, stream: &Stream, due: Instant) -> Result<(), BenchError> {
         if std::mem::take(&mut self.fsync_due) {
-            let op =
-                Op::Fsync(FsyncRequest { volume: self.options.volume.clone(), may_log: false });
+            let op = Op::Fsync(FsyncRequest {
+                volume: self.options.volume.clone(),
+                may_log: false,
+                ..Default::default()
+            });
             return self.send(stream, Kind::Fsync, 0, due, op).await;
         }
         self.ops_left -= 1;

@@ -211,7 +211,7 @@ pub(crate) async fn fsync(
     let what = format!("fsync volume {volume}");
     let call = || {
         let (mut io, volume) = (client.io(), volume.clone());
-        async move { io.fsync(FsyncRequest { volume, may_log: false }).await }
+        async move { io.fsync(FsyncRequest { volume, may_log: false, ..Default::default() }).await }
     };
     let waited = Patience::new(patience).call(client, &what, call).await?.waited_for;
     out.print(&json!({ "volume": volume, "waited_for": waited }), || {

@@ -306,7 +306,11 @@ impl Pipeline {
     /// Refused for good, or patience is exhausted.
     pub(crate) async fn fsync(&mut self, volume: &str) -> Outcome<Verdict> {
         loop {
-            let request = FsyncRequest { volume: volume.into(), may_log: false };
+            // Somebody else's fsync may have been told of a loss that was of this one's writes. A session that
+            // has sent nothing could not be told from one that was lost.
+            let has_sent = self.next_sequence > 1;
+            let session = if has_sent { self.session.clone() } else { Bytes::new() };
+            let request = FsyncRequest { volume: volume.into(), session, ..Default::default() };
             let Err(status) = self.client.io().fsync(request).await else {
                 self.patience.progress();
                 return Ok(Verdict::Done);

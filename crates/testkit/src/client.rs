@@ -168,7 +168,9 @@ impl Client {
     async fn sync(&self, volume: &str, may_log: bool) -> Result<(), Refused> {
         let call = || {
             let (mut io, volume) = (self.io(), volume.to_owned());
-            async move { io.fsync(FsyncRequest { volume, may_log }).await.map(drop) }
+            async move {
+                io.fsync(FsyncRequest { volume, may_log, ..Default::default() }).await.map(drop)
+            }
         };
         self.persist(call).await
     }
@@ -376,12 +378,22 @@ impl Pipe {
 
     /// Submits an fsync; returns its cookie.
     pub async fn fsync(&mut self, volume: &str) -> u64 {
-        self.submit(Op::Fsync(FsyncRequest { volume: volume.to_owned(), may_log: false })).await
+        self.submit(Op::Fsync(FsyncRequest {
+            volume: volume.to_owned(),
+            may_log: false,
+            ..Default::default()
+        }))
+        .await
     }
 
     /// Submits one that may leave what is little in the data log; returns its cookie.
     pub async fn flush(&mut self, volume: &str) -> u64 {
-        self.submit(Op::Fsync(FsyncRequest { volume: volume.to_owned(), may_log: true })).await
+        self.submit(Op::Fsync(FsyncRequest {
+            volume: volume.to_owned(),
+            may_log: true,
+            ..Default::default()
+        }))
+        .await
     }
 
     /// Submits a read of at most 1 MiB; returns its cookie.

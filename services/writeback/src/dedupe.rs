@@ -64,6 +64,20 @@ impl Retry {
     }
 }
 
+/// Checks a session that is named without a number; `None`: none is.
+///
+/// # Errors
+/// `MALFORMED`: it is not 16 bytes.
+pub(crate) fn session_from_wire(session: &[u8]) -> Result<Option<SessionId>, Failure> {
+    if session.is_empty() {
+        return Ok(None);
+    }
+    let session = session.try_into().map_err(|_| {
+        Failure::new(Reason::Malformed, "session: must be exactly 16 bytes, or empty")
+    })?;
+    Ok(Some(SessionId(session)))
+}
+
 impl Dedupe {
     /// No sessions.
     pub(crate) fn new(limits: SessionLimits) -> Self {
@@ -88,6 +102,12 @@ impl Dedupe {
     pub(crate) fn meet(&self, retry: Option<Retry>) -> Option<SessionId> {
         let Retry { key, is_retry } = retry?;
         self.table().meet(key, is_retry, self.now()).then_some(key.session)
+    }
+
+    /// Whether no request of the session can have been applied before `then`.
+    pub(crate) fn is_younger(&self, session: SessionId, then: Instant) -> bool {
+        let then = then.saturating_duration_since(self.started).as_millis();
+        self.table().is_younger(session, Millis(u64::try_from(then).unwrap_or(u64::MAX)))
     }
 
     /// Decides about a request.

@@ -41,7 +41,7 @@ pub use range::{RangeKind, RangeOp, Ranged};
 pub use read::{Piece, ReadOp};
 pub use started::Started;
 pub use status::Meter;
-pub use sync::{Observer, Until};
+pub use sync::{Asker, Observer, Until};
 pub use write::{Acked, Mode, WriteOp};
 
 use crate::clean::CleanBlocks;

@@ -37,7 +37,7 @@ pub use tls::NbdTls;
 use crate::access::Access;
 use crate::config::Config;
 use crate::engine::{
-    Engine, Mode, Observer, RangeKind, RangeOp, Ranged, ReadOp, Started, Until, WriteOp,
+    Asker, Engine, Mode, Observer, RangeKind, RangeOp, Ranged, ReadOp, Started, Until, WriteOp,
 };
 use crate::failure::Failure;
 use crate::volume::Volume;
@@ -368,7 +368,7 @@ impl Export for VolumeExport {
     async fn flush(&self) -> Result<(), Fault> {
         self.has_flushed.store(true, Ordering::SeqCst);
         let flushed =
-            self.engine.fsync(self.volume()?, Some(&self.observer), Until::Durable, "").await;
+            self.engine.fsync(self.volume()?, Asker::by(&self.observer), Until::Durable, "").await;
         flushed.map(drop).map_err(fault)
     }
 

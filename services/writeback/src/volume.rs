@@ -143,6 +143,8 @@ pub struct VolumeLimits {
 pub struct Loss {
     why: Failure,
     told: BTreeSet<String>,
+    /// When it was found: whoever has written only since has lost nothing.
+    found: Instant,
 }
 
 /// Observers remembered as told; beyond, somebody may be told twice.
@@ -151,7 +153,12 @@ const TOLD_MAX: usize = 4_096;
 impl Loss {
     /// Nobody was told.
     pub fn new(why: Failure) -> Self {
-        Self { why, told: BTreeSet::new() }
+        Self { why, told: BTreeSet::new(), found: Instant::now() }
+    }
+
+    /// When it was found.
+    pub fn found(&self) -> Instant {
+        self.found
     }
 
     /// Whether this observer has yet to be told.
@@ -182,6 +189,18 @@ pub struct Opened {
     pub logged_number: u64,
     /// Most blocks that the data log may hold of it; 0: it takes none.
     pub log_blocks_max: u64,
+}
+
+impl State {
+    /// Whether somebody of that name has yet to hear of a loss of acknowledged writes.
+    pub fn is_loss_untold(&self, who: Option<&str>) -> bool {
+        who.zip(self.loss.as_ref()).is_some_and(|(who, loss)| loss.is_untold(who))
+    }
+
+    /// What somebody of that name has to be told of a loss, once.
+    pub fn tell_loss(&mut self, who: Option<&str>) -> Option<Failure> {
+        who.zip(self.loss.as_mut()).and_then(|(who, loss)| loss.tell(who))
+    }
 }
 
 impl Volume {

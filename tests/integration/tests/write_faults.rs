@@ -42,7 +42,7 @@ async fn put(stack: &Stack, request: WriteRequest) -> WriteResponse {
 
 async fn fsync(stack: &Stack) {
     let mut io = stack.client().io();
-    let fsync = io.fsync(FsyncRequest { volume: "v".into(), may_log: false });
+    let fsync = io.fsync(FsyncRequest { volume: "v".into(), may_log: false, ..Default::default() });
     tokio::time::timeout(PATIENCE, fsync).await.unwrap().unwrap();
 }
 

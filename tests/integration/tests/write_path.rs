@@ -65,7 +65,7 @@ impl Client {
     }
 
     async fn fsync(&self) {
-        let request = FsyncRequest { volume: "v".into(), may_log: false };
+        let request = FsyncRequest { volume: "v".into(), may_log: false, ..Default::default() };
         self.stack.client().io().fsync(request).await.unwrap();
     }
 

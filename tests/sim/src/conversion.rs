@@ -11,7 +11,7 @@ use std::rc::Rc;
 use endio_state_machine::extent_map::MemoryTable;
 use endio_state_machine::machine::{
     Call, Durability, Effect, EffectKind, FromStore, Input, Machine, MapView, Output, Refusal,
-    ReplyTo, SegmentOutcome, StoreSession, WritebackSession,
+    ReplyTo, SegmentOutcome, StoreSession, ToWriteback, WritebackSession,
 };
 use endio_state_machine::record::{Record, Seq, Snapshot};
 use endio_state_machine::token::TokenKey;
@@ -522,6 +522,19 @@ impl Process {
             }
             EffectKind::Writeback(session, message) => {
                 world.told_writeback(&message);
+                if let ToWriteback::Refused { refusal, .. } = &message {
+                    let now = world.exec.clock(world.conversion.node);
+                    world.exec.tell(world.conversion.node, || {
+                        let stores = self.machine.stores(now);
+                        let rooms = stores.iter().map(|store| {
+                            let (free, waits) = (store.free_blocks, store.quarantined_blocks);
+                            let live = if store.live { "" } else { ", away" };
+                            format!("{}: {free} free, {waits} in quarantine{live}", store.id)
+                        });
+                        let rooms: Vec<_> = rooms.collect();
+                        format!("refuses: {}; {}", refusal.message, rooms.join("; "))
+                    });
+                }
                 if let Some(end) = self.writebacks.get(&session) {
                     end.send(Message::ToWriteback(message));
                 }

@@ -1,7 +1,10 @@
 //! Sessions of writebacks; the expiry of leases.
 
+use std::ops::Bound;
+
 use endio_types::{Generation, IoEndId, MapVersion, Millis, Reason, VolumeId};
 
+use super::calls::{is_same_instance, start_of};
 use super::io::{Effect, EffectKind, FromWriteback, Output, ToWriteback, WritebackSession};
 use super::{Durability, Machine, Step};
 use crate::extent_map::ChunkTable;
@@ -104,12 +107,38 @@ impl<T: ChunkTable> Machine<T> {
         for io_end in old {
             self.abort(io_end, Reason::Aborted, None, out)?;
         }
+        self.earlier_starts_are_over(&name)?;
         self.writeback_sessions.insert(session, name);
         let (epoch, lease_ms) = (self.durable.epoch, self.limits.lease_ms);
         self.tell(session, Durability::Now, ToWriteback::Welcome { epoch, lease_ms }, out);
         let stores = ToWriteback::Stores(self.stores(self.now));
         self.tell(session, Durability::Now, stores, out);
         Ok(())
+    }
+
+    /// What earlier starts of an instance have freed waits for their reads no more: their volumes may stay open
+    /// in their names for long, if nobody asks for them.
+    fn earlier_starts_are_over(&mut self, name: &str) -> Step<T> {
+        let is_earlier = |owner: &str| owner != name && is_same_instance(owner, name);
+        let waiting = self.reads.iter().filter(|(_, reads)| !reads.freed.is_empty());
+        let left: Vec<VolumeId> = waiting
+            .map(|(volume, _)| *volume)
+            .filter(|volume| {
+                let volume = self.durable.volumes.get(volume);
+                volume.and_then(|volume| volume.owner.as_deref()).is_some_and(is_earlier)
+            })
+            .collect();
+        left.into_iter().try_for_each(|volume| self.settle_reads(volume))
+    }
+
+    /// Whether a later start of the same instance was heard of. The directory of an instance has one process
+    /// at a time.
+    pub(super) fn is_over(&self, name: &str) -> bool {
+        let Some((instance, start)) = start_of(name) else { return false };
+        let from = (Bound::Included(instance), Bound::Unbounded);
+        let starts = self.writebacks.range::<str, _>(from).map(|(other, _)| start_of(other));
+        let mut same = starts.map_while(|other| other.filter(|(other, _)| *other == instance));
+        same.any(|(_, other)| other > start)
     }
 
     /// A writeback opens a volume, perhaps before its session stands: after a restart of conversion

@@ -71,9 +71,11 @@ impl<T: ChunkTable> Machine<T> {
         Ok(())
     }
 
-    /// Moves on what no read of the volume can touch any more.
+    /// Moves on what no read of the volume can touch any more. An owner that is over has nobody who could be
+    /// given what its reads find.
     pub(super) fn settle_reads(&mut self, volume: VolumeId) -> Step<T> {
-        let is_open = self.durable.volumes.get(&volume).is_some_and(|v| v.owner.is_some());
+        let owner = self.durable.volumes.get(&volume).and_then(|v| v.owner.as_deref());
+        let is_open = owner.is_some_and(|owner| !self.is_over(owner));
         let Some(reads) = self.reads.get_mut(&volume) else { return Ok(()) };
         let needed = reads.min_generation.unwrap_or(Generation(0));
         for (store, queue) in &mut reads.freed {

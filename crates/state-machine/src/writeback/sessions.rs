@@ -99,6 +99,9 @@ struct Session {
     running: BTreeSet<u64>,
     #[serde(skip)]
     last_used: Millis,
+    /// When its number 1 was first sent here. `None`: it may be older than this table.
+    #[serde(skip)]
+    began: Option<Millis>,
 }
 
 /// Content of the table for the cache log: everything but what is in progress.
@@ -146,9 +149,16 @@ impl SessionTable {
         {
             return false;
         }
-        let session = Session { first: key.sequence, last_used: now, ..Session::default() };
+        let began = (key.sequence == 1 && !is_retry).then_some(now);
+        let session = Session { first: key.sequence, last_used: now, began, ..Session::default() };
         self.sessions.insert(key.session, session);
         key.sequence == 1
+    }
+
+    /// Whether no request of the session can have been applied before `then`: its number 1 was first sent here
+    /// since.
+    pub fn is_younger(&self, session: SessionId, then: Millis) -> bool {
+        self.sessions.get(&session).is_some_and(|session| session.began.is_some_and(|at| at > then))
     }
 
     /// A session is known from its first request on. For replay of the log: whatever the bound.

@@ -154,6 +154,25 @@ fn a_copy_forgets_the_sessions_used_longest_ago() {
     assert_eq!(table.begin(key(5, 1), true, NOW), Decision::Duplicate(Some(1)));
 }
 
+/// Of what was sent before the table began, or before it forgot the session, it knows nothing.
+#[test]
+fn a_session_is_younger_than_what_was_before_its_number_1_was_first_sent_here() {
+    let mut table = SessionTable::new(SessionLimits::default());
+    table.meet(key(1, 1), false, Millis(100));
+    table.meet(key(2, 2), false, Millis(100));
+    table.meet(key(3, 1), true, Millis(100));
+    let younger = |table: &SessionTable, session, then| {
+        table.is_younger(SessionId([session; 16]), Millis(then))
+    };
+    assert!(younger(&table, 1, 99) && !younger(&table, 1, 100));
+    assert!(!younger(&table, 2, 99), "number 1 came elsewhere");
+    assert!(!younger(&table, 3, 99), "it was sent before");
+    assert!(!younger(&table, 4, 99), "it is not known");
+    let mut restarted = SessionTable::new(SessionLimits::default());
+    restarted.restore(table.snapshot(), Millis(200));
+    assert!(!younger(&restarted, 1, 99));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 128, failure_persistence: None, ..Default::default() })]
     /// Scenario 62, session table.

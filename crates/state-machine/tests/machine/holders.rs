@@ -531,3 +531,29 @@ fn nobody_hears_of_a_takeover_before_it_is_durable() {
     }
     rig.assert_sound();
 }
+
+/// What was overwritten waits for the reads of the owner. One that has started again reads nothing any more
+/// under its name of before, though nobody has opened the volume since.
+#[test]
+fn what_is_freed_does_not_wait_for_the_reads_of_an_owner_that_has_started_again() {
+    let free = |rig: &mut Rig| {
+        rig.drain();
+        rig.machine.stores(rig.now)[0].free_blocks
+    };
+    let mut rig = Rig::new(1, 10);
+    rig.input(Input::WritebackLost { session: WB });
+    rig.hello(WB, "i/9");
+    rig.create("v", 100 * BLOCK_BYTES, 1, false, false);
+    let volume = rig.open("v", "i/9");
+    assert_eq!(rig.write(&volume, 0, 4).failed, None);
+    assert_eq!(free(&mut rig), 6);
+    assert_eq!(rig.write(&volume, 0, 4).failed, None);
+    assert_eq!(free(&mut rig), 2, "four wait for reads");
+    for (session, name) in [(4, "i/8"), (5, "other/10"), (6, "i"), (7, "j/10"), (8, "i/x")] {
+        rig.hello(WritebackSession(session), name);
+        assert_eq!(free(&mut rig), 2, "{name}");
+    }
+    rig.hello(WritebackSession(9), "i/10");
+    assert_eq!(free(&mut rig), 6);
+    rig.assert_sound();
+}

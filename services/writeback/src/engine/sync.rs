@@ -6,6 +6,7 @@ use std::sync::{Arc, PoisonError};
 use endio_chassis::trace::Span;
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::errseq::Cursor;
+use endio_state_machine::writeback::sessions::SessionId;
 use endio_types::Reason;
 use futures_util::future::join_all;
 use tokio::time::{Duration, Instant};
@@ -15,6 +16,24 @@ use super::Engine;
 use crate::failure::Failure;
 use crate::metrics::Kind;
 use crate::volume::{State, Volume};
+
+/// Who asks for an fsync, and is told of errors. Without an observer and a session the callers of the unary
+/// call count as one.
+#[derive(Default, Clone, Copy)]
+pub struct Asker<'a> {
+    /// Its stream or connection.
+    pub observer: Option<&'a Observer>,
+    /// The session of its writes: it is told of a loss of acknowledged writes that these may be part of,
+    /// whoever else was told.
+    pub session: Option<SessionId>,
+}
+
+impl<'a> Asker<'a> {
+    /// Somebody with a stream or connection.
+    pub fn by(observer: &'a Observer) -> Self {
+        Self { observer: Some(observer), session: None }
+    }
+}
 
 /// Somebody who is told each error of a volume once: a Submit stream, an NBD connection.
 ///
@@ -43,25 +62,19 @@ impl Observer {
     }
 
     /// Whether this observer is about to hear of a loss of acknowledged writes.
-    fn is_to_hear_of_loss(&self, volume: &Volume, state: &State) -> bool {
-        let by_name = match (&self.who, &state.loss) {
-            (Some(who), Some(loss)) => loss.is_untold(who),
-            _ => false,
-        };
+    fn is_to_hear_of_loss(&self, volume: &Volume, state: &State, who: Option<&str>) -> bool {
+        let by_name = state.is_loss_untold(who);
         let cursors = self.cursors.lock().unwrap_or_else(PoisonError::into_inner);
         let cursor = cursors.get(&(volume.id, volume.generation)).copied();
         let cursor = cursor.unwrap_or_else(|| state.errors.sample());
         by_name || state.errors.peek(cursor).is_some_and(Failure::is_loss)
     }
 
-    fn check(&self, volume: &Volume, state: &mut State) -> Option<Failure> {
+    fn check(&self, volume: &Volume, state: &mut State, who: Option<&str>) -> Option<Failure> {
         let mut cursors = self.cursors.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (volume.id, volume.generation);
         let cursor = cursors.entry(key).or_insert_with(|| state.errors.sample());
-        let loss = match (&self.who, &mut state.loss) {
-            (Some(who), Some(loss)) => loss.tell(who),
-            _ => None,
-        };
+        let loss = state.tell_loss(who);
         // An error besides the loss is told next time.
         if loss.is_some() && !state.errors.peek(*cursor).is_some_and(Failure::is_loss) {
             return loss;
@@ -91,23 +104,23 @@ impl Until {
 
 impl Engine {
     /// Waits until everything acknowledged before is durable, or converted. Returns how many versions
-    /// of blocks it waited for. Without an observer the callers of the unary call count as one.
+    /// of blocks it waited for.
     ///
     /// Cancel-safe: write-out goes on.
     ///
     /// # Errors
-    /// An error of a write-out that the observer was not told yet, once; the data stays dirty and
+    /// An error of a write-out that the asker was not told yet, once; the data stays dirty and
     /// is tried again. `TIMED_OUT` where it does not end in time.
     pub async fn fsync(
         &self,
         volume: &Arc<Volume>,
-        observer: Option<&Observer>,
+        asker: Asker<'_>,
         until: Until,
         traceparent: &str,
     ) -> Result<u64, Failure> {
         let work = async {
             let (lsn, waited_for) = self.all_out(volume, until).await?;
-            self.tell(volume, observer, until, lsn).await?;
+            self.tell(volume, asker, until, lsn).await?;
             Ok(waited_for)
         };
         self.traced(volume, traceparent, work).await
@@ -129,21 +142,26 @@ impl Engine {
         outcome
     }
 
-    /// Tells the observer what it was not told yet, once everything up to `lsn` is out or has failed.
+    /// Tells the asker what it was not told yet, once everything up to `lsn` is out or has failed.
     async fn tell(
         &self,
         volume: &Volume,
-        observer: Option<&Observer>,
+        asker: Asker<'_>,
         until: Until,
         lsn: Lsn,
     ) -> Result<(), Failure> {
         // Noted first, so that it is not told again after a kill. From where it counts as told on, nothing is
         // waited for: who asks and goes away meanwhile was not told, and the next one is.
+        let who = self.who(volume, asker);
+        let who = who.as_deref();
         let is_loss = {
             let state = volume.state();
-            match observer {
-                Some(observer) => observer.is_to_hear_of_loss(volume, &state),
-                None => state.errors.peek(state.told).is_some_and(Failure::is_loss),
+            match asker {
+                Asker { observer: Some(observer), .. } => {
+                    observer.is_to_hear_of_loss(volume, &state, who)
+                }
+                Asker { session: Some(_), .. } => state.is_loss_untold(who),
+                _ => state.errors.peek(state.told).is_some_and(Failure::is_loss),
             }
         };
         if is_loss {
@@ -151,9 +169,12 @@ impl Engine {
         }
         let (untold, is_pending) = {
             let mut state = volume.state();
-            let untold = match observer {
-                Some(observer) => observer.check(volume, &mut state),
-                None => {
+            let untold = match asker {
+                Asker { observer: Some(observer), .. } => observer.check(volume, &mut state, who),
+                // Of a write-out that failed it hears for as long as the data is not out, below. It takes
+                // no news from those who count as one.
+                Asker { session: Some(_), .. } => state.tell_loss(who),
+                _ => {
                     let State { errors, told, .. } = &mut *state;
                     errors.check(told)
                 }
@@ -171,6 +192,17 @@ impl Engine {
                 Ok(())
             }
         }
+    }
+
+    /// Under which name the asker hears of a loss, if it may have lost something.
+    fn who(&self, volume: &Volume, asker: Asker<'_>) -> Option<String> {
+        if let Some(who) = asker.observer.and_then(|observer| observer.who.clone()) {
+            return Some(who);
+        }
+        let session = asker.session?;
+        let found = volume.state().loss.as_ref()?.found();
+        let name = format!("session {:032x}", u128::from_be_bytes(session.0));
+        (!self.dedupe.is_younger(session, found)).then_some(name)
     }
 
     /// Waits until what was acknowledged before is out, or a write-out has failed; tells nobody.
@@ -238,7 +270,7 @@ impl Engine {
         // One answer tells of one error: what is behind it must stay untold.
         for (volume, out) in volumes.iter().zip(out) {
             let (lsn, more) = out?;
-            self.tell(volume, None, Until::Converted, lsn).await?;
+            self.tell(volume, Asker::default(), Until::Converted, lsn).await?;
             waited_for += more;
         }
         Ok(waited_for)

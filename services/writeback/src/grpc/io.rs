@@ -18,8 +18,8 @@ use tonic::{Request, Response, Status, Streaming};
 use super::caller::Caller;
 use super::submit::Origin;
 use crate::access::Access;
-use crate::dedupe::Retry;
-use crate::engine::{Engine, Mode, Piece, RangeKind, RangeOp, ReadOp, Until, WriteOp};
+use crate::dedupe::{Retry, session_from_wire};
+use crate::engine::{Asker, Engine, Mode, Piece, RangeKind, RangeOp, ReadOp, Until, WriteOp};
 use crate::failure::Failure;
 
 /// Largest write, bytes: it fits into one io_end with its edges.
@@ -167,10 +167,12 @@ impl Io for IoService {
         request: Request<FsyncRequest>,
     ) -> Result<Response<FsyncResponse>, Status> {
         let (caller, parent) = (Caller::of(&request), parent(request.metadata()));
-        let FsyncRequest { volume: name, may_log } = request.into_inner();
+        let FsyncRequest { volume: name, may_log, session } = request.into_inner();
         caller.may(&self.engine.config, &name, Access::ReadOnly)?;
+        let session = session_from_wire(&session)?;
         let volume = self.engine.volume(&name).await?;
-        let waited_for = self.engine.fsync(&volume, None, until(may_log), &parent).await?;
+        let asker = Asker { observer: None, session };
+        let waited_for = self.engine.fsync(&volume, asker, until(may_log), &parent).await?;
         Ok(Response::new(FsyncResponse { waited_for }))
     }
 

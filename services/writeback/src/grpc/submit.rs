@@ -20,7 +20,8 @@ use tonic::{Status, Streaming};
 use super::caller::Caller;
 use super::io::{READ_PIECE_BYTES, range_op, until, write_op};
 use crate::access::Access;
-use crate::engine::{Engine, Observer, Piece, RangeKind, ReadOp};
+use crate::dedupe::session_from_wire;
+use crate::engine::{Asker, Engine, Observer, Piece, RangeKind, ReadOp};
 use crate::failure::Failure;
 
 /// Unit of the bound of bytes under way.
@@ -181,10 +182,15 @@ impl Submit {
                     Ok(IoCompletion { bytes, data, ..IoCompletion::default() })
                 });
             }
-            Op::Fsync(FsyncRequest { may_log, .. }) => {
+            Op::Fsync(FsyncRequest { may_log, session, .. }) => {
+                let session = match session_from_wire(&session) {
+                    Ok(session) => session,
+                    Err(failure) => return Err(Box::new((room, failure))),
+                };
                 let (observer, parent) = (Arc::clone(&self.observer), self.from.parent.clone());
                 self.answer(room, cookie, started, async move {
-                    engine.fsync(&volume, Some(&observer), until(may_log), &parent).await?;
+                    let asker = Asker { observer: Some(&observer), session };
+                    engine.fsync(&volume, asker, until(may_log), &parent).await?;
                     Ok(IoCompletion::default())
                 });
             }

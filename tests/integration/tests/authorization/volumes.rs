@@ -75,7 +75,7 @@ async fn everything(channel: &Channel, name: &str) -> Vec<(&'static str, Result<
     let write = || WriteRequest { volume: volume(), data: vec![7; 4096].into(), ..<_>::default() };
     let read = || ReadRequest { volume: volume(), length_bytes: 4096, ..<_>::default() };
     let range = || RangeRequest { volume: volume(), length_bytes: 4096, ..<_>::default() };
-    let fsync = || FsyncRequest { volume: volume(), may_log: false };
+    let fsync = || FsyncRequest { volume: volume(), may_log: false, ..Default::default() };
     let extents = ExtentsRequest { volume: volume(), ..<_>::default() };
     let open = OpenRequest { name: volume(), force: false };
     let resize = ResizeRequest { name: volume(), size_bytes: 2 * MIB, volume: 0 };

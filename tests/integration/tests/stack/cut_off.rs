@@ -62,7 +62,7 @@ async fn fsync_over_a_store_that_is_cut_off(is_alone: bool) {
     // Tried once: nobody asks again for what it says.
     let fsync = || {
         let (mut io, volume) = (client.io(), "vol1".to_owned());
-        async move { io.fsync(FsyncRequest { volume, may_log: false }).await }
+        async move { io.fsync(FsyncRequest { volume, may_log: false, ..Default::default() }).await }
     };
     let waiting = tokio::spawn(fsync());
     wait_for_a_token(&client).await;

@@ -379,7 +379,14 @@ async fn an_error_is_told_and_does_not_stick() {
     let fsync = |client: &Client| {
         let mut io = client.io();
         let volume = "vol1".to_owned();
-        async move { io.fsync(endio_api::writeback::FsyncRequest { volume, may_log: false }).await }
+        async move {
+            io.fsync(endio_api::writeback::FsyncRequest {
+                volume,
+                may_log: false,
+                ..Default::default()
+            })
+            .await
+        }
     };
     let refused: Refused = fsync(&impatient).await.unwrap_err().into();
     assert_ne!(refused.reason, Reason::Malformed, "{refused}");
@@ -423,7 +430,8 @@ async fn who_syncs_all_hears_one_error_and_the_others_stay_untold() {
     assert!(all.is_err(), "a device that fails was not heard of");
     let mut told = 0;
     for volume in ["vol1", "vol2"] {
-        let fsync = || FsyncRequest { volume: volume.to_owned(), may_log: false };
+        let fsync =
+            || FsyncRequest { volume: volume.to_owned(), may_log: false, ..Default::default() };
         let once = client.io().fsync(fsync()).await;
         told += u32::from(once.is_err());
         assert!(client.io().fsync(fsync()).await.is_ok(), "{volume}: the error sticks");

@@ -104,7 +104,11 @@ async fn odd_names_are_refused_by_every_call() {
         let data = Bytes::from_static(&[1; 4096]);
         let write = WriteRequest { volume: volume.clone(), data, ..Default::default() };
         refused(&what, io.write(write).await);
-        refused(&what, io.fsync(FsyncRequest { volume: volume.clone(), may_log: false }).await);
+        refused(
+            &what,
+            io.fsync(FsyncRequest { volume: volume.clone(), may_log: false, ..Default::default() })
+                .await,
+        );
         let range = RangeRequest { volume: volume.clone(), length_bytes: 1, ..Default::default() };
         refused(&what, io.trim(range.clone()).await);
         refused(&what, io.write_zeroes(range.clone()).await);
@@ -240,7 +244,11 @@ async fn every_bad_request_of_a_stream_has_its_own_completion_and_the_stream_goe
         Some(Op::Read(read(SIZE, 1))),
         Some(Op::Read(read(0, (1 << 20) + 1))),
         Some(Op::Read(read(u64::MAX, u64::MAX))),
-        Some(Op::Fsync(FsyncRequest { volume: String::new(), may_log: false })),
+        Some(Op::Fsync(FsyncRequest {
+            volume: String::new(),
+            may_log: false,
+            ..Default::default()
+        })),
         Some(Op::Trim(range(u64::MAX, 1))),
         Some(Op::WriteZeroes(range(SIZE, 1))),
         Some(Op::Allocate(range(1, u64::MAX))),

@@ -3,7 +3,9 @@
 use bytes::Bytes;
 use endio_api::conversion::CreateVolumeRequest;
 use endio_api::conversion::conversion_message::Message as FromConversion;
-use endio_api::writeback::{ExtentsRequest, VolumeRequest, WriteMode, WriteRequest};
+use endio_api::writeback::{
+    ExtentsRequest, FsyncRequest, RetryKey, VolumeRequest, WriteMode, WriteRequest,
+};
 use endio_integration_tests::stack::{Stack, Writeback};
 use endio_integration_tests::tampering::{Said, Tampering, Verdict};
 use endio_testkit::client::{Client, Refused};
@@ -130,4 +132,69 @@ async fn what_is_remembered_of_a_volume_is_not_read_while_its_close_is_not_answe
     let _ = closing.await.unwrap();
     assert_eq!(other.read(NAME, 0, BLOCK).await.unwrap(), [9; BLOCK as usize]);
     other.settles().await.unwrap();
+}
+
+/// Under a session of its own: fsync says once to each what it may have lost, whoever else was told.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_session_hears_of_what_it_may_have_lost_whoever_else_was_told() {
+    let stack = Stack::start(1).await;
+    let config = |name: &str| endio_writeback::Config {
+        conversion: stack.conversion.url.clone(),
+        cache_dir: stack.directory.path().join(name),
+        // Nothing is written out unless somebody waits for it.
+        write_out_after_ms: 600_000,
+        ..Default::default()
+    };
+    let mut first = Writeback::start_with(config("first")).await;
+    let second = Writeback::start_with(config("second")).await;
+    let (old, new) = (first.client(), second.client());
+    old.create("vol1", 64 * MIB, 1).await.unwrap();
+    let named = |session: u8| Bytes::from(vec![session; 16]);
+    let write = async |session: u8, sequence: u64| {
+        let retry = RetryKey { session: named(session), sequence, is_retry: false };
+        let request = WriteRequest {
+            volume: "vol1".to_owned(),
+            data: Bytes::from(vec![session; BLOCK as usize]),
+            retry: Some(retry),
+            ..Default::default()
+        };
+        old.io().write(request).await.unwrap();
+    };
+    let fsync = async |session: Bytes| {
+        let request = FsyncRequest { volume: "vol1".to_owned(), session, ..Default::default() };
+        old.io().fsync(request).await.map(drop).map_err(|status| endio_api::status::reason(&status))
+    };
+    const UNWRITTEN: u8 = 9;
+    let (mut older, mut sequence) = (vec![1], 0);
+    for then in ["goes on", "dies"] {
+        sequence += 1;
+        for session in &older {
+            write(*session, sequence).await;
+        }
+        new.open("vol1", true).await.unwrap();
+        new.volumes().close(VolumeRequest { name: "vol1".into() }).await.unwrap();
+        if then == "dies" {
+            first.crash().await;
+            first.start_again().await;
+        }
+        let told = match fsync(Bytes::new()).await {
+            // It has not heard of the takeover before this.
+            Err(Reason::OldGeneration) => fsync(Bytes::new()).await,
+            told => told,
+        };
+        assert_eq!(told, Err(Reason::LostWrites), "{then}");
+        assert_eq!(fsync(Bytes::new()).await, Ok(()), "{then}: told twice");
+        let younger = older.len() as u8 + 1;
+        write(younger, 1).await;
+        assert_eq!(fsync(named(younger)).await, Ok(()), "{then}: it has lost nothing");
+        for session in older.iter().copied().chain([UNWRITTEN]) {
+            let told = fsync(named(session)).await;
+            assert_eq!(told, Err(Reason::LostWrites), "{then}: {session}");
+            assert_eq!(fsync(named(session)).await, Ok(()), "{then}: {session} is told twice");
+        }
+        assert_eq!(fsync(Bytes::new()).await, Ok(()), "{then}: told again");
+        older.push(younger);
+    }
+    assert_eq!(fsync(Bytes::from_static(b"short")).await, Err(Reason::Malformed));
+    old.settles().await.unwrap();
 }

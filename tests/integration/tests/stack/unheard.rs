@@ -162,7 +162,8 @@ impl Cut {
 
     /// Tried once.
     fn syncs(&self) -> JoinHandle<Option<Refused>> {
-        let request = FsyncRequest { volume: NAME.to_owned(), may_log: false };
+        let request =
+            FsyncRequest { volume: NAME.to_owned(), may_log: false, ..Default::default() };
         let mut io = self.client.io();
         tokio::spawn(async move { io.fsync(request).await.err().map(Refused::from) })
     }
@@ -342,7 +343,7 @@ async fn a_flush_ends_in_time_though_the_data_log_never_answers() {
     cut.create(16 << 20, false).await;
     cut.set(|line| line.loses_logged = true);
     assert!(told(cut.writes(0, vec![1; 4096], WriteMode::Buffered)).await.is_none());
-    let request = FsyncRequest { volume: NAME.to_owned(), may_log: true };
+    let request = FsyncRequest { volume: NAME.to_owned(), may_log: true, ..Default::default() };
     let mut io = cut.client.io();
     let flush = tokio::spawn(async move { io.fsync(request).await.err().map(Refused::from) });
     let refused = told(flush).await.expect("nobody said that it is durable");
