@@ -152,8 +152,10 @@ impl Engine {
     ) -> Result<(), Failure> {
         // Noted first, so that it is not told again after a kill. From where it counts as told on, nothing is
         // waited for: who asks and goes away meanwhile was not told, and the next one is.
-        let who = self.who(volume, asker);
-        let who = who.as_deref();
+        let by_itself = asker.observer.and_then(|observer| observer.who.as_deref());
+        let session = asker.session.filter(|_| by_itself.is_none());
+        let session = session.and_then(|session| self.name_of(session, volume));
+        let who = by_itself.or(session.as_deref());
         let is_loss = {
             let state = volume.state();
             match asker {
@@ -194,12 +196,8 @@ impl Engine {
         }
     }
 
-    /// Under which name the asker hears of a loss, if it may have lost something.
-    fn who(&self, volume: &Volume, asker: Asker<'_>) -> Option<String> {
-        if let Some(who) = asker.observer.and_then(|observer| observer.who.clone()) {
-            return Some(who);
-        }
-        let session = asker.session?;
+    /// Under which name a session hears of a loss, if it may have lost something.
+    fn name_of(&self, session: SessionId, volume: &Volume) -> Option<String> {
         let found = volume.state().loss.as_ref()?.found();
         let name = format!("session {:032x}", u128::from_be_bytes(session.0));
         (!self.dedupe.is_younger(session, found)).then_some(name)
