@@ -618,7 +618,9 @@ impl Clients {
         };
         let Some(Some((outcome, cursor, set))) = self.inside(wb, work).await else { return false };
         let Some(observer) = observer else { return false };
-        let was_told = observer.cursor != cursor;
+        // A loss is said by nothing else.
+        let is_loss = outcome.as_ref().is_err_and(|failure| failure.reason == Reason::LostWrites);
+        let was_told = observer.cursor != cursor || is_loss;
         let has_news = set > observer.seen;
         let is_error = outcome.is_err();
         if was_told && !has_news {
