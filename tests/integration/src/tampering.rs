@@ -1,6 +1,6 @@
 //! A conversion between a writeback and the real one: it passes everything on, and says of a volume's
 //! data log what a test wants to be said. What it hears in a writeback's session it may lose or answer
-//! by itself, it breaks sessions, and holds back the answers to a close.
+//! by itself, it breaks sessions, and holds back opens and the answers to a close.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -47,6 +47,13 @@ pub type Judge = Box<dyn Fn(Said<'_>) -> Verdict + Send + Sync>;
 type Judged = Arc<Mutex<Option<Judge>>>;
 type Listed = Arc<Mutex<Option<ListVolumesResponse>>>;
 
+/// Opens of volumes on their way.
+#[derive(Default)]
+struct Opens {
+    are_held: bool,
+    waiting: u32,
+}
+
 /// The conversion between.
 pub struct Tampering {
     /// Where it answers.
@@ -55,6 +62,7 @@ pub struct Tampering {
     judge: Judged,
     list: Listed,
     holds_closes: Arc<watch::Sender<bool>>,
+    opens: Arc<watch::Sender<Opens>>,
     sessions: Arc<Mutex<JoinSet<()>>>,
     server: tokio::task::JoinHandle<()>,
 }
@@ -76,20 +84,32 @@ impl Tampering {
             judge: Arc::default(),
             list: Arc::default(),
             holds_closes: Arc::default(),
+            opens: Arc::default(),
             sessions: Arc::default(),
         };
-        let Between { tamper, judge, list, holds_closes, sessions, .. } = service.clone();
+        let Between { tamper, judge, list, holds_closes, opens, sessions, .. } = service.clone();
         let server = tokio::spawn(async move {
             let mut server = tonic::transport::Server::builder();
             let router = server.add_service(ConversionServer::new(service));
             router.serve_with_incoming(Incoming::new([listener])).await.expect("it serves");
         });
-        Self { url, tamper, judge, list, holds_closes, sessions, server }
+        Self { url, tamper, judge, list, holds_closes, opens, sessions, server }
     }
 
     /// Whether closes of volumes are carried out and not answered, until they may be.
     pub fn holds_closes(&self, holds: bool) {
         self.holds_closes.send_replace(holds);
+    }
+
+    /// Whether opens of volumes are held up on their way to conversion, until they may go on.
+    pub fn holds_opens(&self, holds: bool) {
+        self.opens.send_replace(Opens { are_held: holds, waiting: 0 });
+    }
+
+    /// Waits until one is held up, since they are.
+    pub async fn open_is_held(&self) {
+        // Its sender is in this service.
+        let _ = self.opens.subscribe().wait_for(|opens| opens.waiting > 0).await;
     }
 
     /// These are all volumes that there are, from now on.
@@ -129,6 +149,7 @@ struct Between {
     judge: Judged,
     list: Listed,
     holds_closes: Arc<watch::Sender<bool>>,
+    opens: Arc<watch::Sender<Opens>>,
     sessions: Arc<Mutex<JoinSet<()>>>,
 }
 
@@ -234,6 +255,17 @@ macro_rules! passes_on {
                 }
             }
 
+            async fn open_volume(
+                &self,
+                request: Request<OpenVolumeRequest>,
+            ) -> Answer<OpenVolumeResponse> {
+                self.opens.send_modify(|opens| opens.waiting += 1);
+                let mut opens = self.opens.subscribe();
+                // Its sender is in this service.
+                let _ = opens.wait_for(|opens| !opens.are_held).await;
+                self.client.clone().open_volume(request.into_inner()).await
+            }
+
             async fn close_volume(
                 &self,
                 request: Request<CloseVolumeRequest>,
@@ -297,7 +329,6 @@ passes_on! {
     get_volume: VolumeRequest => Volume;
     resize_volume: ResizeVolumeRequest => Volume;
     delete_volume: DeleteVolumeRequest => DeleteVolumeResponse;
-    open_volume: OpenVolumeRequest => OpenVolumeResponse;
     lookup: LookupRequest => LookupResponse;
     change_map: ChangeMapRequest => ChangeMapResponse;
     list_stores: ListStoresRequest => ListStoresResponse;

@@ -74,6 +74,11 @@ impl<E: Clone> ErrSeq<E> {
         self.latest.clone()
     }
 
+    /// The newest error, whoever was told.
+    pub fn latest(&self) -> Option<&E> {
+        self.latest.as_ref()
+    }
+
     /// Whether an error exists that nobody was told.
     pub fn is_untold(&self) -> bool {
         !self.told

@@ -169,7 +169,7 @@ impl Engine {
         if is_loss {
             self.log.loss_told(volume.id).await;
         }
-        let (untold, is_pending) = {
+        let (untold, pending) = {
             let mut state = volume.state();
             let untold = match asker {
                 Asker { observer: Some(observer), .. } => observer.check(volume, &mut state, who),
@@ -181,14 +181,18 @@ impl Engine {
                     errors.check(told)
                 }
             };
-            (untold, until.is_ahead(&state, lsn))
+            // Somebody else was told of the failure, perhaps; the data is still not there.
+            let failed = || {
+                let known = state.errors.latest().filter(|_| asker.session.is_some());
+                let known = known.filter(|failure| !failure.is_loss()).cloned();
+                let detail = "a write-out failed and is tried again";
+                known.unwrap_or_else(|| Failure::new(Reason::IoError, detail))
+            };
+            let pending = until.is_ahead(&state, lsn).then(failed);
+            (untold, pending)
         };
-        match untold {
+        match untold.or(pending) {
             Some(failure) => Err(failure),
-            // Somebody else was told of the failure; the data is still not there.
-            None if is_pending => {
-                Err(Failure::new(Reason::IoError, "a write-out failed and is tried again"))
-            }
             None => {
                 endio_failpoints::reach(endio_failpoints::Point::WritebackFsynced);
                 Ok(())

@@ -200,33 +200,51 @@ async fn each_session_hears_of_what_it_may_have_lost_whoever_else_was_told() {
 }
 
 /// An owner dies with something dirty. Another writeback takes its volume, writes, and closes it again: what the
-/// cache log of the first one has is older, and must not be replayed over it.
+/// cache log of the first one has is older, and must not be replayed over it. The other one may come before the
+/// first one starts again, or between its look at the volume and its open.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_dead_owner_had_is_not_put_over_what_was_written_since() {
-    let stack = Stack::start(1).await;
-    let config = |name: &str| endio_writeback::Config {
-        conversion: stack.conversion.url.clone(),
-        cache_dir: stack.directory.path().join(name),
-        // Nothing is written out unless somebody waits for it.
-        write_out_after_ms: 600_000,
-        ..Default::default()
-    };
-    let mut first = Writeback::start_with(config("first")).await;
-    let second = Writeback::start_with(config("second")).await;
-    let (old, new) = (first.client(), second.client());
-    old.create("vol1", 64 * MIB, 1).await.unwrap();
-    fill(&old, "vol1", 0, WriteMode::Buffered, 1).await;
-    fill(&old, "vol1", MIB, WriteMode::Buffered, 1).await;
-    first.crash().await;
-    new.open("vol1", true).await.unwrap();
-    fill(&new, "vol1", 0, WriteMode::Buffered, 2).await;
-    new.fsync("vol1").await.unwrap();
-    new.volumes().close(VolumeRequest { name: "vol1".into() }).await.unwrap();
-    first.start_again().await;
-    assert_eq!(old.fsync("vol1").await.unwrap_err().reason, Reason::LostWrites);
-    old.fsync("vol1").await.unwrap();
-    for (offset, byte) in [(0, 2), (MIB, 0)] {
-        assert_eq!(old.read("vol1", offset, BLOCK).await.unwrap(), vec![byte; BLOCK as usize]);
+    for comes_between in [false, true] {
+        let stack = Stack::start(1).await;
+        let between = Tampering::start(&stack.conversion.url).await;
+        let config = |name: &str, conversion: &str| endio_writeback::Config {
+            conversion: conversion.to_owned(),
+            cache_dir: stack.directory.path().join(name),
+            // Nothing is written out unless somebody waits for it.
+            write_out_after_ms: 600_000,
+            ..Default::default()
+        };
+        let mut first = Writeback::start_with(config("first", &between.url)).await;
+        let second = Writeback::start_with(config("second", &stack.conversion.url)).await;
+        let (old, new) = (first.client(), second.client());
+        old.create("vol1", 64 * MIB, 1).await.unwrap();
+        fill(&old, "vol1", 0, WriteMode::Buffered, 1).await;
+        fill(&old, "vol1", MIB, WriteMode::Buffered, 1).await;
+        first.crash().await;
+        let meanwhile = async {
+            new.open("vol1", true).await.unwrap();
+            fill(&new, "vol1", 0, WriteMode::Buffered, 2).await;
+            new.fsync("vol1").await.unwrap();
+            new.volumes().close(VolumeRequest { name: "vol1".into() }).await.unwrap();
+        };
+        if comes_between {
+            between.holds_opens(true);
+            let meanwhile = async {
+                between.open_is_held().await;
+                meanwhile.await;
+                between.holds_opens(false);
+            };
+            tokio::join!(first.start_again(), meanwhile);
+        } else {
+            meanwhile.await;
+            first.start_again().await;
+        }
+        assert_eq!(old.fsync("vol1").await.unwrap_err().reason, Reason::LostWrites);
+        old.fsync("vol1").await.unwrap();
+        for (offset, byte) in [(0, 2), (MIB, 0)] {
+            let read = old.read("vol1", offset, BLOCK).await.unwrap();
+            assert_eq!(read, vec![byte; BLOCK as usize], "{offset}, {comes_between}");
+        }
+        old.settles().await.unwrap();
     }
-    old.settles().await.unwrap();
 }
