@@ -478,6 +478,53 @@ mod tests {
         WritebackMessage { message: Some(Outgoing::Renew(WritebackRenew::default())) }
     }
 
+    /// Nobody who hears of anything.
+    struct Nobody;
+
+    impl Events for Nobody {
+        fn welcome(&self, _: u64) -> Vec<Reserve> {
+            Vec::new()
+        }
+        fn space_reset(&self, _: u64, _: Result<u64, Failure>) {}
+        fn stores(&self, _: &[endio_api::conversion::Store]) {}
+        fn fenced(&self, _: u64, _: u64) {}
+        fn confirms(&self) -> Vec<endio_api::conversion::ReadConfirm> {
+            Vec::new()
+        }
+    }
+
+    /// What a session began, picked or asked for is nothing that the next one may send: conversion may have
+    /// forgotten, in between, that newer changes have passed it.
+    #[test]
+    fn what_belongs_to_an_earlier_session_is_not_sent_under_the_next_one() {
+        let tenure = Tenure::new();
+        let mut standing = Standing {
+            number: 5,
+            events: &Nobody,
+            outbox: VecDeque::new(),
+            next_request: 1,
+            owed: BTreeMap::new(),
+            io_ends: BTreeMap::new(),
+            lease: Duration::from_secs(1),
+            lease_ends: Instant::now(),
+            granted: &tenure,
+            renewals: VecDeque::new(),
+        };
+        for (session, sent) in [(4, 0), (5, 3), (6, 0)] {
+            let (log_reply, mut log_answer) = oneshot::channel();
+            let (reserve_reply, mut reserve_answer) = oneshot::channel();
+            standing.accept(Command::Log(session, LogData::default(), log_reply));
+            standing.accept(Command::Reserve(Some(session), Reserve::default(), reserve_reply));
+            standing.accept(Command::Release(session, ReleaseSubmitter::default()));
+            assert_eq!(standing.outbox.drain(..).count(), sent, "of session {session}");
+            let log = log_answer.try_recv().map(|answer| answer.is_err());
+            let reserve = reserve_answer.try_recv().map(|answer| answer.is_err());
+            // Refused at once, or not answered yet.
+            assert_eq!((log.is_ok(), reserve.is_ok()), (sent == 0, sent == 0));
+            assert!(log.unwrap_or(true) && reserve.unwrap_or(true));
+        }
+    }
+
     /// Many volumes that flush at once would make a batch that no transport takes.
     #[test]
     fn a_batch_has_no_more_data_than_the_transport_takes_and_always_a_message() {
