@@ -480,16 +480,10 @@ fn size_fault(size_bytes: u64, growable: bool) -> Option<&'static str> {
 }
 
 /// Whether both names are starts of one instance: `INSTANCE/START`.
-pub(super) fn is_same_instance(one: &str, other: &str) -> bool {
+fn is_same_instance(one: &str, other: &str) -> bool {
     one == other
         || match (one.rsplit_once('/'), other.rsplit_once('/')) {
             (Some((one, _)), Some((other, _))) => one == other,
             _ => false,
         }
-}
-
-/// The instance, with the slash behind it, and the number of the start.
-pub(super) fn start_of(name: &str) -> Option<(&str, u64)> {
-    let (instance, start) = name.split_at(name.rfind('/')? + 1);
-    Some((instance, start.parse().ok()?))
 }

@@ -4,7 +4,6 @@ use std::ops::Bound;
 
 use endio_types::{Generation, IoEndId, MapVersion, Millis, Reason, VolumeId};
 
-use super::calls::{is_same_instance, start_of};
 use super::io::{Effect, EffectKind, FromWriteback, Output, ToWriteback, WritebackSession};
 use super::{Durability, Machine, Step};
 use crate::extent_map::ChunkTable;
@@ -107,7 +106,7 @@ impl<T: ChunkTable> Machine<T> {
         for io_end in old {
             self.abort(io_end, Reason::Aborted, None, out)?;
         }
-        self.earlier_starts_are_over(&name)?;
+        self.earlier_starts_are_over()?;
         self.writeback_sessions.insert(session, name);
         let (epoch, lease_ms) = (self.durable.epoch, self.limits.lease_ms);
         self.tell(session, Durability::Now, ToWriteback::Welcome { epoch, lease_ms }, out);
@@ -118,16 +117,16 @@ impl<T: ChunkTable> Machine<T> {
 
     /// What earlier starts of an instance have freed waits for their reads no more: their volumes may stay open
     /// in their names for long, if nobody asks for them.
-    fn earlier_starts_are_over(&mut self, name: &str) -> Step<T> {
-        let is_earlier = |owner: &str| owner != name && is_same_instance(owner, name);
+    fn earlier_starts_are_over(&mut self) -> Step<T> {
+        let is_left = |volume: &VolumeId| {
+            let volume = self.durable.volumes.get(volume);
+            volume
+                .and_then(|volume| volume.owner.as_deref())
+                .is_some_and(|owner| self.is_over(owner))
+        };
         let waiting = self.reads.iter().filter(|(_, reads)| !reads.freed.is_empty());
-        let left: Vec<VolumeId> = waiting
-            .map(|(volume, _)| *volume)
-            .filter(|volume| {
-                let volume = self.durable.volumes.get(volume);
-                volume.and_then(|volume| volume.owner.as_deref()).is_some_and(is_earlier)
-            })
-            .collect();
+        let left = waiting.map(|(volume, _)| *volume).filter(is_left);
+        let left: Vec<VolumeId> = left.collect();
         left.into_iter().try_for_each(|volume| self.settle_reads(volume))
     }
 
@@ -328,4 +327,10 @@ impl<T: ChunkTable> Machine<T> {
         }
         Ok(())
     }
+}
+
+/// The instance, with the slash behind it, and the number of the start.
+fn start_of(name: &str) -> Option<(&str, u64)> {
+    let (instance, start) = name.split_at(name.rfind('/')? + 1);
+    Some((instance, start.parse().ok()?))
 }

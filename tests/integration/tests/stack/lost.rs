@@ -16,6 +16,16 @@ const BLOCK: u64 = 4096;
 /// Where the first owner never wrote.
 const HOLE: u64 = 8 * MIB;
 
+/// Of a writeback that writes nothing out unless somebody waits for it.
+fn lazy(stack: &Stack, name: &str, conversion: &str) -> endio_writeback::Config {
+    endio_writeback::Config {
+        conversion: conversion.to_owned(),
+        cache_dir: stack.directory.path().join(name),
+        write_out_after_ms: 600_000,
+        ..Default::default()
+    }
+}
+
 async fn write(client: &Client, volume: &str, offset_bytes: u64, mode: WriteMode) {
     fill(client, volume, offset_bytes, mode, 7).await;
 }
@@ -52,15 +62,8 @@ async fn extents(client: &Client, name: &str, offset_bytes: u64) -> Result<usize
 async fn a_writeback_that_lost_a_volume_unheard_does_not_tell_where_it_has_holes() {
     let stack = Stack::start(1).await;
     let between = Tampering::start(&stack.conversion.url).await;
-    let config = |name: &str, conversion: &str| endio_writeback::Config {
-        conversion: conversion.to_owned(),
-        cache_dir: stack.directory.path().join(name),
-        // Nothing is written out unless somebody waits for it.
-        write_out_after_ms: 600_000,
-        ..Default::default()
-    };
-    let first = Writeback::start_with(config("first", &between.url)).await;
-    let second = Writeback::start_with(config("second", &stack.conversion.url)).await;
+    let first = Writeback::start_with(lazy(&stack, "first", &between.url)).await;
+    let second = Writeback::start_with(lazy(&stack, "second", &stack.conversion.url)).await;
     let client = first.client();
     client.create("fixed", 16 * MIB, 1).await.unwrap();
     write(&client, "fixed", 0, WriteMode::Direct).await;
@@ -95,10 +98,8 @@ async fn what_is_remembered_of_a_volume_is_not_read_while_its_close_is_not_answe
     let stack = Stack::start(1).await;
     let between = Tampering::start(&stack.conversion.url).await;
     let config = |name: &str, conversion: &str| endio_writeback::Config {
-        conversion: conversion.to_owned(),
-        cache_dir: stack.directory.path().join(name),
         io_timeout_ms: 3_000,
-        ..Default::default()
+        ..lazy(&stack, name, conversion)
     };
     let first = Writeback::start_with(config("first", &between.url)).await;
     let second = Writeback::start_with(config("second", &stack.conversion.url)).await;
@@ -138,15 +139,9 @@ async fn what_is_remembered_of_a_volume_is_not_read_while_its_close_is_not_answe
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_session_hears_of_what_it_may_have_lost_whoever_else_was_told() {
     let stack = Stack::start(1).await;
-    let config = |name: &str| endio_writeback::Config {
-        conversion: stack.conversion.url.clone(),
-        cache_dir: stack.directory.path().join(name),
-        // Nothing is written out unless somebody waits for it.
-        write_out_after_ms: 600_000,
-        ..Default::default()
-    };
-    let mut first = Writeback::start_with(config("first")).await;
-    let second = Writeback::start_with(config("second")).await;
+    let url = &stack.conversion.url;
+    let mut first = Writeback::start_with(lazy(&stack, "first", url)).await;
+    let second = Writeback::start_with(lazy(&stack, "second", url)).await;
     let (old, new) = (first.client(), second.client());
     old.create("vol1", 64 * MIB, 1).await.unwrap();
     let named = |session: u8| Bytes::from(vec![session; 16]);
@@ -207,15 +202,8 @@ async fn what_a_dead_owner_had_is_not_put_over_what_was_written_since() {
     for comes_between in [false, true] {
         let stack = Stack::start(1).await;
         let between = Tampering::start(&stack.conversion.url).await;
-        let config = |name: &str, conversion: &str| endio_writeback::Config {
-            conversion: conversion.to_owned(),
-            cache_dir: stack.directory.path().join(name),
-            // Nothing is written out unless somebody waits for it.
-            write_out_after_ms: 600_000,
-            ..Default::default()
-        };
-        let mut first = Writeback::start_with(config("first", &between.url)).await;
-        let second = Writeback::start_with(config("second", &stack.conversion.url)).await;
+        let mut first = Writeback::start_with(lazy(&stack, "first", &between.url)).await;
+        let second = Writeback::start_with(lazy(&stack, "second", &stack.conversion.url)).await;
         let (old, new) = (first.client(), second.client());
         old.create("vol1", 64 * MIB, 1).await.unwrap();
         fill(&old, "vol1", 0, WriteMode::Buffered, 1).await;
