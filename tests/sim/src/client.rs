@@ -135,7 +135,9 @@ impl Clients {
     async fn volume(&self, slot: &Rc<Slot>) -> Option<(Wb, Rc<Volume>)> {
         let wb = self.wb(slot)?;
         let tenure = slot.tenure.get();
-        if !slot.is_created.get() {
+        // What somebody tries to delete has been there, whatever became of the answers to its creation.
+        let is_known = || slot.is_created.get() || slot.is_deleting.get();
+        if !is_known() {
             let (inner, call) = (wb.clone(), create(slot));
             let created = self.inside(&wb, async move { inner.create(call).await }).await?;
             if created.is_ok() {
@@ -143,7 +145,7 @@ impl Clients {
             }
         }
         // Who finds no volume had looked for it before somebody else created it.
-        let is_there = slot.is_created.get();
+        let is_there = is_known();
         let (inner, name) = (wb.clone(), slot.name.clone());
         let opened = self.inside(&wb, async move { inner.open(&name, false).await }).await?;
         if slot.tenure.get() != tenure {
@@ -268,6 +270,7 @@ impl Clients {
             mix.resize,
             mix.close,
             mix.delete,
+            mix.leave,
         ];
         let mut drawn = exec.below(weights.iter().sum());
         let what = weights.iter().position(|weight| {
@@ -287,10 +290,8 @@ impl Clients {
             Some(5) => self.range(slot, wb, volume, RangeKind::Zero, retry).await,
             Some(6) => self.range(slot, wb, volume, RangeKind::Allocate, retry).await,
             Some(7) => self.resize(slot, wb, volume).await,
-            Some(8) => {
-                let (inner, volume) = (wb.clone(), Rc::clone(volume));
-                self.inside(wb, async move { inner.close(&volume).await }).await;
-            }
+            Some(8) => self.close(slot, wb, volume).await,
+            Some(10) => self.leave(slot, wb, volume).await,
             _ => self.delete(slot, wb, volume).await,
         }
     }

@@ -25,6 +25,9 @@ const CROWDED_FROM: u64 = 1_000_000;
 /// The same for writes around the cache, and a log that does not take what is clean.
 const AROUND: u64 = 0x6172_6f75;
 const AROUND_FROM: u64 = 4_000_000;
+/// The same for volumes that nobody uses for a while, between writebacks that take them from each other.
+const LEAVE: u64 = 0x6c65_6176;
+const LEAVE_FROM: u64 = 7_000_000;
 
 /// Numbers from one to another.
 #[derive(Clone, Copy, Debug)]
@@ -102,6 +105,8 @@ pub struct Mix {
     pub close: u64,
     /// Delete, and create anew.
     pub delete: u64,
+    /// Close, and come back later.
+    pub leave: u64,
 }
 
 /// Everything that the seed decides.
@@ -295,6 +300,7 @@ impl Plan {
             resize: some(&mut rng, 2),
             close: some(&mut rng, 1),
             delete: some(&mut rng, 1),
+            leave: 0,
         };
         let more = if is_crowded { 10 } else { 0 };
         let mix = Mix { buffered: mix.buffered + more, fsync: mix.fsync + more / 5, ..mix };
@@ -433,6 +439,10 @@ impl Plan {
             around_patience_ms,
             clean_fails,
         };
+        let mut leave = Rng::new(seed ^ LEAVE);
+        if seed >= LEAVE_FROM && leave.chance(15) {
+            plan.leave_volumes(&mut leave);
+        }
         if is_lazy {
             plan.write_out_after_ms = 3_600_000;
         }
@@ -442,6 +452,25 @@ impl Plan {
             plan.slow = plan.slow.max(hasty_slow);
         }
         plan
+    }
+
+    /// Volumes that are closed and left alone for a while, over two writebacks that die and take them from
+    /// each other: what a dead owner's log holds, and calls that were on their way, then meet a volume
+    /// that nobody has open.
+    fn leave_volumes(&mut self, rng: &mut Rng) {
+        self.writebacks = 2;
+        self.mix.leave = rng.between(1, 8);
+        self.mix.buffered += 10;
+        self.chaos.takeover += rng.between(2, 10);
+        if self.chaos.every_ms > 0 {
+            self.chaos.every_ms = self.chaos.every_ms.min(rng.between(10, 100));
+        }
+        if rng.chance(50) {
+            self.writeback_death_ms = rng.between(20, 300);
+        }
+        if rng.chance(50) {
+            self.late_calls = self.late_calls.max(rng.between(100, 1000));
+        }
     }
 
     /// Stores with hardly more room than the volumes, processes that die and sessions that break, and

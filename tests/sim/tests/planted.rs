@@ -2,7 +2,7 @@
 //!
 //! Twenty-two of them run in the short form. All: `ENDIO_PLANTED_ALL=1 cargo test -p endio-sim-tests --features planted-bugs
 //! --test planted -- --nocapture`; one: `ENDIO_PLANTED_ONE=NoFence` beside it; more seeds for each:
-//! `ENDIO_PLANTED_SEEDS=30000`.
+//! `ENDIO_PLANTED_SEEDS=30000`; from another one on: `ENDIO_SEED=7000000`.
 #![cfg(feature = "planted-bugs")]
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -81,12 +81,14 @@ impl Plant {
         }
     }
 
-    /// The first seed: some plans are drawn from later ones only.
+    /// The first seed, unless `ENDIO_SEED` says otherwise: some plans are drawn from later ones only.
     fn first(self) -> u64 {
-        match self {
+        let first = match self {
             Self::Modelled(Planted::CleanGuessed) => 4_000_000,
+            Self::Modelled(Planted::StaleReplay | Planted::OpenUnconditional) => 7_000_000,
             _ => 0,
-        }
+        };
+        seed::number("ENDIO_SEED", first)
     }
 
     /// Whether nothing here has caught it yet, or hardly: docs/TESTING.md says why, or who does.

@@ -1,4 +1,4 @@
-//! Volumes that are deleted, taken over, cut off from power, and looked at in the end.
+//! Volumes that are closed, deleted, taken over, cut off from power, and looked at in the end.
 
 use std::rc::Rc;
 
@@ -10,6 +10,38 @@ use crate::exec::MS;
 use crate::writeback::{Volume, Wb};
 
 impl Clients {
+    /// Closes the volume: what was acknowledged before is durable then.
+    pub(super) async fn close(&self, slot: &Slot, wb: &Wb, volume: &Rc<Volume>) {
+        let tenure = slot.tenure.get();
+        let (before, flush) = {
+            let oracle = &mut slot.known.borrow_mut().oracle;
+            (oracle.now(), oracle.invoke_flush())
+        };
+        let (inner, open) = (wb.clone(), Rc::clone(volume));
+        let closed = self.inside(wb, async move { inner.close(&open).await }).await;
+        self.exec().note("close", slot.owner.get(), &[(closed == Some(Ok(()))).into()]);
+        if closed == Some(Ok(())) && slot.tenure.get() == tenure {
+            let mut known = slot.known.borrow_mut();
+            known.oracle.ack_flush(flush);
+            known.flushed(before);
+        }
+    }
+
+    /// Closes the volume when nobody else works on it, and nobody asks for it for a while.
+    pub(super) async fn leave(&self, slot: &Rc<Slot>, wb: &Wb, volume: &Rc<Volume>) {
+        if slot.is_held.get() || slot.is_deleting.get() {
+            return;
+        }
+        slot.is_held.set(true);
+        while slot.busy.get() > 1 {
+            self.exec().sleep(MS).await;
+        }
+        self.close(slot, wb, volume).await;
+        let longest = 3 * u64::from(self.world.plan.limits.lease_ms) * MS;
+        self.exec().sleep(self.exec().below(longest)).await;
+        slot.is_held.set(false);
+    }
+
     /// Deletes the volume when nobody else works on it, until it is gone.
     pub(super) async fn delete(&self, slot: &Rc<Slot>, wb: &Wb, volume: &Rc<Volume>) {
         if slot.is_held.get() || slot.is_deleting.get() {
