@@ -16,6 +16,7 @@ use endio_state_machine::writeback::credit::{Credit, CreditPolicy};
 use endio_state_machine::writeback::dirty::DirtyMap;
 use endio_state_machine::writeback::errseq::{Cursor, ErrSeq};
 use endio_state_machine::writeback::fragments::Fragments;
+use endio_state_machine::writeback::groups::Groups;
 use endio_state_machine::writeback::map_cache::{ChangeId, MapCache, Part};
 use endio_state_machine::writeback::rhythm::Rhythm;
 use endio_state_machine::writeback::view::VolumeView;
@@ -26,7 +27,7 @@ use tracing_mutex::stdsync::{Mutex, MutexGuard};
 
 use crate::clean::{CleanBlocks, VolumeBlocks};
 use crate::engine::Meter;
-use crate::engine::direct::DirectQueue;
+use crate::engine::direct::Waiting;
 use crate::failure::Failure;
 use crate::locks::Locks;
 
@@ -121,7 +122,7 @@ pub struct State {
     /// First block and number of blocks of the direct writes under way; their locks keep them apart.
     pub direct: BTreeMap<u64, u64>,
     /// Direct writes that wait to share an io_end.
-    pub(crate) direct_queue: DirectQueue,
+    pub(crate) direct_groups: Groups<Waiting>,
     /// It is being closed or deleted at conversion, and may be somebody else's at any moment.
     pub leaving: bool,
     /// Why the volume is not usable here any more.
@@ -248,7 +249,7 @@ impl Volume {
                 grant,
                 direct_bytes: 0,
                 direct: BTreeMap::new(),
-                direct_queue: DirectQueue::default(),
+                direct_groups: Groups::default(),
                 leaving: false,
                 gone: None,
             }),

@@ -28,6 +28,9 @@ const AROUND_FROM: u64 = 4_000_000;
 /// The same for volumes that nobody uses for a while, between writebacks that take them from each other.
 const LEAVE: u64 = 0x6c65_6176;
 const LEAVE_FROM: u64 = 7_000_000;
+/// The same for direct writes that share an io_end, and what is written anew with the data that it has.
+const ANEW: u64 = 0x616e_6577;
+const ANEW_FROM: u64 = 8_000_000;
 
 /// Numbers from one to another.
 #[derive(Clone, Copy, Debug)]
@@ -223,6 +226,11 @@ pub struct Plan {
     pub clean_fails: u64,
     /// Mean pause between two deaths of writebacks alone, milliseconds; 0: only as `chaos` says.
     pub writeback_death_ms: u64,
+    /// Direct writes that come at the same time share an io_end.
+    pub shares_io_ends: bool,
+    /// Mean pause between two windows of a volume that are written anew with the data that they have,
+    /// milliseconds; 0: none is.
+    pub rewrite_ms: u64,
 }
 
 impl Plan {
@@ -438,10 +446,23 @@ impl Plan {
             write_around_blocks,
             around_patience_ms,
             clean_fails,
+            shares_io_ends: false,
+            rewrite_ms: 0,
         };
         let mut leave = Rng::new(seed ^ LEAVE);
         if seed >= LEAVE_FROM && leave.chance(15) {
             plan.leave_volumes(&mut leave);
+        }
+        let mut anew = Rng::new(seed ^ ANEW);
+        if seed >= ANEW_FROM {
+            if plan.mix.leave > 0 && anew.chance(50) {
+                // Openings are given up soon, and arrive while nobody has the volume.
+                plan.late_calls = plan.late_calls.max(500);
+                plan.call_timeout_ms = anew.between(15, 60);
+                plan.slow = plan.slow.max(anew.between(20, 150));
+            }
+            plan.shares_io_ends = anew.chance(50);
+            plan.rewrite_ms = if anew.chance(40) { anew.between(1, 100) } else { 0 };
         }
         if is_lazy {
             plan.write_out_after_ms = 3_600_000;

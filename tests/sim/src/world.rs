@@ -85,6 +85,8 @@ pub enum Planted {
     LossReplaced,
     /// What goes with a volume that somebody else takes is told to nobody who comes back.
     LetGoUntold,
+    /// What is written anew is read and written without the lock of its blocks.
+    RewriteUnlocked,
 }
 
 impl Planted {
@@ -118,6 +120,7 @@ impl Planted {
         Self::DoubtIgnored,
         Self::LossReplaced,
         Self::LetGoUntold,
+        Self::RewriteUnlocked,
     ];
 }
 

@@ -86,6 +86,7 @@ impl Plant {
         let first = match self {
             Self::Modelled(Planted::CleanGuessed) => 4_000_000,
             Self::Modelled(Planted::StaleReplay | Planted::OpenUnconditional) => 7_000_000,
+            Self::Modelled(Planted::RewriteUnlocked) => 8_000_000,
             _ => 0,
         };
         seed::number("ENDIO_SEED", first)

@@ -11,6 +11,7 @@ pub mod dirty;
 pub mod errseq;
 pub mod fragments;
 pub mod gather;
+pub mod groups;
 pub mod layout;
 pub mod log_reader;
 pub mod map_cache;

@@ -17,6 +17,7 @@ use endio_api::conversion::ListStoresRequest;
 use endio_failpoints::{Bug, is_planted};
 use endio_state_machine::chunk::Place;
 use endio_state_machine::writeback::fragments::Layout;
+use endio_state_machine::writeback::groups::joined;
 use endio_state_machine::writeback::map_cache::Part;
 use endio_types::{BLOCK_BYTES, BLOCK_SIZE, LblkRange, Pblk, StoreId};
 use futures_util::FutureExt as _;
@@ -215,17 +216,14 @@ impl Engine {
         window: LblkRange,
         deadline: Instant,
     ) -> Result<(Vec<LblkRange>, Bytes), Failure> {
-        let mut ranges: Vec<LblkRange> = Vec::new();
+        let mut runs = Vec::new();
         let mut whole = BytesMut::with_capacity(window.len as usize * BLOCK_SIZE);
         for run in self.read_blocks(volume, window, deadline).await? {
             let Piece::Data(data) = &run.piece else { continue };
             whole.extend_from_slice(data);
-            match ranges.last_mut() {
-                Some(last) if last.end() == run.range.start.0 => last.len += run.range.len,
-                _ => ranges.push(run.range),
-            }
+            runs.push(run.range);
         }
-        Ok((ranges, whole.freeze()))
+        Ok((joined(runs), whole.freeze()))
     }
 
     /// How a window lies now, as conversion says.

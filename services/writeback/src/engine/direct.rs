@@ -1,21 +1,16 @@
 //! Direct writes: each waits for its own conversion, and those that come at the same time share an
-//! io_end.
+//! io_end ([`Groups`]).
 //!
-//! ```text
-//!   write ──► at once, while fewer than GROUPS_MAX groups of the volume are under way
-//!        └──► [waiting] ──► all that wait, in one io_end, as soon as a group has ended
-//! ```
-//! So a lone writer waits for nobody, and many writers cost a few messages for all of them instead
-//! of several for each. A group that fails is written again one by one: what is wrong with one
-//! write is told to that one only. Sampled writes go alone, so that their trace is their own.
+//! A group that fails is written again one by one: what is wrong with one write is told to that one
+//! only. Sampled writes go alone, so that their trace is their own.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use endio_api::conversion::{Completion, Lane};
 use endio_chassis::trace::{Span, Why};
-use endio_types::{IO_END_RANGES_MAX, LblkRange, MapVersion};
+use endio_state_machine::writeback::groups::{Groups, joined};
+use endio_types::{LblkRange, MapVersion};
 use futures_util::FutureExt as _;
 use futures_util::future::join_all;
 use tokio::sync::oneshot;
@@ -26,14 +21,6 @@ use crate::failure::Failure;
 use crate::io_end::Job;
 use crate::volume::Volume;
 
-/// Groups of one volume under way. One: the stores idle while conversion commits. More than a few:
-/// the groups are small, and cost what single writes cost.
-const GROUPS_MAX: usize = 2;
-/// Longest write that joins a group, in blocks: what is larger is worth its own messages.
-const JOIN_BLOCKS_MAX: u64 = 16;
-/// Most blocks of a group: 1 MiB.
-const GROUP_BLOCKS_MAX: u64 = 256;
-
 /// A direct write on its way into an io_end.
 pub(crate) struct Direct {
     range: LblkRange,
@@ -43,43 +30,8 @@ pub(crate) struct Direct {
     span: Span,
 }
 
-/// A write of a group, and who waits for it.
-type Waiting = (Direct, oneshot::Sender<Result<Completion, Failure>>);
-
-/// The direct writes of a volume that wait for a group.
-#[derive(Default)]
-pub(crate) struct DirectQueue {
-    waiting: VecDeque<Waiting>,
-    groups: usize,
-}
-
-impl DirectQueue {
-    /// Queues a write; says whether the caller has to see to a further group.
-    fn push(&mut self, waiting: Waiting) -> bool {
-        self.waiting.push_back(waiting);
-        let starts = self.groups < GROUPS_MAX;
-        self.groups += usize::from(starts);
-        starts
-    }
-
-    /// What goes together next. Empty: nothing waits, and the group is over.
-    fn take(&mut self) -> Vec<Waiting> {
-        let mut group = Vec::new();
-        let mut blocks = 0;
-        while let Some((next, _)) = self.waiting.front() {
-            blocks += next.range.len;
-            let is_full = group.len() >= IO_END_RANGES_MAX || blocks > GROUP_BLOCKS_MAX;
-            if is_full && !group.is_empty() {
-                break;
-            }
-            group.extend(self.waiting.pop_front());
-        }
-        if group.is_empty() {
-            self.groups -= 1;
-        }
-        group
-    }
-}
+/// A write, and who waits for it.
+pub(crate) type Waiting = (Direct, oneshot::Sender<Result<Completion, Failure>>);
 
 /// Gives the place of a group back when its task ends before it is over.
 struct Leading {
@@ -91,11 +43,12 @@ impl Leading {
     /// Group after group, until nothing waits.
     async fn lead(mut self, engine: Arc<Engine>) {
         loop {
-            let group = self.volume.state().direct_queue.take();
+            let group = self.volume.state().direct_groups.take();
             if group.is_empty() {
                 self.is_over = true;
                 return;
             }
+            let group = group.into_iter().map(|(_, waiting)| waiting).collect();
             engine.write_group(&self.volume, group).await;
         }
     }
@@ -104,7 +57,7 @@ impl Leading {
 impl Drop for Leading {
     fn drop(&mut self) {
         if !self.is_over {
-            self.volume.state().direct_queue.groups -= 1;
+            self.volume.state().direct_groups.left();
         }
     }
 }
@@ -127,7 +80,8 @@ impl Engine {
             state.direct.insert(range.start.0, range.len);
         }
         let span = Span::current();
-        let is_alone = volume.in_place || range.len > JOIN_BLOCKS_MAX || span.sampled().is_some();
+        let is_alone =
+            volume.in_place || !Groups::<Waiting>::may_join(range) || span.sampled().is_some();
         let direct = Direct { range, data, end_bytes, deadline, span };
         let outcome = match is_alone {
             true => self.write_alone(volume, &direct).await,
@@ -169,16 +123,14 @@ impl Engine {
         direct: Direct,
     ) -> Result<Completion, Failure> {
         let (answer, answered) = oneshot::channel();
-        if volume.state().direct_queue.push((direct, answer)) {
+        if volume.state().direct_groups.push(direct.range, (direct, answer)) {
             let leading = Leading { volume: Arc::clone(volume), is_over: false };
             self.tasks.spawn(leading.lead(Arc::clone(self)));
         }
         answered.await.unwrap_or_else(|_| Err(Failure::task_lost()))
     }
 
-    async fn write_group(&self, volume: &Arc<Volume>, mut group: Vec<Waiting>) {
-        // The locks of their blocks keep them apart.
-        group.sort_by_key(|(direct, _)| direct.range.start);
+    async fn write_group(&self, volume: &Arc<Volume>, group: Vec<Waiting>) {
         let together = match &group[..] {
             [(only, _)] => self.write_alone(volume, only).await,
             _ => self.write_together(volume, &group).await,
@@ -206,15 +158,11 @@ impl Engine {
         group: &[Waiting],
     ) -> Result<Completion, Failure> {
         let writes = || group.iter().map(|(direct, _)| direct);
-        let mut ranges: Vec<LblkRange> = Vec::with_capacity(group.len());
         let mut data = BytesMut::with_capacity(writes().map(|direct| direct.data.len()).sum());
         for direct in writes() {
-            match ranges.last_mut() {
-                Some(last) if last.end() == direct.range.start.0 => last.len += direct.range.len,
-                _ => ranges.push(direct.range),
-            }
             data.extend_from_slice(&direct.data);
         }
+        let ranges = joined(writes().map(|direct| direct.range));
         let end_bytes = writes().map(|direct| direct.end_bytes).max().unwrap_or(0);
         let deadline = writes().map(|direct| direct.deadline).min();
         let span = group.first().map_or_else(Span::current, |(first, _)| first.span.clone());
@@ -280,54 +228,5 @@ impl Engine {
         }
         volume.changed();
         outcome
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn waiting(lblk: u64, blocks: u64) -> Waiting {
-        let direct = Direct {
-            range: LblkRange::new(lblk, blocks),
-            data: Bytes::new(),
-            end_bytes: 0,
-            deadline: Instant::now(),
-            span: Span::current(),
-        };
-        (direct, oneshot::channel().0)
-    }
-
-    #[test]
-    fn writes_wait_only_while_enough_groups_are_under_way_and_leave_together() {
-        let mut queue = DirectQueue::default();
-        assert!(queue.push(waiting(0, 1)));
-        assert_eq!(queue.take().len(), 1);
-        assert!(queue.push(waiting(1, 1)));
-        assert_eq!(queue.take().len(), 1);
-        for lblk in 2..40 {
-            assert!(!queue.push(waiting(lblk, 1)), "two groups are under way");
-        }
-        assert_eq!(queue.take().len(), 38);
-        assert!(queue.take().is_empty());
-        assert!(queue.push(waiting(40, 1)), "one of two is over");
-        assert_eq!(queue.take().len(), 1);
-        assert!(queue.take().is_empty() && queue.take().is_empty());
-        assert_eq!(queue.groups, 0);
-    }
-
-    #[test]
-    fn a_group_is_no_larger_than_an_io_end_may_be() {
-        let mut queue = DirectQueue::default();
-        for lblk in 0..300 {
-            queue.push(waiting(lblk * 2, 1));
-        }
-        assert_eq!((queue.take().len(), queue.take().len()), (IO_END_RANGES_MAX, 44));
-        for lblk in 0..40 {
-            queue.push(waiting(lblk * 100, 16));
-        }
-        let blocks = GROUP_BLOCKS_MAX as usize / 16;
-        assert_eq!((queue.take().len(), queue.take().len()), (blocks, blocks));
-        assert_eq!(queue.take().len(), 40 - 2 * blocks);
     }
 }

@@ -2,6 +2,7 @@
 //! are the real ones; what calls them follows the service's engine step by step.
 
 mod data_log;
+mod direct;
 mod flusher;
 mod io_end;
 mod read;
@@ -25,6 +26,7 @@ use endio_state_machine::writeback::block_cache::{BlockCache, Tenant};
 use endio_state_machine::writeback::credit::Credit;
 use endio_state_machine::writeback::dirty::DirtyMap;
 use endio_state_machine::writeback::errseq::{Cursor, ErrSeq};
+use endio_state_machine::writeback::groups::Groups;
 use endio_state_machine::writeback::map_cache::{ChangeId, MapCache, Part};
 use endio_state_machine::writeback::range_lock::{Mode, RangeLock, Ticket};
 use endio_state_machine::writeback::sessions::{RequestKey, SessionTable};
@@ -232,6 +234,8 @@ pub struct State {
     clean: BlockCache<Block>,
     /// Permission to read, as conversion gave it last.
     grant: Option<ReadGrant>,
+    /// Direct writes that wait for an io_end.
+    direct_groups: Groups<direct::Waiting>,
     /// Tries of changes of the map.
     attempts: Attempts,
     /// Write-outs under way.
@@ -291,6 +295,7 @@ impl Volume {
                 map: MapCache::new(entries),
                 clean: BlockCache::new(if info.in_place { 0 } else { world.plan.clean_blocks }),
                 grant: Some(grant),
+                direct_groups: Groups::default(),
                 attempts: Attempts::default(),
                 write_outs: 0,
                 dirty,

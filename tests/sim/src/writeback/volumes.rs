@@ -236,6 +236,10 @@ impl Wb {
         self.exec().note("volume open", self.node(), &[volume.id.0, volume.generation.0]);
         let wb = self.clone();
         self.spawn(wb.flush_for_ever(Rc::clone(&volume)));
+        if self.world.plan.rewrite_ms > 0 && !volume.in_place {
+            let wb = self.clone();
+            self.spawn(wb.rewrite_for_ever(Rc::clone(&volume)));
+        }
         let ask = volume.state.borrow_mut().credit.reset();
         let wb = self.clone();
         self.spawn(async move {

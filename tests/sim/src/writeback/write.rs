@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use endio_state_machine::machine::{Call, Completion, Lane, MapChange, ReplyBody};
+use endio_state_machine::machine::{Call, MapChange, ReplyBody};
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::cover::inner_and_edges;
 use endio_state_machine::writeback::credit::Take;
@@ -13,7 +13,6 @@ use endio_state_machine::writeback::throttle::Verdict;
 use endio_store::cache_log::{CacheLogError, WriteRecord};
 use endio_types::{BLOCK_BYTES, ByteRange, LblkRange, Reason};
 
-use super::io_end::Job;
 use super::{Admission, Failure, Held, MapChanging, Outcome, State, Volume, Wb};
 use crate::block::{Block, CELL_BYTES, CELLS, ZEROES, crc, to_bytes};
 use crate::exec::MS;
@@ -204,43 +203,6 @@ impl Wb {
             self.log_failed(&error);
         }
         admission.applied(result);
-    }
-
-    /// A write of whole blocks through an io_end. The lock of the blocks is held, and cache and log
-    /// hold nothing of them.
-    pub(super) async fn write_through(
-        &self,
-        volume: &Rc<Volume>,
-        range: LblkRange,
-        data: Vec<Block>,
-        end_bytes: u64,
-        deadline: u64,
-    ) -> Outcome<Completion> {
-        let size_after_bytes = match volume.growable {
-            true => volume.state.borrow_mut().view.size_after(end_bytes),
-            false => 0,
-        };
-        let lane = Lane::Direct;
-        let changing = MapChanging::begin(self, volume, vec![range]);
-        self.accepted(volume, range, &data);
-        let ranges = vec![range];
-        let logged_up_to = volume.state.borrow().dirty.log_number();
-        let job = Job { lane, ranges, data, size_after_bytes, logged_up_to, deadline, gate: None };
-        let (outcome, parts) = match self.submit(volume, &job).await {
-            Ok(written) => (Ok(written.done), written.parts),
-            Err(failure) => (Err(failure), Vec::new()),
-        };
-        // Before anybody is told: whoever saw the write end reads it.
-        changing.ended(parts);
-        match &outcome {
-            Ok(done) => {
-                let mut state = volume.state.borrow_mut();
-                state.view.saw_size(done.map_version, done.size_bytes);
-            }
-            Err(failure) => self.heed(volume, failure),
-        }
-        volume.changed.notify();
-        outcome
     }
 
     /// Forgets what cache and log hold of blocks, before something goes around the cache.
@@ -454,7 +416,7 @@ impl Wb {
         used
     }
 
-    fn accepted(&self, volume: &Volume, range: LblkRange, data: &[Block]) {
+    pub(super) fn accepted(&self, volume: &Volume, range: LblkRange, data: &[Block]) {
         let mut versions = self.world.versions.borrow_mut();
         for (lblk, block) in (range.start.0..).zip(data) {
             versions.accepted(volume.id, volume.generation, lblk, crc(block));
