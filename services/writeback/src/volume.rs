@@ -17,6 +17,7 @@ use endio_state_machine::writeback::dirty::DirtyMap;
 use endio_state_machine::writeback::errseq::{Cursor, ErrSeq};
 use endio_state_machine::writeback::fragments::Fragments;
 use endio_state_machine::writeback::groups::Groups;
+use endio_state_machine::writeback::log_turns::LogTurns;
 use endio_state_machine::writeback::map_cache::{ChangeId, MapCache, Part};
 use endio_state_machine::writeback::rhythm::Rhythm;
 use endio_state_machine::writeback::view::VolumeView;
@@ -103,10 +104,8 @@ pub struct State {
     pub settling: usize,
     /// Write-outs under way.
     pub write_outs: usize,
-    /// Messages to the data log under way.
-    pub logging: usize,
-    /// Somebody waits until everything up to this record is durable.
-    pub log_wanted: Lsn,
+    /// Messages to the data log.
+    pub log_turns: LogTurns,
     /// How buffered writes and flushes follow each other.
     pub rhythm: Rhythm,
     /// The newest record that says that blocks of this volume are converted.
@@ -150,6 +149,8 @@ pub struct Loss {
 
 /// Observers remembered as told; beyond, somebody may be told twice.
 const TOLD_MAX: usize = 4_096;
+/// Messages of a volume to the data log under way.
+const LOG_MESSAGES_MAX: usize = 2;
 
 impl Loss {
     /// Nobody was told.
@@ -240,8 +241,7 @@ impl Volume {
                 attempts: Attempts::default(),
                 settling: 0,
                 write_outs: 0,
-                logging: 0,
-                log_wanted: Lsn(0),
+                log_turns: LogTurns::new(LOG_MESSAGES_MAX),
                 rhythm: Rhythm::default(),
                 last_clean: Lsn(0),
                 rest_until: None,

@@ -231,6 +231,10 @@ pub struct Plan {
     /// Mean pause between two windows of a volume that are written anew with the data that they have,
     /// milliseconds; 0: none is.
     pub rewrite_ms: u64,
+    /// Messages of a volume to the data log under way.
+    pub log_messages_max: usize,
+    /// Buffered writes whose data goes to the data log before a flush asks for it, in thousandths.
+    pub logs_ahead: u64,
 }
 
 impl Plan {
@@ -448,6 +452,8 @@ impl Plan {
             clean_fails,
             shares_io_ends: false,
             rewrite_ms: 0,
+            log_messages_max: usize::MAX,
+            logs_ahead: 0,
         };
         let mut leave = Rng::new(seed ^ LEAVE);
         if seed >= LEAVE_FROM && leave.chance(15) {
@@ -463,6 +469,8 @@ impl Plan {
             }
             plan.shares_io_ends = anew.chance(50);
             plan.rewrite_ms = if anew.chance(40) { anew.between(1, 100) } else { 0 };
+            plan.log_messages_max = anew.between(1, 3) as usize;
+            plan.logs_ahead = if anew.chance(30) { anew.between(50, 1000) } else { 0 };
         }
         if is_lazy {
             plan.write_out_after_ms = 3_600_000;

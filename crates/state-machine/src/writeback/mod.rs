@@ -14,6 +14,7 @@ pub mod gather;
 pub mod groups;
 pub mod layout;
 pub mod log_reader;
+pub mod log_turns;
 pub mod map_cache;
 pub mod range_lock;
 pub mod rhythm;

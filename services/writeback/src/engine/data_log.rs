@@ -8,8 +8,9 @@ use endio_api::conversion::{LogData, LoggedBlock, ReadLogRequest, Volume as Desc
 use endio_chassis::trace::Span;
 use endio_failpoints::{Bug, Point, is_planted, reach};
 use endio_state_machine::writeback::Lsn;
-use endio_state_machine::writeback::dirty::{LogPick, TooMuch};
+use endio_state_machine::writeback::dirty::LogPick;
 use endio_state_machine::writeback::log_reader::{LogFault, LogReader, ReadBlock};
+use endio_state_machine::writeback::log_turns::{Bounds, Next};
 use endio_types::{BLOCK_BYTES, BLOCK_SIZE, Generation, Lblk, Reason, VOLUME_BYTES_MAX};
 use tokio::time::Instant;
 
@@ -17,10 +18,6 @@ use super::Engine;
 use crate::conversion::Client;
 use crate::failure::Failure;
 use crate::volume::{CachedBlock, Opened, State, Volume};
-
-/// Messages of a volume to the data log under way. One: conversion idles while the answer travels. More
-/// than a few: each carries little, and costs what a large one costs.
-const LOGGING_MAX: usize = 2;
 
 /// A message to the data log. Dropped without a good answer, its blocks are written out instead: other
 /// flushes may wait for them, too.
@@ -34,7 +31,7 @@ struct Logging {
 impl Drop for Logging {
     fn drop(&mut self) {
         let mut state = self.volume.state();
-        state.logging -= 1;
+        state.log_turns.ended();
         state.dirty.log_ended(self.number, self.is_logged);
         if !self.is_logged {
             state.flush_up_to_at_least(self.up_to);
@@ -45,15 +42,6 @@ impl Drop for Logging {
             false => self.volume.changed(),
         }
     }
-}
-
-/// What comes next for whoever wants data in the log.
-enum Next {
-    Send(LogPick<CachedBlock>, Logging),
-    /// Enough messages are under way: what waits meanwhile goes together.
-    Wait,
-    /// Everything is on its way into the log, or to the stores.
-    Nothing,
 }
 
 impl Engine {
@@ -102,18 +90,21 @@ impl Engine {
         loop {
             // Before anything is taken: see [`Session::log`](crate::session::Session::log).
             let session = self.session.link().number;
-            let (pick, mut logging) = match self.next_log(volume, up_to) {
-                Next::Send(pick, logging) => (pick, logging),
+            let (pick, up_to) = match self.next_log(volume, up_to) {
+                Next::Send(pick, up_to) => (pick, up_to),
                 Next::Wait => {
                     let is_next = |state: &mut State| {
                         let is_over = state.gone.is_some() || !state.dirty.pending_up_to(up_to);
-                        (state.logging < LOGGING_MAX || is_over).then_some(())
+                        (state.log_turns.has_room() || is_over).then_some(())
                     };
                     volume.wait(is_next).await;
                     continue;
                 }
                 Next::Nothing => return,
             };
+            let (volume, number) = (Arc::clone(volume), pick.number);
+            let mut logging = Logging { volume, number, up_to, is_logged: false };
+            let volume = &logging.volume;
             reach(Point::WritebackFlushGathered);
             let span = crate::TRACER
                 .child(&Span::current(), "log")
@@ -135,41 +126,22 @@ impl Engine {
         }
     }
 
-    fn next_log(&self, volume: &Arc<Volume>, up_to: Lsn) -> Next {
+    fn next_log(&self, volume: &Volume, up_to: Lsn) -> Next<CachedBlock> {
         let mut state = volume.state();
-        if state.gone.is_some() || !state.dirty.pending_up_to(up_to) {
+        if state.gone.is_some() {
             return Next::Nothing;
         }
-        state.log_wanted = state.log_wanted.max(up_to);
-        if state.logging >= LOGGING_MAX {
-            return Next::Wait;
-        }
-        let room = volume.log_blocks_max.saturating_sub(state.dirty.logged_blocks());
         // Without a promise of space it could not be written out afterwards.
-        let limit = match state.credit.is_reset_pending() {
+        let message_blocks_max = match state.credit.is_reset_pending() {
             true => 0,
-            false => room.min(self.config.flush_log_bytes / BLOCK_BYTES),
+            false => self.config.flush_log_bytes / BLOCK_BYTES,
         };
-        let wanted = state.log_wanted;
-        let pick = match state.dirty.gather_for_log(wanted, limit) {
-            Err(TooMuch) if wanted > up_to => state.dirty.gather_for_log(up_to, limit),
-            pick => pick,
-        };
-        // Before the log is full, so that there is room again in time.
-        let is_much = pick.is_err() || state.dirty.logged_blocks() > volume.log_blocks_max / 2;
+        let bounds = Bounds { volume_blocks_max: volume.log_blocks_max, message_blocks_max };
+        let State { log_turns, dirty, .. } = &mut *state;
+        let (next, is_much) = log_turns.next(dirty, up_to, bounds);
         if is_much {
             state.flush_up_to_at_least(up_to);
-        }
-        let next = match pick {
-            Ok(Some(pick)) => {
-                state.logging += 1;
-                let (volume, number) = (Arc::clone(volume), pick.number);
-                Next::Send(pick, Logging { volume, number, up_to: wanted, is_logged: false })
-            }
-            Ok(None) | Err(TooMuch) => Next::Nothing,
-        };
-        drop(state);
-        if is_much {
+            drop(state);
             volume.changed();
         }
         next

@@ -243,6 +243,8 @@ impl Clients {
         let cells = volume.state.borrow().view.size_bytes() / CELL_BYTES;
         for first in (0..cells).step_by(CELLS as usize) {
             let began = slot.known.borrow_mut().begin_read();
+            // One that is written anew meanwhile may get a good copy later.
+            let was_good = self.has_good_copy(&slot.name, first / CELLS);
             let count = CELLS.min(cells - first);
             let (inner, open) = (wb.clone(), Rc::clone(volume));
             let read = async move { inner.read(&open, first, count).await };
@@ -251,7 +253,7 @@ impl Clients {
                     self.check(slot, &mut slot.known.borrow_mut(), began, first, &found);
                 }
                 Some(Err(failure)) if failure.reason == Reason::ChecksumMismatch => {
-                    if self.has_good_copy(&slot.name, first / CELLS) {
+                    if was_good {
                         let why = format!("{} at {first} has a good copy", slot.name);
                         self.exec().fail(format!("no_false_alarm: {why}"));
                     }

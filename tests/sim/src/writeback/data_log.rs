@@ -10,12 +10,13 @@ use endio_state_machine::machine::{LogData, VolumeInfo};
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::dirty::{CleanRun, LogBlock, LogPick};
 use endio_state_machine::writeback::log_reader::{LogReader, ReadBlock};
+use endio_state_machine::writeback::log_turns::{Bounds, Next};
 use endio_store::cache_log::ReplayedWrite;
 use endio_types::{
     BLOCK_BYTES, BLOCK_SIZE, Generation, Lblk, LblkRange, VOLUME_BYTES_MAX, VolumeId,
 };
 
-use super::{Failure, Outcome, Volume, Wb};
+use super::{Failure, Outcome, State, Volume, Wb};
 use crate::block::{Block, from_bytes, to_bytes};
 use crate::exec::MS;
 use crate::net::Message;
@@ -36,6 +37,7 @@ struct Logging {
 impl Drop for Logging {
     fn drop(&mut self) {
         let mut state = self.volume.state.borrow_mut();
+        state.log_turns.ended();
         if self.is_logged || self.is_guarded {
             state.dirty.log_ended(self.number, self.is_logged);
         }
@@ -52,37 +54,56 @@ impl Wb {
     /// much, or refused there, is written out.
     pub(super) async fn log_flush(&self, volume: &Rc<Volume>, up_to: Lsn) {
         let plan = &self.world.plan;
-        let session = self.engine.link_number.get();
-        let (pick, is_much) = {
-            let mut state = volume.state.borrow_mut();
-            let room = volume.log_blocks_max.saturating_sub(state.dirty.logged_blocks());
-            let limit = match state.credit.is_reset_pending() {
-                true => 0,
-                false => room.min(plan.flush_log_blocks),
+        let is_guarded = !self.world.planted(Planted::LogGuardOff);
+        loop {
+            let session = self.engine.link_number.get();
+            let (pick, up_to) = match self.next_log(volume, up_to) {
+                Next::Send(pick, up_to) => (pick, up_to),
+                Next::Wait => {
+                    let is_next = |state: &mut State| {
+                        let is_over = state.gone.is_some() || !state.dirty.pending_up_to(up_to);
+                        (state.log_turns.has_room() || is_over).then_some(())
+                    };
+                    volume.wait(is_next).await;
+                    continue;
+                }
+                Next::Nothing => return,
             };
-            let pick = state.dirty.gather_for_log(up_to, limit);
-            let is_much = pick.is_err() || state.dirty.logged_blocks() > volume.log_blocks_max / 2;
-            if is_much {
-                state.flush_up_to = state.flush_up_to.max(up_to);
+            let number = pick.number;
+            let message = message(volume, &pick);
+            let volume = Rc::clone(volume);
+            let mut logging = Logging { volume, number, up_to, is_logged: false, is_guarded };
+            if plan.log_dawdles > 0 && self.exec().chance(plan.log_dawdles) {
+                self.exec().sleep(self.exec().below(plan.log_dawdle_ms * MS)).await;
             }
-            (pick, is_much)
+            let outcome = self.log(session, message).await;
+            let failed = outcome.err().map_or(0, |failure| failure.reason as u64 + 1);
+            self.exec().note("logged", self.node(), &[logging.volume.id.0, number, failed]);
+            logging.is_logged = outcome.is_ok();
+            if !logging.is_logged {
+                return;
+            }
+        }
+    }
+
+    fn next_log(&self, volume: &Volume, up_to: Lsn) -> Next<Block> {
+        let mut state = volume.state.borrow_mut();
+        if state.gone.is_some() {
+            return Next::Nothing;
+        }
+        let message_blocks_max = match state.credit.is_reset_pending() {
+            true => 0,
+            false => self.world.plan.flush_log_blocks,
         };
+        let bounds = Bounds { volume_blocks_max: volume.log_blocks_max, message_blocks_max };
+        let State { log_turns, dirty, .. } = &mut *state;
+        let (next, is_much) = log_turns.next(dirty, up_to, bounds);
         if is_much {
+            state.flush_up_to = state.flush_up_to.max(up_to);
+            drop(state);
             volume.changed.notify();
         }
-        let Ok(Some(pick)) = pick else { return };
-        let number = pick.number;
-        let is_guarded = !self.world.planted(Planted::LogGuardOff);
-        let volume = Rc::clone(volume);
-        let message = message(&volume, &pick);
-        let mut logging = Logging { volume, number, up_to, is_logged: false, is_guarded };
-        if plan.log_dawdles > 0 && self.exec().chance(plan.log_dawdles) {
-            self.exec().sleep(self.exec().below(plan.log_dawdle_ms * MS)).await;
-        }
-        let outcome = self.log(session, message).await;
-        let failed = outcome.err().map_or(0, |failure| failure.reason as u64 + 1);
-        self.exec().note("logged", self.node(), &[logging.volume.id.0, number, failed]);
-        logging.is_logged = outcome.is_ok();
+        next
     }
 
     /// What the data log holds of a volume that was opened just now.

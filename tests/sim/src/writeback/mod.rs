@@ -27,6 +27,7 @@ use endio_state_machine::writeback::credit::Credit;
 use endio_state_machine::writeback::dirty::DirtyMap;
 use endio_state_machine::writeback::errseq::{Cursor, ErrSeq};
 use endio_state_machine::writeback::groups::Groups;
+use endio_state_machine::writeback::log_turns::LogTurns;
 use endio_state_machine::writeback::map_cache::{ChangeId, MapCache, Part};
 use endio_state_machine::writeback::range_lock::{Mode, RangeLock, Ticket};
 use endio_state_machine::writeback::sessions::{RequestKey, SessionTable};
@@ -242,6 +243,8 @@ pub struct State {
     write_outs: usize,
     /// Acknowledged and not yet converted.
     pub dirty: DirtyMap<Block>,
+    /// Messages to the data log.
+    log_turns: LogTurns,
     dirty_since: Option<u64>,
     credit: Credit,
     credit_reset: Option<u64>,
@@ -299,6 +302,7 @@ impl Volume {
                 attempts: Attempts::default(),
                 write_outs: 0,
                 dirty,
+                log_turns: LogTurns::new(world.plan.log_messages_max),
                 dirty_since: None,
                 credit: Credit::new(world.plan.credit),
                 credit_reset: None,

@@ -193,6 +193,10 @@ impl Wb {
         }
         self.ask_credit(volume, false);
         volume.changed.notify();
+        if self.world.plan.logs_ahead > 0 && self.exec().chance(self.world.plan.logs_ahead) {
+            let (wb, volume) = (self.clone(), Rc::clone(volume));
+            self.spawn(async move { wb.log_flush(&volume, wb.engine.log.last_lsn()).await });
+        }
         Ok(())
     }
 
