@@ -143,7 +143,7 @@ mod tests {
     fn a_log_that_is_half_full_asks_for_the_stores() {
         let (mut turns, mut map) = (LogTurns::new(2), DirtyMap::new());
         let bounds = Bounds { volume_blocks_max: 4, message_blocks_max: 8 };
-        for (lblk, is_much) in [(0, false), (1, false), (2, false), (3, true)] {
+        for (lblk, is_much) in [(0, false), (1, false), (2, true), (3, true)] {
             dirty(&mut map, lblk, lblk + 1);
             let turn = turns.next(&mut map, Lsn(lblk + 1), bounds);
             let Next::Send(pick, _) = &turn.0 else { panic!("nothing goes: {turn:?}") };
