@@ -17,7 +17,7 @@ use crate::block::{CELL_BYTES, CELLS, cell, parse};
 use crate::exec::{Exec, MS, WORLD, answer};
 use crate::plan::VolumePlan;
 use crate::world::World;
-use crate::writeback::{Failure, Outcome, RangeKind, Retry, Volume, Wb};
+use crate::writeback::{Failure, Mode, Outcome, RangeKind, Retry, Volume, Wb};
 use known::{Doubt, Known};
 
 /// Cells that any volume may grow to.
@@ -283,7 +283,15 @@ impl Clients {
             Retry { key: RequestKey { session, sequence: *sequence }, is_retry: false }
         });
         match what {
-            Some(kind @ (0 | 1)) => self.write(slot, wb, volume, kind == 1, retry).await,
+            Some(0) => {
+                let durable = self.world.plan.durable_writes;
+                let mode = match durable > 0 && exec.chance(durable) {
+                    true => Mode::Durable,
+                    false => Mode::Buffered,
+                };
+                self.write(slot, wb, volume, mode, retry).await;
+            }
+            Some(1) => self.write(slot, wb, volume, Mode::Direct, retry).await,
             Some(2) => self.read(slot, wb, volume).await,
             Some(3) => _ = self.fsync(slot, wb, volume, observer).await,
             Some(4) => self.range(slot, wb, volume, RangeKind::Trim, retry).await,
@@ -318,7 +326,7 @@ impl Clients {
         slot: &Rc<Slot>,
         wb: &Wb,
         volume: &Rc<Volume>,
-        direct: bool,
+        mode: Mode,
         retry: Option<Retry>,
     ) {
         let Some((first, cells)) = self.somewhere(slot, true) else { return };
@@ -336,17 +344,18 @@ impl Clients {
                 (sequence, invoked, (first..first + cells).map(number).collect())
             }
         };
-        let details = [first, cells, sequence, direct.into()];
+        let durable = mode != Mode::Buffered;
+        let details = [first, cells, sequence, durable.into()];
         self.exec().note("write", slot.owner.get(), &details);
         let (tenure, resizes) = (slot.tenure.get(), slot.known.borrow().resizes);
         let outcome = self
             .at_most_once(slot, wb, volume, retry, move |wb, volume, retry| {
                 let data = data.clone();
-                Box::pin(async move { wb.write(&volume, first, data, direct, retry).await })
+                Box::pin(async move { wb.write(&volume, first, data, mode, retry).await })
             })
             .await;
-        self.judge(slot, wb, tenure, (sequence, invoked, first, cells), outcome, direct);
-        if slot.tenure.get() == tenure && outcome == Some(Ok(())) && direct {
+        self.judge(slot, wb, tenure, (sequence, invoked, first, cells), outcome, durable);
+        if slot.tenure.get() == tenure && outcome == Some(Ok(())) && durable {
             let mut known = slot.known.borrow_mut();
             if known.resizes == resizes && !known.is_resizing {
                 known.size_cells = known.size_cells.max(first + cells);

@@ -235,6 +235,8 @@ pub struct Plan {
     pub log_messages_max: usize,
     /// Buffered writes whose data goes to the data log before a flush asks for it, in thousandths.
     pub logs_ahead: u64,
+    /// Writes through the cache that are to be durable, in thousandths.
+    pub durable_writes: u64,
 }
 
 impl Plan {
@@ -454,6 +456,7 @@ impl Plan {
             rewrite_ms: 0,
             log_messages_max: usize::MAX,
             logs_ahead: 0,
+            durable_writes: 0,
         };
         let mut leave = Rng::new(seed ^ LEAVE);
         if seed >= LEAVE_FROM && leave.chance(15) {
@@ -470,6 +473,7 @@ impl Plan {
             plan.shares_io_ends = anew.chance(50);
             plan.rewrite_ms = if anew.chance(40) { anew.between(1, 100) } else { 0 };
             plan.log_messages_max = anew.between(1, 3) as usize;
+            plan.durable_writes = if anew.chance(40) { anew.between(50, 1000) } else { 0 };
             plan.logs_ahead = if anew.chance(30) { anew.between(50, 1000) } else { 0 };
         }
         if is_lazy {

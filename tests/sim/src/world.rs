@@ -87,6 +87,8 @@ pub enum Planted {
     LetGoUntold,
     /// What is written anew is read and written without the lock of its blocks.
     RewriteUnlocked,
+    /// A write that ends before what its last block held says only where it ends itself.
+    EndForgotten,
 }
 
 impl Planted {
@@ -121,6 +123,7 @@ impl Planted {
         Self::LossReplaced,
         Self::LetGoUntold,
         Self::RewriteUnlocked,
+        Self::EndForgotten,
     ];
 }
 

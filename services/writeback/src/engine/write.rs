@@ -242,6 +242,10 @@ impl Write {
             Admitted::New(admission) => admission,
             Admitted::Duplicate(result) => {
                 self.engine.metrics.duplicates.inc();
+                if self.op.mode == Mode::Durable {
+                    // It is in the cache, and perhaps no more than that.
+                    self.engine.make_durable(&self.volume, self.deadline).await?;
+                }
                 let written_bytes = result.unwrap_or(written_bytes);
                 let trace_id = self.span.trace_id();
                 return Ok(Acked { trace_id, written_bytes, duplicate: true, convert_us: 0 });
@@ -522,11 +526,13 @@ impl Write {
         admission: Option<&Admission>,
     ) -> Result<Result<Used, Failure>, CacheLogError> {
         let Self { engine, volume, blocks, .. } = self;
+        // Under the lock of the blocks nobody changes what the last one of them holds, nor its size.
+        let end = volume.state().view.end_of(*blocks, self.end_bytes());
         let record = WriteRecord {
             volume: VolumeId(volume.id),
             generation: Generation(volume.generation),
             blocks: *blocks,
-            end_bytes: self.end_bytes(),
+            end_bytes: end,
             request: admission.map(Admission::key),
             result: self.op.data.len() as u64,
         };
@@ -556,7 +562,6 @@ impl Write {
             }
             return Ok(Ok(Used { blocks: 0, wakes_flusher: false, flush_is_next: None }));
         }
-        let end = self.end_bytes();
         // Nothing waited: the flusher sleeps without an end. And a flush that saw the record in the
         // log may have looked for its data before it was here.
         let was_idle = state.dirty.waiting_blocks() == 0 || state.dirty_since.is_none();

@@ -7,7 +7,7 @@ use endio_types::{LblkRange, Reason};
 use super::{Clients, FENCED_TAG, Slot};
 use crate::block::{CELL_BYTES, CELLS, cell};
 use crate::exec::MS;
-use crate::writeback::{Volume, Wb};
+use crate::writeback::{Mode, Volume, Wb};
 
 impl Clients {
     /// Closes the volume: what was acknowledged before is durable then.
@@ -166,7 +166,8 @@ impl Clients {
             let data = (first..first + cells).map(|at| cell(FENCED_TAG, at, 1)).collect();
             let (inner, volume) = (old.clone(), Rc::clone(&volume));
             let direct = self.exec().chance(500);
-            let work = async move { inner.write(&volume, first, data, direct, None).await };
+            let mode = if direct { Mode::Direct } else { Mode::Buffered };
+            let work = async move { inner.write(&volume, first, data, mode, None).await };
             let outcome = self.inside(old, work).await;
             let still = slot.tenure.get() == tenure;
             if direct && outcome == Some(Ok(())) && still {

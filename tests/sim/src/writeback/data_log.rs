@@ -13,7 +13,7 @@ use endio_state_machine::writeback::log_reader::{LogReader, ReadBlock};
 use endio_state_machine::writeback::log_turns::{Bounds, Next};
 use endio_store::cache_log::ReplayedWrite;
 use endio_types::{
-    BLOCK_BYTES, BLOCK_SIZE, Generation, Lblk, LblkRange, VOLUME_BYTES_MAX, VolumeId,
+    BLOCK_BYTES, BLOCK_SIZE, Generation, Lblk, LblkRange, Reason, VOLUME_BYTES_MAX, VolumeId,
 };
 
 use super::{Failure, Outcome, State, Volume, Wb};
@@ -50,6 +50,27 @@ impl Drop for Logging {
 }
 
 impl Wb {
+    /// Whether a write of these blocks may become durable in the data log.
+    pub(super) fn is_loggable(&self, volume: &Volume, blocks: LblkRange) -> bool {
+        let most = self.world.plan.flush_log_blocks.min(volume.log_blocks_max);
+        !volume.in_place && blocks.len <= most
+    }
+
+    /// Waits until everything acknowledged before is durable. Tells no errors of others.
+    pub(super) async fn make_durable(&self, volume: &Rc<Volume>, deadline: u64) -> Outcome<()> {
+        let lsn = self.engine.log.last_lsn();
+        let durable = async {
+            self.log_flush(volume, lsn).await;
+            let ended = volume.wait(|state| match state.gone {
+                Some(gone) => Some(Err(gone)),
+                None => (!state.dirty.pending_up_to(lsn)).then_some(Ok(())),
+            });
+            ended.await
+        };
+        let timed_out = Err(Failure::new(Reason::TimedOut));
+        self.exec().until(deadline, durable).await.unwrap_or(timed_out)
+    }
+
     /// Makes what is dirty up to a record durable at conversion, without writing it out. What is too
     /// much, or refused there, is written out.
     pub(super) async fn log_flush(&self, volume: &Rc<Volume>, up_to: Lsn) {

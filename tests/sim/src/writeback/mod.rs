@@ -29,7 +29,7 @@ use endio_state_machine::writeback::errseq::{Cursor, ErrSeq};
 use endio_state_machine::writeback::groups::Groups;
 use endio_state_machine::writeback::log_turns::LogTurns;
 use endio_state_machine::writeback::map_cache::{ChangeId, MapCache, Part};
-use endio_state_machine::writeback::range_lock::{Mode, RangeLock, Ticket};
+use endio_state_machine::writeback::range_lock::{self, RangeLock, Ticket};
 use endio_state_machine::writeback::sessions::{RequestKey, SessionTable};
 use endio_state_machine::writeback::throttle::Throttle;
 use endio_state_machine::writeback::view::VolumeView;
@@ -41,7 +41,7 @@ use crate::exec::{Answer, Exec, MS, Node, Signal};
 use crate::world::{Planted, World};
 pub use session::Granted;
 pub use volumes::start;
-pub use write::{RangeKind, Retry};
+pub use write::{Mode, RangeKind, Retry};
 
 /// Why something failed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -396,7 +396,7 @@ struct Held {
 
 impl Locks {
     fn acquire(self: &Rc<Self>, range: LblkRange) -> Held {
-        let ticket = self.lock.borrow_mut().acquire(range, Mode::Exclusive).ticket();
+        let ticket = self.lock.borrow_mut().acquire(range, range_lock::Mode::Exclusive).ticket();
         Held { locks: Rc::clone(self), ticket }
     }
 }

@@ -30,6 +30,17 @@ pub struct Retry {
     pub is_retry: bool,
 }
 
+/// When a write is acknowledged.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Mode {
+    /// In the cache.
+    Buffered,
+    /// Durable: in the data log, if it is small enough.
+    Durable,
+    /// Converted.
+    Direct,
+}
+
 /// What happens to a range.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum RangeKind {
@@ -111,19 +122,25 @@ impl Wb {
         volume: &Rc<Volume>,
         first: u64,
         cells: Vec<u64>,
-        direct: bool,
+        mode: Mode,
         retry: Option<Retry>,
     ) -> Outcome<()> {
         let bytes = ByteRange { offset: first * CELL_BYTES, len: cells.len() as u64 * CELL_BYTES };
         let deadline = self.deadline();
         let blocks = self.check(volume, bytes, true)?;
         let turn = self.turn(volume, blocks, retry, deadline).await?;
-        let Some((admission, _held)) = turn else { return Ok(()) };
+        let Some((admission, _held)) = turn else {
+            // It was applied before, and perhaps no more than that.
+            return match mode {
+                Mode::Durable => self.make_durable(volume, deadline).await,
+                _ => Ok(()),
+            };
+        };
         if !self.world.planted(Planted::EndUnchecked) {
             self.check(volume, bytes, true)?;
         }
         let end = bytes.offset + bytes.len;
-        if direct {
+        if mode == Mode::Direct || (mode == Mode::Durable && !self.is_loggable(volume, blocks)) {
             self.forget(volume, blocks, deadline).await?;
             let whole = self.merge(volume, first, &cells, deadline).await?;
             self.write_through(volume, blocks, whole, end, deadline).await?;
@@ -131,6 +148,10 @@ impl Wb {
             return Ok(());
         }
         let whole = self.merge(volume, first, &cells, deadline).await?;
+        if mode == Mode::Durable {
+            self.buffered(volume, (blocks, whole), end, admission, deadline).await?;
+            return self.make_durable(volume, deadline).await;
+        }
         if !self.is_for_the_stores(volume, bytes) {
             return self.buffered(volume, (blocks, whole), end, admission, deadline).await;
         }
@@ -363,6 +384,10 @@ impl Wb {
         let bytes = to_bytes(whole);
         loop {
             volume.usable()?;
+            let end_bytes = match self.world.planted(Planted::EndForgotten) {
+                true => end_bytes,
+                false => volume.state.borrow().view.end_of(blocks, end_bytes),
+            };
             let record = WriteRecord {
                 volume: volume.id,
                 generation: volume.generation,
