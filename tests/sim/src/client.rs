@@ -424,13 +424,23 @@ impl Clients {
         let tenure = slot.tenure.get();
         let mut at = (wb.clone(), Rc::clone(volume));
         let mut retry = retry;
+        let mut doubt = None;
         for _ in 0..4 {
             let (wb, volume) = (at.0.clone(), Rc::clone(&at.1));
             let outcome = self.inside(&at.0, send(wb, volume, retry)).await;
+            // A try that is refused says nothing of the ones before it.
+            let outcome = match outcome {
+                Some(Err(failure)) => {
+                    Some(Err(Failure { doubt: failure.doubt.max(doubt), ..failure }))
+                }
+                outcome => outcome,
+            };
             let Some(key) = &mut retry else { return outcome };
-            if matches!(outcome, Some(Ok(())) | Some(Err(Failure { doubt: None, .. }))) {
-                return outcome;
-            }
+            doubt = match outcome {
+                Some(Ok(())) | Some(Err(Failure { doubt: None, .. })) => return outcome,
+                Some(Err(failure)) => failure.doubt,
+                None => Some(u64::MAX),
+            };
             key.is_retry = true;
             self.exec().sleep(self.exec().between(1, 30) * MS).await;
             if slot.tenure.get() != tenure || slot.is_held.get() {

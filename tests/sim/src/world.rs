@@ -89,6 +89,8 @@ pub enum Planted {
     RewriteUnlocked,
     /// A write that ends before what its last block held says only where it ends itself.
     EndForgotten,
+    /// A volume that becomes smaller keeps what its last block has behind the old end.
+    TailKept,
 }
 
 impl Planted {
@@ -124,6 +126,7 @@ impl Planted {
         Self::LetGoUntold,
         Self::RewriteUnlocked,
         Self::EndForgotten,
+        Self::TailKept,
     ];
 }
 

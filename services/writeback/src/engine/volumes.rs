@@ -434,10 +434,15 @@ impl Engine {
         if volume.growable && tail > 0 {
             self.see_size(volume, LblkRange::new(first, 1), deadline).await?;
         }
-        let old = volume.state().view.size_bytes();
-        if size_bytes < old && tail > 0 {
-            // A volume that grows again must not show what was cut off.
-            let len = (BLOCK_BYTES - tail).min(old - size_bytes);
+        let (old, mapped_end) = {
+            let state = volume.state();
+            (state.view.size_bytes(), state.view.mapped_end())
+        };
+        // A volume that grows again must not show what was cut off, nor what a write in place that failed
+        // has left in the block behind the end.
+        let is_cut = size_bytes < old || (volume.in_place && first < mapped_end);
+        if is_cut && tail > 0 {
+            let len = BLOCK_BYTES - tail;
             self.zero_tail(volume, ByteRange { offset: size_bytes, len }, deadline).await?;
         }
         let request = ResizeVolumeRequest {

@@ -370,9 +370,19 @@ impl Wb {
             }
             self.look_up(volume, LblkRange::new(first, 1), deadline).await?;
         }
-        let old = volume.state.borrow().view.size_bytes();
-        if size_bytes < old && tail > 0 {
-            let len = (BLOCK_BYTES - tail).min(old - size_bytes);
+        let (old, mapped_end) = {
+            let state = volume.state.borrow();
+            (state.view.size_bytes(), state.view.mapped_end())
+        };
+        let is_cut = match self.world.planted(Planted::TailKept) {
+            true => size_bytes < old,
+            false => size_bytes < old || (volume.in_place && first < mapped_end),
+        };
+        if is_cut && tail > 0 {
+            let len = match self.world.planted(Planted::TailKept) {
+                true => (BLOCK_BYTES - tail).min(old - size_bytes),
+                false => BLOCK_BYTES - tail,
+            };
             let (first, cells) = (size_bytes / CELL_BYTES, len / CELL_BYTES);
             let zeroes = vec![0; cells as usize];
             let whole = self.merge(volume, first, &zeroes, deadline).await?;
