@@ -434,13 +434,13 @@ impl Engine {
         if volume.growable && tail > 0 {
             self.see_size(volume, LblkRange::new(first, 1), deadline).await?;
         }
-        let (old, mapped_end) = {
+        let (old, durable) = {
             let state = volume.state();
-            (state.view.size_bytes(), state.view.mapped_end())
+            (state.view.size_bytes(), state.view.durable_size_bytes())
         };
         // A volume that grows again must not show what was cut off, nor what a write in place that failed
         // has left in the block behind the end.
-        let is_cut = size_bytes < old || (volume.in_place && first < mapped_end);
+        let is_cut = size_bytes < old || (volume.in_place && first * BLOCK_BYTES < durable);
         if is_cut && tail > 0 {
             let len = BLOCK_BYTES - tail;
             self.zero_tail(volume, ByteRange { offset: size_bytes, len }, deadline).await?;

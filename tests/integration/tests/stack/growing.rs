@@ -1,8 +1,15 @@
 //! Volumes that grow and shrink by the byte, against bytes in memory.
 
-use endio_api::common::ExtentState;
-use endio_api::conversion::CreateVolumeRequest;
+use bytes::Bytes;
+use endio_api::blockstore::Bio;
+use endio_api::blockstore::block_store_client::BlockStoreClient;
+use endio_api::common::{ExtentState, Reason as WireReason};
+use endio_api::conversion::{
+    BeginIo, CreateVolumeRequest, Lane, OpenVolumeRequest, ReleaseSubmitter,
+};
 use endio_api::writeback::{ExtentsRequest, RangeRequest, ResizeRequest, WriteMode, WriteRequest};
+use endio_integration_tests::hostile::channel;
+use endio_integration_tests::raw::{RawWriteback, conversion};
 use endio_integration_tests::stack::{Stack, Writeback};
 use endio_testkit::client::{Client, Refused};
 use endio_testkit::seed::{self, Rng};
@@ -205,4 +212,112 @@ async fn what_lies_before_an_extension_that_is_not_written_out_is_trimmed_zeroed
     assert_eq!(checked.findings, Vec::<String>::new());
     writeback.stop().await;
     stack.stop().await;
+}
+
+/// A writeback whose data stays in the cache and its log.
+async fn lazy(stack: &Stack) -> Writeback {
+    let config = endio_writeback::Config {
+        conversion: stack.conversion.url.clone(),
+        cache_dir: stack.directory.path().join("lazy"),
+        write_out_after_ms: 600_000,
+        ..Default::default()
+    };
+    Writeback::start_with(config).await
+}
+
+async fn create_growable(client: &Client, in_place: bool) {
+    let name = NAME.to_owned();
+    let create = CreateVolumeRequest { name, growable: true, in_place, ..Default::default() };
+    client.create_as(create).await.unwrap();
+}
+
+async fn put(client: &Client, offset_bytes: u64, length: usize, fill: u8, mode: WriteMode) {
+    let request = WriteRequest {
+        volume: NAME.to_owned(),
+        offset_bytes,
+        data: vec![fill; length].into(),
+        mode: mode.into(),
+        ..Default::default()
+    };
+    client.io().write(request).await.unwrap();
+}
+
+/// The record that extended the volume goes when all its blocks are written again: the newer one, which ends
+/// before, says where the last block ended.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_acknowledged_size_outlives_the_record_that_said_it() {
+    let mut stack = Stack::start(1).await;
+    let mut writeback = lazy(&stack).await;
+    let client = writeback.client();
+    create_growable(&client, false).await;
+    put(&client, 0, 5_000, 1, WriteMode::Buffered).await;
+    put(&client, 0, 4_500, 2, WriteMode::Buffered).await;
+    writeback.crash().await;
+    writeback.start_again().await;
+    let client = writeback.client();
+    let read = client.read(NAME, 0, 5_000).await.unwrap();
+    assert_eq!(read, [vec![2; 4_500], vec![1; 500]].concat());
+    client.fsync(NAME).await.unwrap();
+    client
+        .volumes()
+        .close(endio_api::writeback::VolumeRequest { name: NAME.to_owned() })
+        .await
+        .unwrap();
+    assert_eq!(stack.client().read(NAME, 4_499, 501).await.unwrap()[1..], [1; 500]);
+    writeback.stop().await;
+    stack.stop().await;
+}
+
+/// A write in place that fails may have left its data in the volume's last block, behind the end. Whatever size
+/// the volume gets next, what lies behind that is zeroes when it grows.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_failed_write_in_place_left_behind_the_end_does_not_come_back() {
+    for sizes in [[50, 4_096], [100, 4_096], [150, 4_096]] {
+        let mut stack = Stack::start(1).await;
+        let client = stack.client();
+        create_growable(&client, true).await;
+        put(&client, 0, 100, 1, WriteMode::Direct).await;
+        fails_in_place(&stack).await;
+        client.open(NAME, true).await.unwrap();
+        for size_bytes in sizes {
+            let request = ResizeRequest { name: NAME.to_owned(), size_bytes, volume: 0 };
+            client.volumes().resize(request).await.unwrap();
+        }
+        let read = client.read(NAME, sizes[0], 4_096 - sizes[0]).await.unwrap();
+        assert!(read.iter().all(|byte| *byte == 0), "behind byte {}: {read:?}", sizes[0]);
+        let checked = client.settles().await.unwrap();
+        assert_eq!(checked.findings, Vec::<String>::new());
+        stack.stop().await;
+    }
+}
+
+/// Somebody takes the volume, has 300 bytes written over its first block, and gives that up.
+async fn fails_in_place(stack: &Stack) {
+    let url = &stack.conversion.url;
+    let mut other = RawWriteback::connect(url, "other").await;
+    let (name, writeback) = (NAME.to_owned(), "other".to_owned());
+    let open = OpenVolumeRequest { name, writeback, force: true, ..Default::default() };
+    let opened = conversion(url).open_volume(open).await.unwrap().into_inner();
+    let volume = opened.volume.unwrap();
+    let begin = BeginIo {
+        volume: volume.id,
+        generation: volume.generation,
+        lane: Lane::Direct.into(),
+        blocks: 1,
+        size_after_bytes: 300,
+        ..Default::default()
+    };
+    let begun = other.begin(begin).await;
+    let token = begun.segments[0].token.clone();
+    let data: Bytes = [vec![9; 300], vec![0; 3_796]].concat().into();
+    let crc32c = vec![crc32c::crc32c(&data)];
+    let bio = Bio { token, data, crc32c, traceparent: String::new() };
+    let mut store = BlockStoreClient::new(channel(&stack.stores[0].url));
+    let mut answers = store.write(tokio_stream::iter([bio])).await.unwrap().into_inner();
+    let landed = answers.message().await.unwrap().unwrap();
+    assert_eq!(landed.reason(), WireReason::Unspecified);
+    let io_end = begun.submitter.as_ref().map_or(0, |token| token.io_end);
+    let release = ReleaseSubmitter { token: begun.submitter, abort: true, ..Default::default() };
+    assert_eq!(other.release_as(release).await, WireReason::Unspecified);
+    assert_ne!(other.completion(io_end).await.reason(), WireReason::Unspecified);
 }

@@ -370,13 +370,13 @@ impl Wb {
             }
             self.look_up(volume, LblkRange::new(first, 1), deadline).await?;
         }
-        let (old, mapped_end) = {
+        let (old, durable) = {
             let state = volume.state.borrow();
-            (state.view.size_bytes(), state.view.mapped_end())
+            (state.view.size_bytes(), state.view.durable_size_bytes())
         };
         let is_cut = match self.world.planted(Planted::TailKept) {
             true => size_bytes < old,
-            false => size_bytes < old || (volume.in_place && first < mapped_end),
+            false => size_bytes < old || (volume.in_place && first * BLOCK_BYTES < durable),
         };
         if is_cut && tail > 0 {
             let len = match self.world.planted(Planted::TailKept) {
