@@ -34,7 +34,7 @@ pub struct GateLimits {
     /// Bios and reads in flight, counted together. Above it: [`Reason::Limit`].
     pub in_flight_max: usize,
     /// Finished tokens whose outcome is remembered. Above it the lowest io_ends are forgotten, and
-    /// refused from then on.
+    /// refused from then on: at least as many as one io_end may have in a store, or it never ends.
     pub seen_max: usize,
     /// Fenced io_ends that are remembered one by one. Above it everything up to the lowest of them is
     /// refused.

@@ -304,16 +304,30 @@ impl Clients {
         }
     }
 
+    /// Whether a change goes where the volume ends.
+    fn is_near_end(&self, slot: &Slot) -> bool {
+        let permille = self.world.plan.near_end;
+        slot.plan.growable && permille > 0 && self.exec().chance(permille)
+    }
+
     /// Somewhere in the volume, and how long.
     fn somewhere(&self, slot: &Slot, extends: bool) -> Option<(u64, u64)> {
         let exec = self.exec();
         let known = slot.known.borrow();
-        let size = if extends { known.size_cells.max(known.reach_cells) } else { known.size_cells };
+        let size = match extends {
+            true => known.size_cells.max(known.reach_cells),
+            false if self.world.plan.reads_all => known.acked_size(),
+            false => known.size_cells,
+        };
         let end = if extends && slot.plan.growable { (size + 12).min(CELLS_MAX) } else { size };
         if end == 0 {
             return None;
         }
         let (mut first, mut cells) = (exec.below(end), exec.between(1, self.world.plan.cells_max));
+        if extends && self.is_near_end(slot) {
+            first = near(exec, size).min(end - 1);
+            cells = cells.min(2 * CELLS);
+        }
         if exec.chance(self.world.plan.aligned * 10) {
             first -= first % CELLS;
             cells = cells.next_multiple_of(CELLS);
@@ -355,10 +369,10 @@ impl Clients {
             })
             .await;
         self.judge(slot, wb, tenure, (sequence, invoked, first, cells), outcome, durable);
-        if slot.tenure.get() == tenure && outcome == Some(Ok(())) && durable {
+        if slot.tenure.get() == tenure && outcome == Some(Ok(())) {
             let mut known = slot.known.borrow_mut();
             if known.resizes == resizes && !known.is_resizing {
-                known.size_cells = known.size_cells.max(first + cells);
+                known.grew(first + cells, durable);
             }
         }
     }
@@ -428,18 +442,18 @@ impl Clients {
         for _ in 0..4 {
             let (wb, volume) = (at.0.clone(), Rc::clone(&at.1));
             let outcome = self.inside(&at.0, send(wb, volume, retry)).await;
+            let is_known = matches!(outcome, Some(Ok(()) | Err(Failure { doubt: None, .. })));
             // A try that is refused says nothing of the ones before it.
-            let outcome = match outcome {
-                Some(Err(failure)) => {
-                    Some(Err(Failure { doubt: failure.doubt.max(doubt), ..failure }))
-                }
-                outcome => outcome,
-            };
+            let outcome = outcome.map(|outcome| {
+                outcome.map_err(|failure| Failure { doubt: failure.doubt.max(doubt), ..failure })
+            });
             let Some(key) = &mut retry else { return outcome };
+            if is_known {
+                return outcome;
+            }
             doubt = match outcome {
-                Some(Ok(())) | Some(Err(Failure { doubt: None, .. })) => return outcome,
                 Some(Err(failure)) => failure.doubt,
-                None => Some(u64::MAX),
+                _ => Some(u64::MAX),
             };
             key.is_retry = true;
             self.exec().sleep(self.exec().between(1, 30) * MS).await;
@@ -488,6 +502,9 @@ impl Clients {
             return;
         }
         let mut cells = exec.between(1, 30 * CELLS);
+        if self.is_near_end(slot) {
+            cells = near(exec, slot.known.borrow().size_cells).clamp(1, CELLS_MAX);
+        }
         if !slot.plan.growable {
             cells = cells.next_multiple_of(CELLS);
         }
@@ -499,7 +516,7 @@ impl Clients {
             known.resizes += 1;
             known.changes += 1;
             known.reach_cells = known.reach_cells.max(known.size_cells);
-            known.size_cells = known.size_cells.min(cells);
+            known.resizes_to(cells);
             let invoked = known.oracle.now();
             let beyond = 2 * CELLS_MAX - cells;
             (known.oracle.invoke_zeroes(cells, beyond), invoked, cells, beyond)
@@ -507,6 +524,9 @@ impl Clients {
         let (inner, volume) = (wb.clone(), Rc::clone(volume));
         let bytes = cells * CELL_BYTES;
         let outcome = self.inside(wb, async move { inner.resize(&volume, bytes).await }).await;
+        if outcome.is_some_and(|outcome| outcome.is_err_and(|f| f.reason == Reason::OutOfRange)) {
+            self.exec().fail(format!("size_is_known: {} gets no {cells} cells", slot.name));
+        }
         self.judge(slot, wb, tenure, change, outcome, true);
         let mut known = slot.known.borrow_mut();
         if slot.tenure.get() == tenure {
@@ -520,6 +540,10 @@ impl Clients {
     async fn read(&self, slot: &Rc<Slot>, wb: &Wb, volume: &Rc<Volume>) {
         let Some((first, cells)) = self.somewhere(slot, false) else { return };
         let tenure = slot.tenure.get();
+        let (losses, resizes) = {
+            let known = slot.known.borrow();
+            (known.losses, known.resizes)
+        };
         let (began, quiet) = slot.known.borrow_mut().begin_read();
         let (inner, volume) = (wb.clone(), Rc::clone(volume));
         let read = self.inside(wb, async move { inner.read(&volume, first, cells).await }).await;
@@ -531,6 +555,13 @@ impl Clients {
         if slot.tenure.get() == tenure {
             if let Some(Ok(found)) = &read {
                 self.check(slot, &mut known, (began, quiet), first, found);
+            }
+            let is_short = |failure: &Failure| failure.reason == Reason::OutOfRange;
+            if matches!(&read, Some(Err(failure)) if is_short(failure))
+                && (known.losses, known.resizes) == (losses, resizes)
+            {
+                let end = first + cells;
+                self.exec().fail(format!("size_is_known: {} ends before {end}", slot.name));
             }
             let plan = &self.world.plan;
             let is_alarm = |failure: &Failure| failure.reason == Reason::ChecksumMismatch;
@@ -676,6 +707,11 @@ impl Clients {
             }
         }
     }
+}
+
+/// A cell in some blocks around this one.
+fn near(exec: &Exec, cell: u64) -> u64 {
+    (cell + exec.below(3 * CELLS)).saturating_sub(2 * CELLS)
 }
 
 type Sent = std::pin::Pin<Box<dyn Future<Output = Outcome<()>>>>;

@@ -237,6 +237,10 @@ pub struct Plan {
     pub logs_ahead: u64,
     /// Writes through the cache that are to be durable, in thousandths.
     pub durable_writes: u64,
+    /// Reads go up to where acknowledged writes end, and not only what is durable.
+    pub reads_all: bool,
+    /// Writes and resizes around the end of volumes that grow, in thousandths.
+    pub near_end: u64,
 }
 
 impl Plan {
@@ -457,6 +461,8 @@ impl Plan {
             log_messages_max: usize::MAX,
             logs_ahead: 0,
             durable_writes: 0,
+            reads_all: seed >= ANEW_FROM,
+            near_end: 0,
         };
         let mut leave = Rng::new(seed ^ LEAVE);
         if seed >= LEAVE_FROM && leave.chance(15) {
@@ -469,6 +475,14 @@ impl Plan {
                 plan.late_calls = plan.late_calls.max(500);
                 plan.call_timeout_ms = anew.between(15, 60);
                 plan.slow = plan.slow.max(anew.between(20, 150));
+            }
+            // More than any io_end here has in one store.
+            plan.gate.seen_max = plan.gate.seen_max.max(64);
+            if anew.chance(30) {
+                plan.near_end = anew.between(100, 700);
+                plan.mix.resize += 2;
+                plan.aligned /= 2;
+                plan.volumes[0].growable = true;
             }
             plan.shares_io_ends = anew.chance(50);
             plan.rewrite_ms = if anew.chance(40) { anew.between(1, 100) } else { 0 };

@@ -227,7 +227,7 @@ impl Clients {
         let read = self.inside(&wb, async move { inner.read(&open, 0, cells).await }).await;
         let Some(Ok(found)) = read else { return self.inspect_blocks(slot, &wb, &volume).await };
         let mut known = slot.known.borrow_mut();
-        if cells < known.size_cells && !known.is_resizing {
+        if cells < known.acked_size() && !known.is_resizing {
             let why = format!("volume {} has {cells} cells", slot.name);
             self.exec().fail(format!("no_lost_flushed_write: {why}"));
         }

@@ -34,6 +34,13 @@ pub(super) struct Known {
     /// What acknowledged writes rule out once they are flushed: a loss of them brings it back. With
     /// when they were acknowledged, sequence, first cell and number of cells.
     pub(super) ruled_out: Vec<(At, u64, u64, u64)>,
+    /// Where acknowledged writes end that are not flushed and that the volume grew by, with when they were
+    /// acknowledged: a read up to there is answered, too.
+    acked_ends: Vec<(At, u64)>,
+    /// Where those end that were flushed.
+    flushed_end: u64,
+    /// How often what was not flushed may have gone.
+    pub(super) losses: u64,
     /// A power cut of the owner may have taken writes, and no fsync has said so yet.
     pub(super) unsaid_loss: bool,
 }
@@ -50,6 +57,9 @@ impl Known {
             changes: 0,
             resizes: 0,
             ruled_out: Vec::new(),
+            acked_ends: Vec::new(),
+            flushed_end: 0,
+            losses: 0,
             unsaid_loss: false,
         }
     }
@@ -86,6 +96,13 @@ impl Known {
 
     /// What was acknowledged before is durable.
     pub(super) fn flushed(&mut self, before: At) {
+        self.acked_ends.retain(|(acked, end)| {
+            let is_covered = *acked <= before;
+            if is_covered {
+                self.flushed_end = self.flushed_end.max(*end);
+            }
+            !is_covered
+        });
         let Self { oracle, ruled_out, .. } = self;
         ruled_out.retain(|(acked, sequence, first, cells)| {
             let is_covered = *acked <= before;
@@ -100,5 +117,29 @@ impl Known {
     pub(super) fn lose_unflushed(&mut self) {
         self.oracle.lose_unflushed();
         self.ruled_out.clear();
+        self.acked_ends.clear();
+        self.losses += 1;
+    }
+
+    /// An acknowledged write ends there.
+    pub(super) fn grew(&mut self, end: u64, durable: bool) {
+        match durable {
+            true => self.size_cells = self.size_cells.max(end),
+            false if end > self.size_cells => self.acked_ends.push((self.oracle.now(), end)),
+            false => {}
+        }
+    }
+
+    /// The volume is about to get another size.
+    pub(super) fn resizes_to(&mut self, cells: u64) {
+        self.size_cells = self.size_cells.min(cells);
+        self.acked_ends.clear();
+        self.flushed_end = 0;
+    }
+
+    /// A read up to here is answered, whoever of the processes has died.
+    pub(super) fn acked_size(&self) -> u64 {
+        let ends = self.acked_ends.iter().map(|(_, end)| *end);
+        ends.fold(self.size_cells.max(self.flushed_end), u64::max)
     }
 }
