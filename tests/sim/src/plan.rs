@@ -483,6 +483,9 @@ impl Plan {
                 plan.mix.resize += 2;
                 plan.aligned /= 2;
                 plan.volumes[0].growable = true;
+                if anew.chance(40) && !plan.device.lies() {
+                    (plan.volumes[0].in_place, plan.volumes[0].replicas) = (true, 1);
+                }
             }
             plan.shares_io_ends = anew.chance(50);
             plan.rewrite_ms = if anew.chance(40) { anew.between(1, 100) } else { 0 };

@@ -69,6 +69,7 @@ impl Plant {
             Self::Pure(
                 Bug::ConvertOnFirstRelease | Bug::ConvertDespiteFailure | Bug::FailedIsClean,
             ) => Some(&[
+                "size_is_known",
                 "no_foreign_or_stale_byte",
                 "no_lost_flushed_write",
                 // What the data log has of a block ended with a conversion that was none.
@@ -104,6 +105,7 @@ impl Plant {
             Planted::LogOfOlderSession,
             // Over full stores only, and in one seed of a hundred thousand.
             Planted::DoubtIgnored,
+            Planted::TrimTooMuch,
             Planted::EndForgotten,
             Planted::TailKept,
         ];
