@@ -235,6 +235,35 @@ pub async fn end_writebacks(world: Rc<World>) {
     }
 }
 
+/// Stops writebacks in order, now and then, until the time of faults is over.
+pub async fn stop_writebacks(world: Rc<World>) {
+    let end = world.plan.chaos_ms * MS;
+    loop {
+        let pause = world.exec.between(1, 2 * world.plan.stops_ms) * MS;
+        if world.exec.now() + pause >= end {
+            return;
+        }
+        world.exec.sleep(pause).await;
+        let at = world.exec.below(world.writebacks.len() as u64) as usize;
+        let (node, engine) = (world.writebacks[at].node, world.writebacks[at].serving());
+        let (Some(engine), Some(clients)) = (engine, world.clients.borrow().upgrade()) else {
+            continue;
+        };
+        let until = world.exec.now() + world.exec.below(4 * world.plan.io_timeout_ms) * MS;
+        let wb = writeback::Wb { world: Rc::clone(&world), at, engine };
+        world.exec.note("stop", node, &[]);
+        let acked = clients.flush_by_stop(at);
+        if clients.inside(&wb, wb.clone().stop(until)).await == Some(true) {
+            clients.stopped(acked);
+        }
+        if world.writebacks[at].is(&wb.engine) {
+            kill(&world, node, Death::Kill);
+            let soon = world.exec.below(u64::from(world.plan.limits.lease_ms) * MS);
+            later(&world, soon, move |world| start(world, node));
+        }
+    }
+}
+
 /// Everything works from now on.
 fn heal(world: &Rc<World>) {
     let exec = &world.exec;

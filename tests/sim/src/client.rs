@@ -110,13 +110,14 @@ impl Clients {
     }
 
     /// Runs a request inside its writeback: `None` if that dies meanwhile.
-    async fn inside<T: 'static>(
+    pub(crate) async fn inside<T: 'static>(
         &self,
         wb: &Wb,
         work: impl Future<Output = T> + 'static,
     ) -> Option<T> {
-        // Nobody reaches a process that is gone, and its successor is another one.
-        if !self.world.writebacks[wb.at].is(&wb.engine) {
+        // Nobody reaches a process that is gone or stops, and its successor is another one.
+        let serving = self.world.writebacks[wb.at].serving();
+        if !serving.is_some_and(|serving| Rc::ptr_eq(&serving, &wb.engine)) {
             return None;
         }
         let (tell, told) = answer();

@@ -109,6 +109,9 @@ fn run_plan(seed: u64, plan: Plan, keep_log: bool, planted: Option<Planted>) -> 
     if world.plan.writeback_death_ms > 0 {
         exec.spawn(WORLD, chaos::end_writebacks(Rc::clone(&world)));
     }
+    if world.plan.stops_ms > 0 {
+        exec.spawn(WORLD, chaos::stop_writebacks(Rc::clone(&world)));
+    }
     exec.spawn(WORLD, finish(Rc::clone(&world), Rc::clone(&clients)));
     let plan = &world.plan;
     let slack = plan.io_timeout_ms * 60 + u64::from(plan.limits.lease_ms) * 200 + 60_000;

@@ -241,6 +241,8 @@ pub struct Plan {
     pub reads_all: bool,
     /// Writes and resizes around the end of volumes that grow, in thousandths.
     pub near_end: u64,
+    /// Mean pause between two orderly stops of writebacks, milliseconds; 0: none.
+    pub stops_ms: u64,
 }
 
 impl Plan {
@@ -463,6 +465,7 @@ impl Plan {
             durable_writes: 0,
             reads_all: seed >= ANEW_FROM,
             near_end: 0,
+            stops_ms: 0,
         };
         let mut leave = Rng::new(seed ^ LEAVE);
         if seed >= LEAVE_FROM && leave.chance(15) {
@@ -492,6 +495,7 @@ impl Plan {
             plan.log_messages_max = anew.between(1, 3) as usize;
             plan.durable_writes = if anew.chance(40) { anew.between(50, 1000) } else { 0 };
             plan.logs_ahead = if anew.chance(30) { anew.between(50, 1000) } else { 0 };
+            plan.stops_ms = if anew.chance(15) { anew.between(30, 400) } else { 0 };
         }
         if is_lazy {
             plan.write_out_after_ms = 3_600_000;

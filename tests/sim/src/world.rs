@@ -91,6 +91,8 @@ pub enum Planted {
     EndForgotten,
     /// A volume that becomes smaller keeps what its last block has behind the old end.
     TailKept,
+    /// An orderly stop does not wait until everything is written out.
+    StoppedDirty,
 }
 
 impl Planted {
@@ -127,6 +129,7 @@ impl Planted {
         Self::RewriteUnlocked,
         Self::EndForgotten,
         Self::TailKept,
+        Self::StoppedDirty,
     ];
 }
 

@@ -2,12 +2,21 @@
 
 use std::rc::Rc;
 
+use endio_testkit::oracle::{At, Flush};
 use endio_types::{LblkRange, Reason};
 
 use super::{Clients, FENCED_TAG, Slot};
 use crate::block::{CELL_BYTES, CELLS, cell};
 use crate::exec::MS;
 use crate::writeback::{Mode, Volume, Wb};
+
+/// What an orderly stop is to a volume: a flush.
+pub struct Stop {
+    slot: Rc<Slot>,
+    tenure: u64,
+    before: At,
+    flush: Flush,
+}
 
 impl Clients {
     /// Closes the volume: what was acknowledged before is durable then.
@@ -182,6 +191,28 @@ impl Clients {
             let mut known = slot.known.borrow_mut();
             known.lose_unflushed();
             known.unsaid_loss |= open.contains(&slot.name);
+        }
+    }
+
+    /// A writeback is about to stop in order: what it acknowledged of its volumes so far is durable once it has.
+    pub fn flush_by_stop(&self, at: usize) -> Vec<Stop> {
+        let is_there = |slot: &&Rc<Slot>| slot.owner.get() == at && !slot.is_held.get();
+        let flush = |slot: &Rc<Slot>| {
+            let oracle = &mut slot.known.borrow_mut().oracle;
+            let (before, flush) = (oracle.now(), oracle.invoke_flush());
+            Stop { slot: Rc::clone(slot), tenure: slot.tenure.get(), before, flush }
+        };
+        self.slots.iter().filter(is_there).map(flush).collect()
+    }
+
+    /// It has.
+    pub fn stopped(&self, stops: Vec<Stop>) {
+        for Stop { slot, tenure, before, flush } in stops {
+            if slot.tenure.get() == tenure && !slot.is_held.get() {
+                let mut known = slot.known.borrow_mut();
+                known.oracle.ack_flush(flush);
+                known.flushed(before);
+            }
         }
     }
 

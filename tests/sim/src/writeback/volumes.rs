@@ -92,6 +92,32 @@ impl Wb {
         self.exec().note("serving", self.node(), &[]);
     }
 
+    /// Stops in order: nobody is served any more, everything is written out, and the log is closed. False: not
+    /// all of it could be, or a volume went to somebody else meanwhile. The process is to end then.
+    pub async fn stop(self, until: u64) -> bool {
+        self.engine.is_serving.set(false);
+        let open = self.all();
+        loop {
+            self.want_everything_out();
+            let is_still = |volume: &Rc<Volume>| {
+                volume.state.borrow().dirty.is_clean() && volume.locks.lock.borrow().is_empty()
+            };
+            if self.all().iter().all(is_still) || self.world.planted(Planted::StoppedDirty) {
+                break;
+            }
+            if self.exec().now() >= until {
+                return false;
+            }
+            self.exec().sleep(5 * MS).await;
+        }
+        if let Err(error) = self.engine.log.close_clean() {
+            self.log_failed(&error);
+            return false;
+        }
+        self.exec().note("stopped", self.node(), &[]);
+        open.iter().all(|volume| volume.usable().is_ok())
+    }
+
     fn note_closed(&self, volume: VolumeId) {
         if let Err(error) = self.engine.log.append_volume_closed(volume) {
             self.log_failed(&error);
