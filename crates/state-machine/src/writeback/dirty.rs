@@ -220,6 +220,18 @@ impl<D: Clone> DirtyMap<D> {
         range.len.saturating_sub(waiting as u64)
     }
 
+    /// Where the data of a write's whole blocks ends, bytes: where the write does, or what its last block holds
+    /// by an older version that is not converted. Whoever finds the newer version alone, in a log, learns no
+    /// smaller size from it than from the older one.
+    pub fn end_of(&self, range: LblkRange, write_end_bytes: u64) -> u64 {
+        let last = range.end().checked_sub(1).and_then(|last| self.blocks.get(&last));
+        let versions = last.iter().flat_map(|block| {
+            let flight = block.flight.as_ref().map(|flight| &flight.version);
+            block.waiting.iter().chain(flight)
+        });
+        versions.fold(write_end_bytes, |end, version| end.max(version.end_bytes))
+    }
+
     /// Makes `range` dirty with `data`, one item per block. `lsn` is the record that holds it, and
     /// `end_bytes` is where the write ends (offset + length). Returns how many blocks of credit
     /// this used: each version needs its own, a rewritten waiting version needs none.

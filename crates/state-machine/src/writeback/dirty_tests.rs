@@ -35,6 +35,27 @@ fn a_block_rewritten_under_writeback_stays_dirty_after_the_old_version_completes
 }
 
 #[test]
+fn the_last_block_of_a_write_ends_where_an_older_version_of_it_did() {
+    let mut map = DirtyMap::new();
+    let long = 3 * BLOCK_BYTES + 900;
+    map.insert(range(2, 2), Lsn(1), long, vec![1; 2]).unwrap();
+    let end = |map: &DirtyMap<u64>, first, end_bytes| map.end_of(range(first, 2), end_bytes);
+    assert_eq!(end(&map, 2, 3 * BLOCK_BYTES + 100), long, "it was longer");
+    assert_eq!(end(&map, 2, 3 * BLOCK_BYTES + 901), 3 * BLOCK_BYTES + 901);
+    assert_eq!(end(&map, 1, 2 * BLOCK_BYTES + 100), 3 * BLOCK_BYTES, "the rest is in other blocks");
+    assert_eq!(end(&map, 8, 9 * BLOCK_BYTES + 1), 9 * BLOCK_BYTES + 1, "nothing is dirty there");
+    let picked = map.pick(PickLimit::blocks(256)).unwrap();
+    assert_eq!(end(&map, 2, 3 * BLOCK_BYTES + 100), long, "also while it is under writeback");
+    map.complete(picked.io).unwrap();
+    assert_eq!(
+        end(&map, 2, 3 * BLOCK_BYTES + 100),
+        3 * BLOCK_BYTES + 100,
+        "conversion knows it now"
+    );
+    assert_eq!(map.end_of(range(0, 0), 0), 0);
+}
+
+#[test]
 fn scattered_blocks_are_gathered_oldest_first_up_to_the_limits_and_told_in_ascending_order() {
     let mut map = DirtyMap::new();
     for (lsn, lblk) in [(1, 50), (2, 7), (3, 90), (4, 20)] {

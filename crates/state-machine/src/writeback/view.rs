@@ -10,7 +10,7 @@
 
 use std::collections::BTreeMap;
 
-use endio_types::{BLOCK_BYTES, LblkRange, MapVersion};
+use endio_types::{BLOCK_BYTES, MapVersion};
 
 /// Size of a volume and the versions of its map.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -54,14 +54,6 @@ impl VolumeView {
     /// hole.
     pub fn mapped_end(&self) -> u64 {
         self.durable_size_bytes.max(self.asked_size_bytes).div_ceil(BLOCK_BYTES)
-    }
-
-    /// Where the data of a write's whole blocks ends, bytes: where the write does, or what its last block
-    /// held before. Whoever finds these blocks alone, in a log, learns no smaller size from them than from
-    /// the older ones that they replace.
-    pub fn end_of(&self, blocks: LblkRange, write_end_bytes: u64) -> u64 {
-        let held = self.size_bytes.min(blocks.end().saturating_mul(BLOCK_BYTES));
-        write_end_bytes.max(held)
     }
 
     /// A write that ends there is acknowledged.
@@ -148,17 +140,6 @@ mod tests {
         assert_eq!((view.size_bytes(), view.durable_size_bytes()), (10_000, 4096));
         assert_eq!(view.mapped_end(), 1);
         assert_eq!((view.size_after(4096), view.size_after(4097)), (0, 4097));
-    }
-
-    #[test]
-    fn the_last_block_of_a_write_ends_where_it_did_before() {
-        let mut view = VolumeView::new(MapVersion(1), 4096);
-        view.wrote_up_to(3 * 4096 + 900);
-        let end = |first, blocks, end_bytes| view.end_of(LblkRange::new(first, blocks), end_bytes);
-        assert_eq!(end(2, 2, 3 * 4096 + 100), 3 * 4096 + 900, "it was longer");
-        assert_eq!(end(3, 1, 3 * 4096 + 1000), 3 * 4096 + 1000);
-        assert_eq!(end(1, 1, 4096 + 100), 2 * 4096, "what lies behind is in other blocks");
-        assert_eq!(end(9, 1, 9 * 4096 + 1), 9 * 4096 + 1);
     }
 
     #[test]

@@ -526,8 +526,8 @@ impl Write {
         admission: Option<&Admission>,
     ) -> Result<Result<Used, Failure>, CacheLogError> {
         let Self { engine, volume, blocks, .. } = self;
-        // Under the lock of the blocks nobody changes what the last one of them holds, nor its size.
-        let end = volume.state().view.end_of(*blocks, self.end_bytes());
+        // Under the lock of the blocks nothing else becomes dirty there.
+        let end = volume.state().dirty.end_of(*blocks, self.end_bytes());
         let record = WriteRecord {
             volume: VolumeId(volume.id),
             generation: Generation(volume.generation),

@@ -34,8 +34,13 @@ impl Growing {
     }
 
     async fn write(&mut self, step: u64) {
-        let offset = self.rng.below(SIZE_MAX - WRITE_MAX).min(self.size() + 5_000);
-        let length = self.rng.between(1, WRITE_MAX);
+        let mut offset = self.rng.below(SIZE_MAX - WRITE_MAX).min(self.size() + 5_000);
+        let mut length = self.rng.between(1, WRITE_MAX);
+        if self.rng.chance(40) {
+            // Around the end, in its last blocks.
+            offset = self.size().saturating_sub(self.rng.below(8_000)).min(SIZE_MAX - WRITE_MAX);
+            length = self.rng.between(1, 8_000);
+        }
         let data = vec![(step % 255) as u8 + 1; length as usize];
         let end = (offset + length) as usize;
         if end > self.model.len() {
@@ -109,7 +114,7 @@ async fn grows_and_shrinks(in_place: bool) {
     client.create_as(request).await.unwrap();
     let mut growing = Growing { client, model: Vec::new(), rng: rng.fork() };
     for step in 0..STEPS {
-        if rng.chance(2) {
+        if rng.chance(5) {
             match rng.chance(50) {
                 true => stack.writeback.restart().await,
                 false => {

@@ -386,7 +386,7 @@ impl Wb {
             volume.usable()?;
             let end_bytes = match self.world.planted(Planted::EndForgotten) {
                 true => end_bytes,
-                false => volume.state.borrow().view.end_of(blocks, end_bytes),
+                false => volume.state.borrow().dirty.end_of(blocks, end_bytes),
             };
             let record = WriteRecord {
                 volume: volume.id,
