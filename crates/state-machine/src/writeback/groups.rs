@@ -34,11 +34,6 @@ impl<T> Default for Groups<T> {
 }
 
 impl<T> Groups<T> {
-    /// Whether a write of so many blocks is worth waiting for others.
-    pub fn may_join(range: LblkRange) -> bool {
-        range.len <= JOIN_BLOCKS_MAX
-    }
-
     /// Queues a write whose blocks are locked. True: the caller has to lead a further group, which is
     /// under way until [`Self::take`] finds nothing or [`Self::left`] is called.
     #[must_use = "the write waits until somebody leads a group"]
@@ -73,6 +68,11 @@ impl<T> Groups<T> {
     pub fn left(&mut self) {
         self.under_way = self.under_way.saturating_sub(1);
     }
+}
+
+/// Whether a write of so many blocks is worth waiting for others.
+pub fn may_join(range: LblkRange) -> bool {
+    range.len <= JOIN_BLOCKS_MAX
 }
 
 /// Ranges that ascend without overlap, those that touch as one.

@@ -1,5 +1,5 @@
 //! Direct writes: each waits for its own conversion, and those that come at the same time share an
-//! io_end ([`Groups`]).
+//! io_end (`groups` of the state machine).
 //!
 //! A group that fails is written again one by one: what is wrong with one write is told to that one
 //! only. Sampled writes go alone, so that their trace is their own.
@@ -9,7 +9,7 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 use endio_api::conversion::{Completion, Lane};
 use endio_chassis::trace::{Span, Why};
-use endio_state_machine::writeback::groups::{Groups, joined};
+use endio_state_machine::writeback::groups::{joined, may_join};
 use endio_types::{LblkRange, MapVersion};
 use futures_util::FutureExt as _;
 use futures_util::future::join_all;
@@ -80,8 +80,7 @@ impl Engine {
             state.direct.insert(range.start.0, range.len);
         }
         let span = Span::current();
-        let is_alone =
-            volume.in_place || !Groups::<Waiting>::may_join(range) || span.sampled().is_some();
+        let is_alone = volume.in_place || !may_join(range) || span.sampled().is_some();
         let direct = Direct { range, data, end_bytes, deadline, span };
         let outcome = match is_alone {
             true => self.write_alone(volume, &direct).await,

@@ -4,7 +4,7 @@
 use std::rc::Rc;
 
 use endio_state_machine::machine::{Completion, Lane};
-use endio_state_machine::writeback::groups::{Groups, joined};
+use endio_state_machine::writeback::groups::{joined, may_join};
 use endio_types::LblkRange;
 
 use super::io_end::Job;
@@ -43,7 +43,7 @@ impl Wb {
         self.accepted(volume, range, &data);
         let direct = Direct { range, data, end_bytes, deadline };
         let is_shared = self.world.plan.shares_io_ends && !volume.in_place;
-        match is_shared && Groups::<Waiting>::may_join(range) {
+        match is_shared && may_join(range) {
             true => self.write_in_group(volume, direct).await,
             false => self.write_alone(volume, direct).await,
         }
