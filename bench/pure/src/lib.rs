@@ -7,6 +7,7 @@
 //! ```
 //! Everything is deterministic: two runs execute the same instructions.
 
+pub mod cluster;
 mod dice;
 pub mod process;
 mod rig;

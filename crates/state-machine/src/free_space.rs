@@ -10,7 +10,7 @@
 //! * `block-one-class`: free, reserved and quarantined blocks of a store never overlap, and with
 //!   the mapped ones they are the whole store.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use endio_types::{PblkRange, REPLICAS_MAX, StoreId};
 
@@ -333,8 +333,13 @@ pub fn is_feasible(free: impl Iterator<Item = u64> + Clone, demand: &Demand) -> 
     for replicas in (1..demand.len()).rev() {
         blocks = blocks.saturating_add(demand[replicas]);
         copies += demand[replicas] as u128 * replicas as u128;
-        let room: u128 = free.clone().map(|free| u128::from(free.min(blocks))).sum();
-        if room < copies {
+        // A few stores tell, mostly: no need to ask a thousand.
+        let mut room = 0u128;
+        let is_enough = |free: u64| {
+            room += u128::from(free.min(blocks));
+            room >= copies
+        };
+        if copies > 0 && !free.clone().any(is_enough) {
             return false;
         }
     }
@@ -379,8 +384,16 @@ impl Promised {
     }
 }
 
-/// Allocates `blocks` logical blocks with `replicas` copies on distinct `stores`, in as few runs
-/// as it can. What was promised to others still fits afterwards: without `elsewhere` it can always
+/// The stores that an allocation may take from.
+pub trait Pool {
+    /// Those with the most free blocks first; of those with as many the lowest number.
+    fn most_free(&self) -> impl Iterator<Item = (StoreId, &StoreSpace)> + Clone;
+    /// Changes the space of one of them.
+    fn change<R>(&mut self, id: StoreId, with: impl FnOnce(&mut StoreSpace) -> R) -> Option<R>;
+}
+
+/// Allocates `blocks` logical blocks with `replicas` copies on distinct stores, none of them in `avoid`, in as
+/// few runs as it can. What was promised to others still fits afterwards: without `elsewhere` it can always
 /// be done where both fitted together.
 ///
 /// That single blocks on the stores with the most room are safe, is Kleitman's and Wang's theorem: if
@@ -389,7 +402,8 @@ impl Promised {
 ///
 /// `None`, and nothing is taken: there is not enough.
 pub fn allocate(
-    stores: &mut BTreeMap<StoreId, &mut StoreSpace>,
+    pool: &mut impl Pool,
+    avoid: &BTreeSet<StoreId>,
     replicas: usize,
     blocks: u64,
     promised: Option<&Promised>,
@@ -398,11 +412,9 @@ pub fn allocate(
     let mut runs: Vec<Copies> = Vec::new();
     let mut left = blocks;
     while left > 0 {
-        let Some(copies) = allocate_run(stores, replicas, left, promised, search) else {
+        let Some(copies) = allocate_run(pool, avoid, replicas, left, promised, search) else {
             for (id, range) in runs.into_iter().flatten() {
-                if let Some(space) = stores.get_mut(&id) {
-                    space.unallocate(range);
-                }
+                pool.change(id, |space| space.unallocate(range));
             }
             return None;
         };
@@ -413,52 +425,63 @@ pub fn allocate(
 }
 
 fn allocate_run(
-    stores: &mut BTreeMap<StoreId, &mut StoreSpace>,
+    pool: &mut impl Pool,
+    avoid: &BTreeSet<StoreId>,
     replicas: usize,
     left: u64,
     promised: Option<&Promised>,
     search: Search,
 ) -> Option<Copies> {
-    let mut by_free: Vec<(u64, StoreId)> =
-        stores.iter().map(|(id, space)| (space.free(), *id)).collect();
-    by_free.sort_by_key(|(free, id)| (std::cmp::Reverse(*free), *id));
-    by_free.truncate(replicas);
-    let (least, _) = *by_free.last()?;
-    if by_free.len() < replicas || least == 0 {
+    let (chosen, len) = choose(pool, avoid, replicas, left, promised, search)?;
+    let mut copies = Vec::with_capacity(replicas);
+    for id in chosen {
+        copies.push((id, pool.change(id, |space| space.allocate(len, search))??));
+    }
+    Some(copies)
+}
+
+/// Where the next run goes, and its length.
+fn choose(
+    pool: &impl Pool,
+    avoid: &BTreeSet<StoreId>,
+    replicas: usize,
+    left: u64,
+    promised: Option<&Promised>,
+    search: Search,
+) -> Option<(Vec<StoreId>, u64)> {
+    let usable = pool.most_free().filter(|(id, _)| !avoid.contains(id));
+    let most_free: Vec<(StoreId, &StoreSpace)> = usable.clone().take(replicas).collect();
+    let chosen: Vec<StoreId> = most_free.iter().map(|(id, _)| *id).collect();
+    let least = most_free.last()?.1.free();
+    if chosen.len() < replicas || least == 0 {
         return None;
     }
     // Single blocks, always from the fullest pool, use the space up to the last block.
     let mut len = if least >= left { left } else { 1 };
     if let Some(promised) = promised {
-        let chosen = |id: &StoreId| by_free.iter().any(|(_, chosen)| chosen == id);
-        len = longest_that_leaves(promised, stores, chosen, replicas, left, len)?;
+        let here = usable.map(|(id, space)| (promised.room(space), chosen.contains(&id)));
+        len = longest_that_leaves(promised, here, replicas, left, len)?;
     }
-    for (_, id) in &by_free {
-        len = len.min(stores.get(id)?.longest(len, search));
+    for (_, space) in most_free {
+        len = len.min(space.longest(len, search));
     }
-    let mut copies = Vec::with_capacity(replicas);
-    for (_, id) in &by_free {
-        copies.push((*id, stores.get_mut(id)?.allocate(len, search)?));
-    }
-    Some(copies)
+    Some((chosen, len))
 }
 
 /// How many blocks, at most `max`, the chosen stores can give of the `left` ones, so that the others of
-/// them and what was promised still find room. `None`: not one.
+/// them and what was promised still find room. `here`: room of each store, and whether it is chosen. `None`:
+/// not one.
 fn longest_that_leaves(
     promised: &Promised,
-    stores: &BTreeMap<StoreId, &mut StoreSpace>,
-    chosen: impl Fn(&StoreId) -> bool,
+    here: impl Iterator<Item = (u64, bool)> + Clone,
     replicas: usize,
     left: u64,
     max: u64,
 ) -> Option<u64> {
-    let here = stores.iter().map(|(id, space)| (promised.room(space), chosen(id)));
-    let here: Vec<(u64, bool)> = here.collect();
     let leaves = |len: u64| {
         let mut demand = promised.demand;
         demand[replicas] = demand[replicas].saturating_add(left - len);
-        let here = here.iter().map(|(room, chosen)| room - if *chosen { len } else { 0 });
+        let here = here.clone().map(|(room, chosen)| room - if chosen { len } else { 0 });
         is_feasible(here.chain(promised.elsewhere.iter().copied()), &demand)
     };
     if leaves(max) {

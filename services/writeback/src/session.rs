@@ -15,9 +15,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use endio_api::conversion::{
-    BeginIo, Begun, Completion, LogData, ReadConfirm, ReleaseSubmitter, Reserve, Store,
+    BeginIo, Begun, Completion, LogData, ReleaseSubmitter, Reserve, Store,
 };
 use endio_chassis::net::Dialer;
+use endio_state_machine::writeback::confirms::Confirm;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -43,8 +44,8 @@ pub(crate) trait Events: Send + Sync + 'static {
     fn stores(&self, stores: &[Store]);
     /// A newer generation of the volume exists.
     fn fenced(&self, volume: u64, generation: u64);
-    /// What reads still use, for the next renewal.
-    fn confirms(&self) -> Vec<ReadConfirm>;
+    /// What reads of each open volume still use.
+    fn confirms(&self) -> Vec<Confirm>;
 }
 
 /// Limits and times of the session.

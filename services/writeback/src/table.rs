@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, PoisonError};
 
-use endio_api::conversion::{ReadConfirm, Reserve, Store};
-use endio_types::Reason;
+use endio_api::conversion::{Reserve, Store};
+use endio_state_machine::writeback::confirms::Confirm;
+use endio_types::{Generation, Reason, VolumeId};
 use tracing_mutex::stdsync::{Mutex, MutexGuard};
 
 use crate::failure::Failure;
@@ -205,11 +206,10 @@ impl Events for Table {
         }
     }
 
-    fn confirms(&self) -> Vec<ReadConfirm> {
-        let confirm = |volume: &Arc<Volume>| ReadConfirm {
-            volume: volume.id,
-            generation: volume.generation,
-            map_version: volume.state().view.oldest_read().0,
+    fn confirms(&self) -> Vec<Confirm> {
+        let confirm = |volume: &Arc<Volume>| {
+            let version = volume.state().view.oldest_read();
+            (VolumeId(volume.id), Generation(volume.generation), version)
         };
         self.all().iter().map(confirm).collect()
     }

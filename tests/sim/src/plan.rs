@@ -31,6 +31,10 @@ const LEAVE_FROM: u64 = 7_000_000;
 /// The same for direct writes that share an io_end, and what is written anew with the data that it has.
 const ANEW: u64 = 0x616e_6577;
 const ANEW_FROM: u64 = 8_000_000;
+/// Decides what came after that.
+const NEWS: u64 = 0x6e65_7773;
+/// From this seed on news of stores may come to writebacks late.
+const NEWS_FROM: u64 = 27_000_000;
 
 /// Numbers from one to another.
 #[derive(Clone, Copy, Debug)]
@@ -496,6 +500,10 @@ impl Plan {
             plan.durable_writes = if anew.chance(40) { anew.between(50, 1000) } else { 0 };
             plan.logs_ahead = if anew.chance(30) { anew.between(50, 1000) } else { 0 };
             plan.stops_ms = if anew.chance(15) { anew.between(30, 400) } else { 0 };
+        }
+        let mut news = Rng::new(seed ^ NEWS);
+        if seed >= NEWS_FROM && news.chance(30) {
+            plan.limits.listed_stores_per_s = news.between(100, 20_000);
         }
         if is_lazy {
             plan.write_out_after_ms = 3_600_000;

@@ -1,6 +1,6 @@
 //! BeginIo: everything fallible happens here, before anything is sent.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use endio_types::{
     BLOCK_BYTES, IO_END_BLOCKS_MAX, IO_END_RANGES_MAX, Incarnation, IoEndId, Lblk, LblkRange, Pblk,
@@ -238,18 +238,13 @@ impl<T: ChunkTable> Machine<T> {
     /// Whether the usable stores can hold so much, or their share of it: one volume with more copies than
     /// stores are here waits for others, and holds nobody else up.
     fn fits(&self, demand: &Demand) -> bool {
-        let usable = self.stores.values().filter(|rt| rt.is_usable());
-        let share = free_space::share_of(demand, self.usable_stores());
-        free_space::is_feasible(usable.map(|rt| rt.space.free()), &share)
-    }
-
-    fn usable_stores(&self) -> usize {
-        self.stores.values().filter(|rt| rt.is_usable()).count()
+        let share = free_space::share_of(demand, self.stores.usable());
+        free_space::is_feasible(self.stores.room(), &share)
     }
 
     /// Whether so much can be promised, where what is new has that many copies.
     pub(super) fn can_promise(&self, replicas: u32, demand: &Demand) -> bool {
-        self.usable_stores() >= replicas as usize && self.fits(demand)
+        self.stores.usable() >= replicas as usize && self.fits(demand)
     }
 
     /// What an allocation must leave room for: every promise but the one that it uses itself. While stores
@@ -265,7 +260,7 @@ impl<T: ChunkTable> Machine<T> {
         let mut all = demand;
         all[replicas as usize] = all[replicas as usize].saturating_add(blocks);
         if self.fits(&all) {
-            let demand = free_space::share_of(&demand, self.usable_stores());
+            let demand = free_space::share_of(&demand, self.stores.usable());
             return Some(Promised { demand, elsewhere: Vec::new(), with_quarantined: false });
         }
         let will_have = |rt: &StoreRt| rt.space.free() + rt.space.quarantined();
@@ -287,7 +282,7 @@ impl<T: ChunkTable> Machine<T> {
         lane: Option<Lane>,
         avoid: &BTreeSet<StoreId>,
     ) -> Result<Vec<Run>, Refusal> {
-        if self.usable_stores() < replicas as usize {
+        if self.stores.usable() < replicas as usize {
             let message = "fewer stores are live than the volume has replicas";
             return Err(self.refusal(Reason::NotEnoughStores, message));
         }
@@ -303,29 +298,22 @@ impl<T: ChunkTable> Machine<T> {
         let Limits { search_runs_max: runs, reuse_blocks, .. } = self.limits;
         let search = Search { runs, reuse_blocks };
         let promised = self.promised_besides(replicas, range.len, lane);
-        let mut all: BTreeMap<StoreId, &mut StoreSpace> = self
-            .stores
-            .iter_mut()
-            .filter(|(_, rt)| rt.is_usable())
-            .map(|(id, rt)| (*id, &mut rt.space))
-            .collect();
-        let mut avoided = BTreeMap::new();
-        for id in avoid {
-            avoided.extend(all.remove_entry(id));
-        }
         let (copies, blocks) = (replicas as usize, range.len);
+        let avoided: Vec<&StoreSpace> =
+            avoid.iter().filter_map(|id| self.stores.usable_space(*id)).collect();
         let mut found = None;
         if !avoided.is_empty() {
             let mut promised = promised.clone();
             if let Some(promised) = &mut promised {
-                let room: Vec<u64> = avoided.values().map(|space| promised.room(space)).collect();
+                let room: Vec<u64> = avoided.iter().map(|space| promised.room(space)).collect();
                 promised.elsewhere.extend(room);
             }
-            found = free_space::allocate(&mut all, copies, blocks, promised.as_ref(), search);
-            all.append(&mut avoided);
+            let (stores, promised) = (&mut self.stores, promised.as_ref());
+            found = free_space::allocate(stores, avoid, copies, blocks, promised, search);
         }
         if found.is_none() {
-            found = free_space::allocate(&mut all, copies, blocks, promised.as_ref(), search);
+            let (stores, promised, none) = (&mut self.stores, promised.as_ref(), BTreeSet::new());
+            found = free_space::allocate(stores, &none, copies, blocks, promised, search);
         }
         let Some(found) = found else {
             let mut demand = self.credit;
@@ -352,7 +340,7 @@ impl<T: ChunkTable> Machine<T> {
     /// Why the usable stores cannot hold so much. Stores that are away count with all that they may
     /// have: while those would do, the stores are not full, and the caller had better wait.
     pub(super) fn no_room(&self, replicas: u32, demand: &Demand) -> Refusal {
-        let usable = self.usable_stores();
+        let usable = self.stores.usable();
         let may_have = |rt: &StoreRt| match rt.is_usable() {
             true => rt.space.free(),
             false => rt.space.free() + rt.space.quarantined(),

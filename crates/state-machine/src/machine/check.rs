@@ -77,10 +77,16 @@ impl<T: ChunkTable> Machine<T> {
     /// `block-one-class`: free + mapped + reserved + quarantined is the store, without overlap.
     fn check_stores(&self, mapped: &BTreeMap<StoreId, RangeSet>, report: &mut CheckReport) {
         let none = RangeSet::default();
+        let faults = [self.stores.fault(), self.writebacks.fault()];
+        report.findings.extend(faults.into_iter().flatten().map(str::to_owned));
+        let awaited = self.reads.iter().filter(|(_, reads)| !reads.freed.is_empty());
+        if !awaited.map(|(volume, _)| volume).eq(&self.readers_awaited) {
+            report.findings.push("kept-as-walked: volumes that wait for reads".to_owned());
+        }
         for id in mapped.keys().filter(|id| !self.stores.contains_key(id)) {
             report.findings.push(format!("map-owner: store {id} does not exist"));
         }
-        for (id, rt) in &self.stores {
+        for (id, rt) in self.stores.iter() {
             let in_map = mapped.get(id).unwrap_or(&none);
             let mut all = in_map.clone();
             for (class, set) in rt.space.sets() {
@@ -159,7 +165,7 @@ impl<T: ChunkTable> Machine<T> {
                 }
             }
         }
-        for (id, rt) in &self.stores {
+        for (id, rt) in self.stores.iter() {
             let held = reserved.get(id).map_or(0, RangeSet::total);
             if held != rt.space.reserved() {
                 report.findings.push(format!("reserved-once: store {id} has an orphan"));

@@ -1,7 +1,5 @@
 //! Sessions of writebacks; the expiry of leases.
 
-use std::ops::Bound;
-
 use endio_types::{Generation, IoEndId, MapVersion, Millis, Reason, VolumeId};
 
 use super::io::{Effect, EffectKind, FromWriteback, Output, ToWriteback, WritebackSession};
@@ -95,9 +93,12 @@ impl<T: ChunkTable> Machine<T> {
             self.tell(session, Durability::Now, ToWriteback::SessionRefused(refusal), out);
             return Ok(());
         }
-        let rt = self.writebacks.entry(name.clone()).or_default();
-        rt.lease = Some(Lease::grant(self.now, self.limits.lease_ms));
-        if let Some(before) = rt.session.replace(session) {
+        let lease = Some(Lease::grant(self.now, self.limits.lease_ms));
+        let before = self.writebacks.change(&name, |rt| {
+            rt.lease = lease;
+            rt.session.replace(session)
+        });
+        if let Some(before) = before {
             self.writeback_sessions.remove(&before);
             self.push(Durability::Now, EffectKind::EndWriteback(before), out);
         }
@@ -124,8 +125,7 @@ impl<T: ChunkTable> Machine<T> {
                 .and_then(|volume| volume.owner.as_deref())
                 .is_some_and(|owner| self.is_over(owner))
         };
-        let waiting = self.reads.iter().filter(|(_, reads)| !reads.freed.is_empty());
-        let left = waiting.map(|(volume, _)| *volume).filter(is_left);
+        let left = self.readers_awaited.iter().copied().filter(is_left);
         let left: Vec<VolumeId> = left.collect();
         left.into_iter().try_for_each(|volume| self.settle_reads(volume))
     }
@@ -134,8 +134,7 @@ impl<T: ChunkTable> Machine<T> {
     /// at a time.
     pub(super) fn is_over(&self, name: &str) -> bool {
         let Some((instance, start)) = start_of(name) else { return false };
-        let from = (Bound::Included(instance), Bound::Unbounded);
-        let starts = self.writebacks.range::<str, _>(from).map(|(other, _)| start_of(other));
+        let starts = self.writebacks.from(instance).map(start_of);
         let mut same = starts.map_while(|other| other.filter(|(other, _)| *other == instance));
         same.any(|(_, other)| other > start)
     }
@@ -145,25 +144,18 @@ impl<T: ChunkTable> Machine<T> {
     /// somebody else may take the volume without force, and whoever takes it by force waits as long
     /// for what it may still answer under the lease of its session before.
     pub(super) fn is_heard_of(&mut self, name: &str) {
-        let rt = self.writebacks.entry(name.to_owned()).or_default();
-        rt.lease = Some(Lease::grant(self.now, self.limits.lease_ms));
+        let lease = Some(Lease::grant(self.now, self.limits.lease_ms));
+        self.writebacks.change(name, |rt| rt.lease = lease);
     }
 
     /// The stream to a writeback ended. Its tokens live until its lease ends.
     pub(super) fn writeback_lost(&mut self, session: WritebackSession) {
         let Some(name) = self.writeback_sessions.remove(&session) else { return };
-        if let Some(rt) = self.writebacks.get_mut(&name) {
-            rt.session = None;
-            if rt.lease.is_none() {
-                self.writebacks.remove(&name);
-            }
-        }
+        self.writebacks.change(&name, |rt| rt.session = None);
     }
 
     fn renew_writeback(&mut self, session: WritebackSession, name: &str, out: &mut Output) {
-        if let Some(rt) = self.writebacks.get_mut(name) {
-            rt.lease = Some(Lease::grant(self.now, self.limits.lease_ms));
-        }
+        self.is_heard_of(name);
         let (lease_ms, floor) = (self.limits.lease_ms, self.floor());
         self.tell(session, Durability::Now, ToWriteback::Renewed { lease_ms, floor }, out);
     }
@@ -251,15 +243,10 @@ impl<T: ChunkTable> Machine<T> {
         if now < self.expires_from {
             return Ok(());
         }
-        let ended =
-            self.writebacks.iter().filter(|(_, rt)| rt.lease.is_some_and(|l| l.has_ended(now)));
-        let ended: Vec<String> = ended.map(|(name, _)| name.clone()).collect();
-        for name in ended {
+        for name in self.writebacks.ended(now) {
             self.expire_writeback(&name, out)?;
         }
-        let ended = self.stores.iter().filter(|(_, rt)| rt.lease.is_some_and(|l| l.has_ended(now)));
-        let ended: Vec<_> = ended.map(|(id, _)| *id).collect();
-        for id in ended {
+        for id in self.stores.ended(now) {
             self.expire_store(id, out)?;
         }
         while let Some((id, ends)) = self.oldest_leased() {
@@ -278,11 +265,9 @@ impl<T: ChunkTable> Machine<T> {
 
     /// When the first lease ends, or the life of the oldest io_end.
     pub(super) fn next_expiry(&self) -> Option<Millis> {
-        let writebacks = self.writebacks.values().filter_map(|writeback| writeback.lease);
-        let stores = self.stores.values().filter_map(|store| store.lease);
-        let leases = writebacks.chain(stores).map(|lease| lease.ends());
+        let leases = [self.writebacks.next_expiry(), self.stores.next_expiry()];
         let life = self.oldest_leased().map(|(_, ends)| ends);
-        leases.chain(life).min()
+        leases.into_iter().flatten().chain(life).min()
     }
 
     /// The io_end with live tokens that began first, and when its life ends.
@@ -293,12 +278,7 @@ impl<T: ChunkTable> Machine<T> {
     }
 
     fn expire_writeback(&mut self, name: &str, out: &mut Output) -> Step<T> {
-        if let Some(rt) = self.writebacks.get_mut(name) {
-            rt.lease = None;
-            if rt.session.is_none() {
-                self.writebacks.remove(name);
-            }
-        }
+        self.writebacks.change(name, |rt| rt.lease = None);
         let submitter = endio_types::SegmentIndex::SUBMITTER;
         let held =
             self.ledger.iter().filter(|e| e.writeback == name && e.live.contains(&submitter));

@@ -34,6 +34,7 @@ pub mod io;
 mod quarantine;
 mod recovery;
 mod release;
+mod roster;
 mod state;
 mod stores;
 mod view;
@@ -51,7 +52,8 @@ use crate::record::{Record, Seq, Snapshot};
 use crate::token::TokenKey;
 pub use inspect::*;
 pub use io::*;
-use state::{FreedAt, Reads, StoreRt, VolumeRt, WritebackRt};
+use roster::{Roster, Writebacks};
+use state::{FreedAt, Reads, VolumeRt};
 
 /// Why the machine cannot go on. After one of these it must not be used any more: the process
 /// stops and recovers from the journal.
@@ -99,9 +101,13 @@ pub struct Machine<T> {
     /// Deletions that were asked for in this epoch and may have been answered.
     deletions: u64,
     reads: BTreeMap<VolumeId, Reads>,
-    stores: BTreeMap<StoreId, StoreRt>,
+    /// Volumes of which something freed waits for reads.
+    readers_awaited: BTreeSet<VolumeId>,
+    stores: Roster,
+    /// Before this writebacks hear nothing new of the stores.
+    next_news: Millis,
     store_sessions: BTreeMap<StoreSession, StoreId>,
-    writebacks: BTreeMap<String, WritebackRt>,
+    writebacks: Writebacks,
     writeback_sessions: BTreeMap<WritebackSession, String>,
     /// Volumes with a change that waits or runs.
     changing: BTreeSet<VolumeId>,
@@ -183,7 +189,10 @@ impl<T: ChunkTable> Machine<T> {
 
     /// When an [`Input::Tick`] (and a `drain`) is due at the latest; `None`: nothing runs.
     pub fn next_deadline(&self) -> Option<Millis> {
-        self.next_expiry().into_iter().chain(self.next_punch()).min()
+        [self.next_expiry(), self.stores.next_punch(), self.later_news()]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Makes a record: applies it to memory, accounts for it and hands it to the driver.

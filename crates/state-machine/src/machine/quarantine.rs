@@ -30,7 +30,7 @@ impl<T: ChunkTable> Machine<T> {
     /// Moves the blocks of a run that got into the map from reserved to mapped.
     pub(super) fn account_mapped(&mut self, volume: VolumeId, run: &Run) -> Step<T> {
         for (store, pblk) in &run.places {
-            let rt = self.stores.get_mut(store).ok_or(NO_STORE)?;
+            let mut rt = self.stores.get_mut(store).ok_or(NO_STORE)?;
             let range = PblkRange { start: *pblk, len: u64::from(run.blocks) };
             if rt.space.map_reserved(range)? {
                 self.volumes.entry(volume).or_default().mapped_blocks += range.len;
@@ -43,7 +43,7 @@ impl<T: ChunkTable> Machine<T> {
     pub(super) fn account_freed(&mut self, volume: VolumeId, seq: Seq, change: &Change) -> Step<T> {
         let version = self.durable.volumes.get(&volume).map_or(MapVersion(0), |v| v.map_version);
         for piece in &change.freed {
-            let rt = self.stores.get_mut(&piece.store).ok_or(NO_STORE)?;
+            let mut rt = self.stores.get_mut(&piece.store).ok_or(NO_STORE)?;
             rt.space.quarantine_mapped(piece.range)?;
             let mapped = &mut self.volumes.entry(volume).or_default().mapped_blocks;
             *mapped = mapped.saturating_sub(piece.range.len);
@@ -63,6 +63,7 @@ impl<T: ChunkTable> Machine<T> {
             self.freed.pop_front();
             let reads = self.reads.entry(freed.volume).or_default();
             reads.freed.entry(freed.store).or_default().push_back((freed.version, freed.range));
+            self.readers_awaited.insert(freed.volume);
             touched.insert(freed.volume);
         }
         for volume in touched {
@@ -84,7 +85,7 @@ impl<T: ChunkTable> Machine<T> {
             if acked < needed && !is_lax {
                 continue;
             }
-            let rt = self.stores.get_mut(store).ok_or(NO_STORE)?;
+            let mut rt = self.stores.get_mut(store).ok_or(NO_STORE)?;
             while let Some((version, range)) = queue.front().copied() {
                 if is_open && version > reads.confirmed && !is_lax {
                     break;
@@ -94,6 +95,9 @@ impl<T: ChunkTable> Machine<T> {
             }
         }
         reads.freed.retain(|_, queue| !queue.is_empty());
+        if reads.freed.is_empty() {
+            self.readers_awaited.remove(&volume);
+        }
         Ok(())
     }
 
@@ -101,9 +105,9 @@ impl<T: ChunkTable> Machine<T> {
     pub(super) fn fence_generation(&mut self, volume: VolumeId, generation: Generation) {
         let reads = self.reads.entry(volume).or_default();
         reads.min_generation = Some(generation);
-        for store in self.stores.values_mut() {
-            store.fence_volumes.insert(volume, generation);
-        }
+        self.stores.for_each_mut(|rt| {
+            rt.fence_volumes.insert(volume, generation);
+        });
     }
 
     /// Quarantines reserved blocks that an aborted or partly unsent io_end may still write.
@@ -113,7 +117,7 @@ impl<T: ChunkTable> Machine<T> {
         store: StoreId,
         range: PblkRange,
     ) -> Step<T> {
-        let rt = self.stores.get_mut(&store).ok_or(NO_STORE)?;
+        let mut rt = self.stores.get_mut(&store).ok_or(NO_STORE)?;
         rt.space.quarantine_reserved(range)?;
         if planted::is(Bug::AbortedIsFree) {
             rt.space.release(range, false)?;
@@ -127,14 +131,9 @@ impl<T: ChunkTable> Machine<T> {
     /// Sends the next fence to each store that has none outstanding.
     pub(super) fn send_fences(&mut self, out: &mut Output) {
         let newest = self.when_committed();
-        for rt in self.stores.values_mut() {
+        for id in self.stores.want_fence() {
+            let Some(mut rt) = self.stores.get_mut(&id) else { continue };
             let Some(session) = rt.session else { continue };
-            if rt.fence.is_some() || rt.lease.is_none() {
-                continue;
-            }
-            if rt.fence_io_ends.is_empty() && rt.fence_volumes.is_empty() {
-                continue;
-            }
             let max = self.limits.fence_io_ends_max;
             let io_ends: Vec<IoEndId> =
                 std::iter::from_fn(|| rt.fence_io_ends.pop_first()).take(max).collect();
@@ -147,7 +146,7 @@ impl<T: ChunkTable> Machine<T> {
             // What a store refuses under an old generation its owner takes for gone: not before it is.
             let is_early = fence.volumes.is_empty() || planted::is(Bug::FreedBeforeDurable);
             let after = match is_early {
-                true => after(rt, self.committed),
+                true => after(&rt, self.committed),
                 false => newest,
             };
             out.effects.push(super::Effect { after, kind });
@@ -157,13 +156,14 @@ impl<T: ChunkTable> Machine<T> {
 
     /// A store has drained everything up to a fence.
     pub(super) fn fence_done(&mut self, store: StoreId, fence: u64) -> Step<T> {
-        let Some(rt) = self.stores.get_mut(&store) else { return Ok(()) };
+        let Some(mut rt) = self.stores.get_mut(&store) else { return Ok(()) };
         let Some(done) = rt.fence.take_if(|out| out.id == fence) else { return Ok(()) };
         for io_end in &done.io_ends {
             for range in rt.wait_fence.remove(io_end).unwrap_or_default() {
                 rt.space.release(range, false)?;
             }
         }
+        drop(rt);
         for (volume, generation) in &done.volumes {
             if let Some(reads) = self.reads.get_mut(volume) {
                 reads.acked.insert(store, *generation);
@@ -194,7 +194,7 @@ impl<T: ChunkTable> Machine<T> {
 
     /// A newer incarnation of a store registered: nothing of the old one is in flight.
     pub(super) fn drained_by_restart(&mut self, store: StoreId) -> Step<T> {
-        let Some(rt) = self.stores.get_mut(&store) else { return Ok(()) };
+        let Some(mut rt) = self.stores.get_mut(&store) else { return Ok(()) };
         let mut fenced: Vec<IoEndId> = rt.fence_io_ends.iter().copied().collect();
         if let Some(fence) = rt.fence.take() {
             fenced.extend(fence.io_ends);
@@ -216,6 +216,7 @@ impl<T: ChunkTable> Machine<T> {
                 rt.fence_volumes.insert(*volume, generation);
             }
         }
+        drop(rt);
         for io_end in fenced {
             self.in_place_fenced(io_end, store);
         }
@@ -224,7 +225,7 @@ impl<T: ChunkTable> Machine<T> {
 
     /// A store has drained everything of older epochs.
     pub(super) fn drained_by_epoch(&mut self, store: StoreId) -> Step<T> {
-        let Some(rt) = self.stores.get_mut(&store) else { return Ok(()) };
+        let Some(mut rt) = self.stores.get_mut(&store) else { return Ok(()) };
         for range in std::mem::take(&mut rt.wait_epoch) {
             rt.space.release(range, false)?;
         }
@@ -233,23 +234,19 @@ impl<T: ChunkTable> Machine<T> {
 
     /// Whether a store could get a punch now, or writebacks have something to hear of one.
     pub(super) fn stores_want_a_turn(&self) -> bool {
-        self.stores.values().any(|rt| rt.untold || (rt.next_punch <= self.now && can_punch(rt)))
-    }
-
-    /// When a store can get its next punch, if there is something to punch.
-    pub(super) fn next_punch(&self) -> Option<Millis> {
-        self.stores.values().filter(|rt| can_punch(rt)).map(|rt| rt.next_punch).min()
+        let can_punch = self.stores.next_punch().is_some_and(|at| at <= self.now);
+        can_punch || self.has_news()
     }
 
     /// Gives free blocks back to the host file systems, a bounded batch per store at a time.
     pub(super) fn send_punches(&mut self, out: &mut Output) {
         let now = self.now;
-        let due = self.stores.values_mut().filter(|rt| rt.next_punch <= now && can_punch(rt));
-        for rt in due {
+        for id in self.stores.can_be_punched(now) {
+            let Some(mut rt) = self.stores.get_mut(&id) else { continue };
             let Some(session) = rt.session else { continue };
             let limits = &self.limits;
             rt.next_punch = now.plus(limits.punch_interval_ms);
-            let least = least_punched(rt, now, limits);
+            let least = least_punched(&rt, now, limits);
             let (ranges, blocks) = (limits.punch_ranges_max, limits.punch_blocks_max);
             let ranges = rt.space.take_unpunched(least, ranges, blocks);
             if ranges.is_empty() {
@@ -259,27 +256,19 @@ impl<T: ChunkTable> Machine<T> {
             self.next_command += 1;
             rt.punch = Some((punch, ranges.clone()));
             let kind = EffectKind::Store(session, ToStore::Punch { punch, ranges });
-            out.effects.push(super::Effect { after: after(rt, self.committed), kind });
+            out.effects.push(super::Effect { after: after(&rt, self.committed), kind });
         }
     }
 
     /// A punch is done: its blocks are free and holes.
     pub(super) fn punch_done(&mut self, store: StoreId, punch: u64) -> Step<T> {
-        let Some(rt) = self.stores.get_mut(&store) else { return Ok(()) };
+        let Some(mut rt) = self.stores.get_mut(&store) else { return Ok(()) };
         let Some((_, ranges)) = rt.punch.take_if(|(id, _)| *id == punch) else { return Ok(()) };
         for range in ranges {
             rt.space.release(range, true)?;
         }
         Ok(())
     }
-}
-
-/// Blocks being punched cannot be allocated, so a store that is short of space is left alone.
-fn can_punch(rt: &StoreRt) -> bool {
-    rt.is_usable()
-        && rt.punch.is_none()
-        && rt.space.unpunched() > 0
-        && rt.space.free() > rt.space.capacity() / 8
 }
 
 /// Blocks that a run needs at least to be punched now.

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use endio_types::planted::{self, Bug};
 use endio_types::{ClusterEpoch, Millis, PblkRange, StoreId, VolumeId};
 
+use super::roster::{Roster, Writebacks};
 use super::state::{Reads, StoreRt, VolumeRt, WritebackRt};
 use super::{Counters, Machine, MachineError, Output, Step, apply};
 use crate::extent_map::{self, ChunkTable};
@@ -35,9 +36,11 @@ impl<T: ChunkTable> Machine<T> {
             names: BTreeMap::new(),
             deletions: 0,
             reads: BTreeMap::new(),
-            stores: BTreeMap::new(),
+            readers_awaited: BTreeSet::new(),
+            stores: Roster::default(),
+            next_news: Millis(0),
             store_sessions: BTreeMap::new(),
-            writebacks: BTreeMap::new(),
+            writebacks: Writebacks::default(),
             writeback_sessions: BTreeMap::new(),
             changing: BTreeSet::new(),
             change_turn: VolumeId(0),
@@ -84,7 +87,7 @@ impl<T: ChunkTable> Machine<T> {
                 }
                 rt.ready = true;
             }
-            self.stores.insert(*id, rt);
+            self.stores.entry(*id, || rt);
         }
         let ids: Vec<VolumeId> = self.durable.volumes.keys().copied().collect();
         for id in ids {
@@ -105,7 +108,7 @@ impl<T: ChunkTable> Machine<T> {
             if let Some(owner) = &volume.owner {
                 let lease = Some(Lease::grant(now, self.limits.lease_ms));
                 let returning = WritebackRt { session: None, lease };
-                self.writebacks.insert(owner.clone(), returning);
+                self.writebacks.change(owner, |rt| *rt = returning);
             }
             self.reads.insert(volume.id, Reads::default());
         }

@@ -202,7 +202,7 @@ impl<T: ChunkTable> Machine<T> {
                     PieceKind::Fresh => self.quarantine_until_fenced(id, store, range)?,
                     PieceKind::Unwritten | PieceKind::Overwrite => {
                         in_place_risk = true;
-                        if let Some(rt) = self.stores.get_mut(&store) {
+                        if let Some(mut rt) = self.stores.get_mut(&store) {
                             rt.fence_io_ends.insert(id);
                         }
                     }

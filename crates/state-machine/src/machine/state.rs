@@ -176,6 +176,18 @@ impl StoreRt {
             untold: false,
         }
     }
+    /// There is something to fence, and nothing in its way.
+    pub(super) fn wants_fence(&self) -> bool {
+        let can_be_sent = self.session.is_some() && self.lease.is_some() && self.fence.is_none();
+        can_be_sent && !(self.fence_io_ends.is_empty() && self.fence_volumes.is_empty())
+    }
+    /// Blocks being punched cannot be allocated, so a store that is short of space is left alone.
+    pub(super) fn can_punch(&self) -> bool {
+        self.is_usable()
+            && self.punch.is_none()
+            && self.space.unpunched() > 0
+            && self.space.free() > self.space.capacity() / 8
+    }
     /// New tokens may name it.
     pub(super) fn is_usable(&self) -> bool {
         self.session.is_some() && self.lease.is_some() && self.ready

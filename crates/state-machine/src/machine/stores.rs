@@ -1,7 +1,7 @@
 //! Sessions of block-stores.
 
 use endio_types::{
-    BLOCK_BYTES, ClusterEpoch, Incarnation, Reason, SegmentIndex, StoreId, VOLUME_BYTES_MAX,
+    BLOCK_BYTES, ClusterEpoch, Incarnation, Millis, Reason, SegmentIndex, StoreId, VOLUME_BYTES_MAX,
 };
 
 use super::io::{EffectKind, FromStore, Output, Refusal, StoreSession, ToStore, ToWriteback};
@@ -42,7 +42,7 @@ impl<T: ChunkTable> Machine<T> {
             FromStore::Release { token, outcome } => {
                 let released = self.release_segment(store, &token, Outcome::Store(outcome), out)?;
                 let (io_end, segment) = (token.io_end, token.segment);
-                if let Some(rt) = self.stores.get_mut(&store) {
+                if let Some(mut rt) = self.stores.get_mut(&store) {
                     rt.written_at = Some(self.now);
                 }
                 let refused = released.err();
@@ -117,18 +117,21 @@ impl<T: ChunkTable> Machine<T> {
         let old = self.durable.stores.get(&id).cloned();
         if let Some(before) = self.store_sessions.get(&session).filter(|before| **before != id) {
             let before = *before;
-            self.stores.entry(before).and_modify(|rt| rt.session = None);
+            if let Some(mut rt) = self.stores.get_mut(&before) {
+                rt.session = None;
+            }
         }
         let capacity = new.capacity_blocks;
         let is_restart = old.as_ref().is_none_or(|old| old.incarnation < new.incarnation);
         let is_known = old.as_ref() == Some(&new);
-        let rt = self.stores.entry(id).or_insert_with(|| StoreRt::new(StoreSpace::empty(capacity)));
+        let mut rt = self.stores.entry(id, || StoreRt::new(StoreSpace::empty(capacity)));
         rt.space.grow(capacity);
         rt.lease = Some(Lease::grant(self.now, self.limits.lease_ms));
         let replaced = rt.session.replace(session).filter(|before| *before != session);
         if is_restart {
             rt.ready = false;
         }
+        drop(rt);
         if let Some(before) = replaced {
             self.store_sessions.remove(&before);
             self.push(Durability::Now, EffectKind::EndStore(before), out);
@@ -140,7 +143,7 @@ impl<T: ChunkTable> Machine<T> {
         if let Some(name) = name.filter(|_| !self.durable.store_names.contains_key(&id)) {
             self.commit(Record::StoreNamed { store: id, name }, out)?;
         }
-        if let Some(rt) = self.stores.get_mut(&id) {
+        if let Some(mut rt) = self.stores.get_mut(&id) {
             rt.registered = self.durable.seq;
         }
         if is_restart {
@@ -175,7 +178,7 @@ impl<T: ChunkTable> Machine<T> {
         if epoch != self.durable.epoch {
             return Ok(());
         }
-        if let Some(rt) = self.stores.get_mut(&id) {
+        if let Some(mut rt) = self.stores.get_mut(&id) {
             rt.ready = true;
         }
         self.drained_by_epoch(id)?;
@@ -185,8 +188,9 @@ impl<T: ChunkTable> Machine<T> {
 
     fn renew_store(&mut self, id: StoreId, out: &mut Output) {
         let lease = Lease::grant(self.now, self.limits.lease_ms);
-        let Some(rt) = self.stores.get_mut(&id) else { return };
+        let Some(mut rt) = self.stores.get_mut(&id) else { return };
         let returned = rt.lease.replace(lease).is_none();
+        drop(rt);
         let message = ToStore::Renewed { lease_ms: self.limits.lease_ms, floor: self.floor() };
         self.send_store(id, message, out);
         if returned {
@@ -197,7 +201,7 @@ impl<T: ChunkTable> Machine<T> {
     /// The stream to a store ended. Its tokens live until its lease ends.
     pub(super) fn store_lost(&mut self, session: StoreSession) {
         let Some(id) = self.store_sessions.remove(&session) else { return };
-        if let Some(rt) = self.stores.get_mut(&id) {
+        if let Some(mut rt) = self.stores.get_mut(&id) {
             rt.session = None;
         }
         self.note_news(id);
@@ -205,7 +209,7 @@ impl<T: ChunkTable> Machine<T> {
 
     /// The lease of a store has ended.
     pub(super) fn expire_store(&mut self, id: StoreId, out: &mut Output) -> Step<T> {
-        if let Some(rt) = self.stores.get_mut(&id) {
+        if let Some(mut rt) = self.stores.get_mut(&id) {
             rt.lease = None;
         }
         self.abort_of_store(id, Reason::LeaseExpired, out)?;
@@ -228,23 +232,40 @@ impl<T: ChunkTable> Machine<T> {
 
     /// Notes that writebacks are to hear of a store, with the next [`Machine::drain`].
     fn note_news(&mut self, id: StoreId) {
-        if let Some(rt) = self.stores.get_mut(&id) {
+        if let Some(mut rt) = self.stores.get_mut(&id) {
             rt.untold = true;
         }
     }
 
+    /// Whether writebacks are to hear something of the stores now.
+    pub(super) fn has_news(&self) -> bool {
+        self.next_news <= self.now && !self.stores.untold().is_empty()
+    }
+
+    /// When they are, if it is later than now.
+    pub(super) fn later_news(&self) -> Option<Millis> {
+        (self.next_news > self.now && !self.stores.untold().is_empty()).then_some(self.next_news)
+    }
+
     /// Tells every writeback about the stores, if there is news of one. Once a turn: the list names all of
     /// them, and after a restart each of them comes twice. That is early enough: it waits for records,
-    /// so a grant that names a store overtakes what was said of the store in the same turn in any case.
+    /// so a grant that names a store overtakes what was said of the store in the same turn in any case. Where
+    /// many stores tell many writebacks, the next list waits for its share of `listed_stores_per_s`.
     pub(super) fn tell_stores(&mut self, out: &mut Output) {
-        let mut is_news = false;
-        for rt in self.stores.values_mut() {
-            is_news |= std::mem::take(&mut rt.untold);
+        if !self.has_news() {
+            return;
         }
-        if !is_news || self.writeback_sessions.is_empty() {
+        for id in self.stores.untold().clone() {
+            if let Some(mut rt) = self.stores.get_mut(&id) {
+                rt.untold = false;
+            }
+        }
+        if self.writeback_sessions.is_empty() {
             return;
         }
         let stores = self.stores(self.now);
+        let entries = (stores.len() * self.writeback_sessions.len()) as u64;
+        self.next_news = self.now.plus(entries * 1000 / self.limits.listed_stores_per_s.max(1));
         for session in self.writeback_sessions.keys() {
             let message = ToWriteback::Stores(stores.clone());
             self.push(self.when_committed(), EffectKind::Writeback(*session, message), out);

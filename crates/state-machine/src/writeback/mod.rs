@@ -5,6 +5,7 @@
 
 pub mod attempts;
 pub mod block_cache;
+pub mod confirms;
 pub mod cover;
 pub mod credit;
 pub mod dirty;

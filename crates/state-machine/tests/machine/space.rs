@@ -1,9 +1,10 @@
 //! Free space, credit, fences.
 
-use std::collections::BTreeMap;
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
 
 use endio_state_machine::free_space::{
-    self, Demand, Promised, Search, StoreSpace, is_feasible, share_of,
+    self, Demand, Pool, Promised, Search, StoreSpace, is_feasible, share_of,
 };
 use endio_state_machine::machine::*;
 use endio_types::*;
@@ -138,8 +139,44 @@ fn a_write_out_waits_rather_than_take_what_others_were_promised() {
     rig.assert_sound();
 }
 
-fn free_blocks(stores: &BTreeMap<StoreId, StoreSpace>) -> Vec<u64> {
-    stores.values().map(StoreSpace::free).collect()
+#[derive(Clone, Debug)]
+struct Spaces(BTreeMap<StoreId, StoreSpace>);
+
+impl Spaces {
+    fn empty(free: &[u64]) -> Self {
+        Self((1..).zip(free).map(|(id, free)| (StoreId(id), StoreSpace::empty(*free))).collect())
+    }
+}
+
+impl Pool for Spaces {
+    fn most_free(&self) -> impl Iterator<Item = (StoreId, &StoreSpace)> + Clone {
+        let mut all: Vec<_> = self.0.iter().map(|(id, space)| (*id, space)).collect();
+        all.sort_by_key(|(id, space)| (Reverse(space.free()), *id));
+        all.into_iter()
+    }
+    fn change<R>(&mut self, id: StoreId, with: impl FnOnce(&mut StoreSpace) -> R) -> Option<R> {
+        self.0.get_mut(&id).map(with)
+    }
+}
+
+fn free_blocks(stores: &Spaces) -> Vec<u64> {
+    stores.0.values().map(StoreSpace::free).collect()
+}
+
+proptest! {
+    /// As Gale and Ryser have it: for each number of copies, the blocks with at least so many find room.
+    #[test]
+    fn a_demand_is_feasible_if_each_set_of_blocks_finds_room(
+        free in prop::collection::vec(0u64..20, 0..6),
+        demand in prop::array::uniform4(0u64..10),
+    ) {
+        let finds_room = |least: usize| {
+            let blocks: u64 = demand[least..].iter().sum();
+            let copies: u64 = (least..4).map(|copies| demand[copies] * copies as u64).sum();
+            free.iter().map(|free| *free.min(&blocks)).sum::<u64>() >= copies
+        };
+        prop_assert_eq!(is_feasible(free.iter().copied(), &demand), (1..4).all(finds_room));
+    }
 }
 
 proptest! {
@@ -151,11 +188,10 @@ proptest! {
         (replicas, blocks) in (1usize..4, 1u64..12),
         taken in prop::collection::vec((0usize..6, 0u64..12), 0..6),
     ) {
-        let mut stores: BTreeMap<_, _> =
-            (1..).zip(&free).map(|(id, free)| (StoreId(id), StoreSpace::empty(*free))).collect();
+        let mut stores = Spaces::empty(&free);
         // Holes, so that runs are short.
         for (at, block) in taken {
-            if let Some(space) = stores.values_mut().nth(at) {
+            if let Some(space) = stores.0.values_mut().nth(at) {
                 let free = space.free();
                 let _ = space.allocate(block % (free + 1), Search { runs: 4, reuse_blocks: 0 });
             }
@@ -176,9 +212,9 @@ proptest! {
         let mut demand = all;
         demand[replicas] -= blocks;
         let promised = Promised { demand, elsewhere: Vec::new(), with_quarantined: false };
-        let mut spaces = stores.iter_mut().map(|(id, space)| (*id, space)).collect();
-        let search = Search { runs: 4, reuse_blocks: 0 };
-        let runs = free_space::allocate(&mut spaces, replicas, blocks, Some(&promised), search);
+        let (search, none) = (Search { runs: 4, reuse_blocks: 0 }, BTreeSet::new());
+        let promised = Some(&promised);
+        let runs = free_space::allocate(&mut stores, &none, replicas, blocks, promised, search);
         let runs = runs.expect("there is room");
         prop_assert_eq!(runs.iter().map(|copies| copies[0].1.len).sum::<u64>(), blocks);
         prop_assert!(is_feasible(free_blocks(&stores).into_iter(), &demand));
@@ -194,13 +230,12 @@ proptest! {
         wanted in prop::array::uniform4(0u64..10),
         order in prop::collection::vec((1usize..4, 1u64..12), 0..12),
     ) {
-        let mut stores: BTreeMap<_, _> =
-            (1..).zip(&live).map(|(id, free)| (StoreId(id), StoreSpace::empty(*free))).collect();
-        let with_away = |stores: &BTreeMap<StoreId, StoreSpace>, demand: &Demand| {
+        let mut stores = Spaces::empty(&live);
+        let with_away = |stores: &Spaces, demand: &Demand| {
             let all = free_blocks(stores).into_iter().chain(away.iter().copied());
             is_feasible(all, demand)
         };
-        let here = |stores: &BTreeMap<StoreId, StoreSpace>, demand: &Demand| {
+        let here = |stores: &Spaces, demand: &Demand| {
             is_feasible(free_blocks(stores).into_iter(), &share_of(demand, live.len()))
         };
         // As much of what is wanted as there is room for.
@@ -224,9 +259,9 @@ proptest! {
                 elsewhere: Vec::new(),
                 with_quarantined: false,
             };
-            let mut spaces = stores.iter_mut().map(|(id, space)| (*id, space)).collect();
-            let search = Search { runs: 4, reuse_blocks: 0 };
-            let runs = free_space::allocate(&mut spaces, copies, blocks, Some(&promised), search);
+            let (search, none) = (Search { runs: 4, reuse_blocks: 0 }, BTreeSet::new());
+            let promised = Some(&promised);
+            let runs = free_space::allocate(&mut stores, &none, copies, blocks, promised, search);
             prop_assert!(runs.is_some(), "there is room");
             prop_assert!(with_away(&stores, &demand), "{:?} of {demand:?}", free_blocks(&stores));
         }

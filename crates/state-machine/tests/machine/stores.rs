@@ -1,5 +1,6 @@
 //! What writebacks hear of the stores.
 
+use endio_state_machine::limits::Limits;
 use endio_state_machine::machine::*;
 
 use crate::rig::*;
@@ -49,6 +50,35 @@ fn writebacks_hear_of_all_stores_that_change_in_a_turn_at_once() {
     }
     let again = vec![(1, false), (2, true), (3, false), (4, false)];
     assert_eq!(lists(&rig, WB, from), [again]);
+}
+
+/// A list names all stores to all writebacks: while many come, they are few.
+#[test]
+fn the_next_list_waits_for_its_share_of_the_lists_and_then_names_all() {
+    let limits = Limits { listed_stores_per_s: 500, ..limits() };
+    let mut rig = Rig::with_limits(1, 100, limits);
+    rig.drain();
+    rig.advance(10);
+    rig.drain();
+    let from = rig.sent.len();
+    rig.join_store(2, 1, 100);
+    rig.drain();
+    assert_eq!(lists(&rig, WB, from), [vec![(1, true), (2, true)]]);
+    // Two entries: four milliseconds.
+    let from = rig.sent.len();
+    for store in 3..=4 {
+        rig.advance(1);
+        rig.join_store(store, 1, 100);
+        rig.drain();
+    }
+    assert!(!rig.machine.has_work(), "it is not due yet");
+    assert_eq!(lists(&rig, WB, from), Vec::<Vec<_>>::new());
+    assert_eq!(rig.machine.next_deadline(), Some(rig.now.plus(2)));
+    rig.advance(2);
+    assert!(rig.machine.has_work());
+    rig.drain();
+    assert_eq!(lists(&rig, WB, from), [vec![(1, true), (2, true), (3, true), (4, true)]]);
+    assert_ne!(rig.machine.next_deadline(), Some(rig.now.plus(8)), "there is no more to tell");
 }
 
 #[test]

@@ -5,12 +5,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use endio_api::conversion::{
-    BeginRefused, Begun, Completion, ConversionBatch, Hello, ReleaseSubmitter, Reserve, Welcome,
-    WritebackBatch, WritebackMessage, WritebackRenew, conversion_client::ConversionClient,
-    conversion_message::Message as Incoming, writeback_message::Message as Outgoing,
+    BeginRefused, Begun, Completion, ConversionBatch, Hello, ReadConfirm, ReleaseSubmitter,
+    Reserve, Welcome, WritebackBatch, WritebackMessage, WritebackRenew,
+    conversion_client::ConversionClient, conversion_message::Message as Incoming,
+    writeback_message::Message as Outgoing,
 };
 use endio_api::protocol;
 use endio_chassis::net::Dialer;
+use endio_state_machine::writeback::confirms::Confirms;
 use endio_types::Reason;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout};
@@ -81,6 +83,7 @@ struct Standing<'a> {
     granted: &'a Tenure,
     /// When the renewals that are not answered yet were sent, oldest first.
     renewals: VecDeque<Instant>,
+    confirms: Confirms,
 }
 
 impl Task {
@@ -139,6 +142,7 @@ impl Task {
             lease_ends: sent + lease,
             granted: &self.granted,
             renewals: VecDeque::new(),
+            confirms: Confirms::default(),
         };
         for reset in self.events.welcome(welcome.cluster_epoch) {
             standing.reset(reset);
@@ -297,7 +301,13 @@ impl Standing<'_> {
     /// waits in the outbox, and its lease runs meanwhile.
     fn renew(&mut self) {
         self.renewals.push_back(Instant::now());
-        let confirms = self.events.confirms();
+        let confirms = self.confirms.news(self.events.confirms());
+        let confirms = confirms.into_iter().map(|(volume, generation, version)| ReadConfirm {
+            volume: volume.0,
+            generation: generation.0,
+            map_version: version.0,
+        });
+        let confirms = confirms.collect();
         self.push(Outgoing::Renew(WritebackRenew { confirms }));
     }
 
@@ -488,7 +498,7 @@ mod tests {
         fn space_reset(&self, _: u64, _: Result<u64, Failure>) {}
         fn stores(&self, _: &[endio_api::conversion::Store]) {}
         fn fenced(&self, _: u64, _: u64) {}
-        fn confirms(&self) -> Vec<endio_api::conversion::ReadConfirm> {
+        fn confirms(&self) -> Vec<endio_state_machine::writeback::confirms::Confirm> {
             Vec::new()
         }
     }
@@ -509,6 +519,7 @@ mod tests {
             lease_ends: Instant::now(),
             granted: &tenure,
             renewals: VecDeque::new(),
+            confirms: Confirms::default(),
         };
         for (session, sent) in [(4, 0), (5, 3), (6, 0)] {
             let (log_reply, mut log_answer) = oneshot::channel();

@@ -10,6 +10,7 @@ use endio_state_machine::machine::{
 };
 use endio_state_machine::token::Token;
 use endio_state_machine::writeback::attempts::Tries;
+use endio_state_machine::writeback::confirms::Confirms;
 use endio_types::{Generation, LblkRange, Reason, SegmentIndex, VolumeId};
 
 use super::{ALONE, Failure, Outcome, Owed, Volume, Wb};
@@ -64,6 +65,7 @@ impl Wb {
         let every = (self.world.plan.confirm_ms * MS).min(lease_us / 3);
         let mut renew_at = exec.now();
         let mut renewals: VecDeque<u64> = VecDeque::new();
+        let mut confirms = Confirms::default();
         loop {
             if exec.now() >= lease_ends {
                 return None;
@@ -74,7 +76,7 @@ impl Wb {
                 let confirm = |volume: &Rc<Volume>| {
                     (volume.id, volume.generation, volume.state.borrow().view.oldest_read())
                 };
-                let confirms = self.all().iter().map(confirm).collect();
+                let confirms = confirms.news(self.all().iter().map(confirm));
                 engine.outbox.borrow_mut().push(FromWriteback::Renew { confirms });
             }
             for message in std::mem::take(&mut *engine.outbox.borrow_mut()) {
