@@ -204,10 +204,20 @@ impl Roster {
 
     /// What is kept at hand and not so.
     pub(super) fn fault(&self) -> Option<&'static str> {
-        let mut walked = Index::default();
-        for (id, rt) in &self.stores {
-            walked.change(*id, Keys::NONE, Keys::of(rt));
-        }
+        let all = || self.stores.iter();
+        let walked = Index {
+            room: all()
+                .filter(|(_, rt)| rt.is_usable())
+                .map(|(id, rt)| (rt.space.free(), Reverse(*id)))
+                .collect(),
+            fences: all().filter(|(_, rt)| rt.wants_fence()).map(|(id, _)| *id).collect(),
+            punches: all()
+                .filter(|(_, rt)| rt.can_punch())
+                .map(|(id, rt)| (rt.next_punch, *id))
+                .collect(),
+            untold: all().filter(|(_, rt)| rt.untold).map(|(id, _)| *id).collect(),
+            leases: all().filter_map(|(id, rt)| Some((rt.lease?.ends(), *id))).collect(),
+        };
         (walked != self.index)
             .then_some("kept-as-walked: what is kept of the stores is not what they are")
     }

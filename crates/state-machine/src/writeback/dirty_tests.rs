@@ -261,6 +261,8 @@ struct Part {
     joined: bool,
     /// The stores hold it: it wants neither space nor the log.
     kept: bool,
+    /// Writes that a kept version held together here, and that still are by the one that took its place.
+    held: Vec<u64>,
 }
 
 impl Part {
@@ -270,6 +272,7 @@ impl Part {
         self.ask = self.ask.or(older.ask).filter(|(_, newest)| *newest > self.logged_to);
         self.sent |= older.sent;
         self.joined |= older.joined;
+        self.held.extend(older.held);
     }
 }
 
@@ -330,7 +333,8 @@ impl Oracle {
             if !converted && flight.kept && is_newer && !slow.discarded {
                 slow.waiting.sent |= flight.sent || flight.logged_to > 0;
                 slow.waiting.joined |= flight.joined;
-                slow.writes.drain(..carried);
+                slow.waiting.held.extend(flight.held);
+                slow.waiting.held.extend(slow.writes.drain(..carried));
             } else if converted || std::mem::take(&mut slow.discarded) {
                 slow.writes.drain(..carried);
             } else if slow.writes.len() == carried {
@@ -471,10 +475,11 @@ fn run(ops: Vec<Op>) {
                 for lblk in start..start + len {
                     let slow = oracle.0.entry(lblk).or_default();
                     if slow.waiting.kept {
-                        let Part { joined, .. } = slow.waiting;
-                        let sent = slow.waiting.sent || slow.waiting.logged_to > 0;
-                        slow.waiting = Part { sent, joined, ..Part::default() };
-                        slow.writes.clear();
+                        let Part { joined, mut held, sent, logged_to, .. } =
+                            std::mem::take(&mut slow.waiting);
+                        held.append(&mut slow.writes);
+                        let sent = sent || logged_to > 0;
+                        slow.waiting = Part { sent, joined, held, ..Part::default() };
                     }
                     slow.writes.push(lsn);
                     slow.waiting.joined |= lblk + 1 < start + len;
@@ -539,7 +544,7 @@ fn run(ops: Vec<Op>) {
                 credit -= map.discard(range(start, len)).credit_freed_blocks as i64;
                 for lblk in start..start + len {
                     let Some(slow) = oracle.0.get_mut(&lblk) else { continue };
-                    cut.extend(slow.writes.iter().copied());
+                    cut.extend(slow.writes.iter().chain(&slow.waiting.held).copied());
                     slow.writes.truncate(slow.carried);
                     slow.waiting = Part::default();
                     slow.discarded = slow.io.is_some();
@@ -617,6 +622,13 @@ proptest! {
     ) {
         run(ops);
     }
+}
+
+/// The oracle once took the first write for whole, as nothing of it was left in the block that was discarded.
+#[test]
+fn a_discard_cuts_the_write_that_a_kept_block_held_together_before() {
+    use Op::{Discard, Pick, Stored, Write};
+    run(vec![Write(0, 6), Stored(1, 4), Write(0, 5), Discard(1, 1), Pick(1, None, false)]);
 }
 
 /// Block 1 may have been merged with what block 0 belongs to: neither is in the log.
