@@ -37,9 +37,10 @@ pub struct Limits {
     /// Least time between two punches of a store. Too small: overwrites keep the host file system
     /// busy. Too large: freed space comes back late.
     pub punch_interval_ms: u64,
-    /// Entries of lists of stores that all writebacks together are sent in a second, at most: while many stores
-    /// come at once, each list names all of them to everybody. Too small: news of a store come late, and
-    /// writes to it wait. Too large: conversion does little else meanwhile.
+    /// Entries in lists of stores that all writebacks together are sent in a second, besides the list that
+    /// answers a Hello: while many stores come at once, each list names all of them to everybody. A list is
+    /// never cut: the next one waits. Too small: news of a store come late, and writes to it wait. Too
+    /// large: conversion does little else meanwhile.
     pub listed_stores_per_s: u64,
     /// Shorter runs are punched only while nobody writes to the store: each punch holds up its
     /// writes and flushes for up to milliseconds, and gives back little. Too large: what a busy

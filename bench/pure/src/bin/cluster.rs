@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use clap::Parser;
+use clap::{Parser, value_parser};
 use endio_bench_pure::cluster::{Cluster, Shape};
 use endio_bench_pure::{Dice, process};
 
@@ -19,22 +19,23 @@ const BLOCKS: u64 = 1 << 17;
 #[derive(Debug, Parser)]
 struct Arguments {
     /// Numbers of block-stores to try.
-    #[arg(long, default_values_t = [1, 10, 100, 1000], num_args = 1.., value_delimiter = ',')]
+    #[arg(long, default_values_t = [1, 10, 100, 1000], num_args = 1.., value_delimiter = ',',
+          value_parser = value_parser!(u64).range(1..=10_000))]
     stores: Vec<u64>,
     /// Volumes for each store.
-    #[arg(long, default_value_t = 100)]
+    #[arg(long, default_value_t = 100, value_parser = value_parser!(u64).range(1..=10_000))]
     volumes: u64,
     /// Stores for each writeback.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = value_parser!(u64).range(1..))]
     stores_per_writeback: u64,
     /// Writes that are counted, beyond those that fill the volumes.
-    #[arg(long, default_value_t = 65_536)]
+    #[arg(long, default_value_t = 65_536, value_parser = value_parser!(u64).range(1..))]
     writes: u64,
     /// Print only the rows.
     #[arg(long)]
     rows: bool,
-    /// Writes in one turn.
-    #[arg(long, default_value_t = 32)]
+    /// Writes in one turn, each in another place.
+    #[arg(long, default_value_t = 32, value_parser = value_parser!(u64).range(1..=4096))]
     depth: u64,
     /// Blocks that each volume is promised for buffered data.
     #[arg(long, default_value_t = 1024)]
