@@ -285,9 +285,13 @@ async fn write_everything_out(
     shutdown: &Shutdown,
 ) -> Vec<String> {
     loop {
-        engine.want_everything_out();
+        // Who forces a stop waits for no write-out, so none begins.
+        let is_forced = shutdown.is_forced();
+        if !is_forced {
+            engine.want_everything_out();
+        }
         let held = engine.held();
-        if held.is_empty() || Instant::now() >= until || shutdown.is_forced() {
+        if held.is_empty() || is_forced || Instant::now() >= until {
             return held;
         }
         tokio::time::sleep(DRAIN_LOOK).await;

@@ -257,9 +257,31 @@ impl<D: Clone> DirtyMap<D> {
         Ok(credit)
     }
 
-    /// Waiting blocks of a range are parts of one write: they are picked together. Done by
-    /// [`insert`](Self::insert); a replay, which inserts a write in pieces, says so afterwards.
-    pub fn join(&mut self, range: LblkRange) {
+    /// Waiting blocks of a range are parts of one write, of record `lsn`: they are picked together, and the log
+    /// has to keep that record as long as they wait. A replay, which inserts of each block the newest version
+    /// only, says so afterwards of what is left of each older write.
+    pub fn rejoin(&mut self, range: LblkRange, lsn: Lsn) {
+        self.join(range);
+        let is_younger = |block: &&Block<D>| block.waiting.as_ref().is_some_and(|v| v.since > lsn);
+        let blocks = self.overlapping(range).filter(|(_, block)| is_younger(block));
+        let younger: Vec<u64> = blocks.map(|(lblk, _)| lblk).collect();
+        for lblk in younger {
+            let block = self.blocks.get_mut(&lblk);
+            let Some(mut version) = block.and_then(|block| block.waiting.take()) else { continue };
+            self.ready.remove(&(version.since, lblk));
+            self.forget(&version, lblk, false);
+            version.since = lsn;
+            version.log.has_since(lsn);
+            self.remember(&version, lblk, false);
+            self.set_waiting(lblk, version);
+            if self.is_ready(lblk) {
+                self.ready.insert((lsn, lblk));
+            }
+        }
+    }
+
+    /// Waiting blocks of a range are parts of one write: they are picked together.
+    fn join(&mut self, range: LblkRange) {
         if planted::is(Bug::WholeRequestsOff) {
             return;
         }

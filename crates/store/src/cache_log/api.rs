@@ -52,9 +52,12 @@ pub struct ReplayedWrite {
     /// What was said about it.
     pub write: WriteRecord,
     /// The blocks of it that are live: not cleaned and not overwritten by a newer record.
-    /// Ascending, not empty.
+    /// Ascending. May be empty: then it only says what was one write.
     pub live: Vec<LblkRange>,
-    /// Data of all blocks of `write.blocks`.
+    /// The blocks of it that are not cleaned, overwritten or not: what of them is dirty has to be converted
+    /// together, and the log has to keep this record until then. Ascending, not empty.
+    pub unconverted: Vec<LblkRange>,
+    /// Data of all blocks of `write.blocks`; empty if none is live.
     pub payload: bytes::Bytes,
 }
 

@@ -6,6 +6,8 @@ use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::dirty::CleanRun;
 use endio_types::{LblkRange, VolumeId};
 
+use super::hidden::push_block;
+
 /// Newest record of each block that is not known, durably, to be converted.
 #[derive(Debug, Default)]
 pub(super) struct Live {
@@ -16,9 +18,22 @@ pub(super) struct Live {
 
 impl Live {
     pub(super) fn wrote(&mut self, lsn: Lsn, volume: VolumeId, range: LblkRange) {
+        self.wrote_over(lsn, volume, range, |_, _| ());
+    }
+
+    /// As [`wrote`](Self::wrote); tells of which blocks, ascending, it was written over which record.
+    pub(super) fn wrote_over(
+        &mut self,
+        lsn: Lsn,
+        volume: VolumeId,
+        range: LblkRange,
+        mut over: impl FnMut(u64, Lsn),
+    ) {
         let blocks = self.blocks.entry(volume).or_default();
         for lblk in range.start.0..range.end() {
-            blocks.insert(lblk, lsn);
+            if let Some(older) = blocks.insert(lblk, lsn) {
+                over(lblk, older);
+            }
         }
     }
 
@@ -78,12 +93,8 @@ impl Live {
         let mut parts: Vec<LblkRange> = Vec::new();
         let Some(blocks) = self.blocks.get(&volume) else { return parts };
         for (lblk, newest) in blocks.range(range.start.0..range.end()) {
-            if *newest != lsn {
-                continue;
-            }
-            match parts.last_mut() {
-                Some(last) if last.end() == *lblk => last.len += 1,
-                _ => parts.push(LblkRange::new(*lblk, 1)),
+            if *newest == lsn {
+                push_block(&mut parts, *lblk);
             }
         }
         parts

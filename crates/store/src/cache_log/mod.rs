@@ -14,6 +14,7 @@
 
 mod api;
 mod disk;
+mod hidden;
 mod live;
 #[cfg(test)]
 mod order_tests;

@@ -10,10 +10,11 @@ use endio_types::{LblkRange, VolumeId};
 
 use super::api::{CacheLogError, OpenVolume, ReplayedWrite};
 use super::disk::Disk;
+use super::hidden::union;
 use super::scan::{Found, Scan, segment_name};
 
-/// The writes of a log that are not known to be converted, oldest first. Holds no payload; each
-/// is read when it is asked for, and checked again.
+/// The writes of a log that are not known to be converted, oldest first. Holds no payload; where one has live
+/// blocks, it is read when it is asked for, and checked again.
 pub struct Replay {
     power_lost: bool,
     losses: BTreeSet<VolumeId>,
@@ -21,7 +22,14 @@ pub struct Replay {
     sessions: SessionSnapshot,
     volumes: Vec<OpenVolume>,
     last: Lsn,
-    writes: VecDeque<(Found, Vec<LblkRange>, PathBuf)>,
+    writes: VecDeque<Remaining>,
+}
+
+struct Remaining {
+    found: Found,
+    live: Vec<LblkRange>,
+    unconverted: Vec<LblkRange>,
+    path: PathBuf,
 }
 
 impl Replay {
@@ -32,12 +40,16 @@ impl Replay {
         losses: BTreeSet<VolumeId>,
     ) -> Self {
         let mut writes = VecDeque::new();
+        let hidden = scan.hidden.by_record();
         for found in &scan.writes {
-            let write = found.header.write();
-            let live = scan.live.parts(found.header.lsn, write.volume, write.blocks);
-            if !live.is_empty() {
+            let (lsn, write) = (found.header.lsn, found.header.write());
+            let live = scan.live.parts(lsn, write.volume, write.blocks);
+            let hidden = hidden.get(&lsn).map_or(&[][..], Vec::as_slice);
+            let unconverted = union(&live, hidden);
+            let holds_together = unconverted.iter().any(|range| range.len > 1);
+            if !live.is_empty() || holds_together {
                 let path = disk.path(&segment_name(found.number));
-                writes.push_back((found.clone(), live, path));
+                writes.push_back(Remaining { found: found.clone(), live, unconverted, path });
             }
         }
         let volumes = scan
@@ -102,7 +114,7 @@ impl Replay {
 
     /// Blocks that the remaining writes make dirty.
     pub fn remaining_blocks(&self) -> u64 {
-        self.writes.iter().flat_map(|(_, live, _)| live).map(|range| range.len).sum()
+        self.writes.iter().flat_map(|write| &write.live).map(|range| range.len).sum()
     }
 
     /// The next write, or `None` after the last.
@@ -111,7 +123,21 @@ impl Replay {
     /// [`CacheLogError::Io`], [`CacheLogError::Damaged`]: the payload changed since the log was
     /// opened. The write is not skipped: the next call tries it again.
     pub fn next_write(&mut self) -> Result<Option<ReplayedWrite>, CacheLogError> {
-        let Some((found, live, path)) = self.writes.front() else { return Ok(None) };
+        let Some(Remaining { found, live, unconverted, path }) = self.writes.front() else {
+            return Ok(None);
+        };
+        let (lsn, write) = (found.header.lsn, found.header.write());
+        let (live, unconverted) = (live.clone(), unconverted.clone());
+        if live.is_empty() {
+            self.writes.pop_front();
+            return Ok(Some(ReplayedWrite {
+                lsn,
+                write,
+                live,
+                unconverted,
+                payload: Bytes::new(),
+            }));
+        }
         let mut payload = vec![0; found.header.payload_len as usize];
         found
             .file
@@ -124,13 +150,8 @@ impl Replay {
                 what: "the payload changed since the log was opened".into(),
             });
         }
-        let write = ReplayedWrite {
-            lsn: found.header.lsn,
-            write: found.header.write(),
-            live: live.clone(),
-            payload: Bytes::from(payload),
-        };
         self.writes.pop_front();
-        Ok(Some(write))
+        let payload = Bytes::from(payload);
+        Ok(Some(ReplayedWrite { lsn, write, live, unconverted, payload }))
     }
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use endio_failpoints::{Point, reach};
 use endio_state_machine::writeback::Lsn;
+use endio_state_machine::writeback::dirty::CleanRun;
 use endio_state_machine::writeback::sessions::SessionTable;
 use endio_types::Millis;
 use serde::{Deserialize, Serialize};
@@ -13,6 +14,7 @@ use endio_types::{BLOCK_BYTES, Generation, VolumeId};
 
 use super::api::CacheLogError;
 use super::disk::{Disk, LogFile};
+use super::hidden::Hidden;
 use super::live::Live;
 use super::record::{CleanPayload, HEADER_LEN, Header, Kind, SnapshotPayload, VolumePayload};
 
@@ -121,6 +123,7 @@ pub(super) struct Scan {
     pub(super) segments: Vec<Segment>,
     pub(super) writes: Vec<Found>,
     pub(super) live: Live,
+    pub(super) hidden: Hidden,
     pub(super) sessions: SessionTable,
     pub(super) volumes: BTreeMap<VolumeId, (String, Generation)>,
     pub(super) last: Lsn,
@@ -152,6 +155,7 @@ pub(super) fn scan(
         segments: Vec::new(),
         writes: Vec::new(),
         live: Live::default(),
+        hidden: Hidden::default(),
         sessions,
         volumes: BTreeMap::new(),
         last: Lsn(0),
@@ -279,14 +283,15 @@ impl Scan {
                     return Err("a write that is not whole blocks");
                 }
                 let write = header.write();
-                self.live.wrote(header.lsn, write.volume, write.blocks);
+                let hide = |lblk, older| self.hidden.hide(write.volume, lblk, older);
+                self.live.wrote_over(header.lsn, write.volume, write.blocks, hide);
                 let payload_at = at + HEADER_LEN as u64;
                 self.writes.push(Found { header, file: file.clone(), number, payload_at });
             }
             Kind::Clean => {
                 let clean: CleanPayload = postcard::from_bytes(payload).map_err(|_| unreadable)?;
                 for run in clean.runs() {
-                    self.live.clean(header.volume, run);
+                    self.clean(header.volume, run);
                 }
             }
             Kind::Snapshot => {
@@ -302,13 +307,18 @@ impl Scan {
                     self.volumes.insert(header.volume, (mark.name, header.generation));
                 } else {
                     self.volumes.remove(&header.volume);
-                    self.live.clean(header.volume, Live::all(header.lsn));
+                    self.clean(header.volume, Live::all(header.lsn));
                 }
             }
             Kind::Done => {}
         }
         header.note_request(&mut self.sessions, now);
         Ok(())
+    }
+
+    fn clean(&mut self, volume: VolumeId, run: CleanRun) {
+        self.live.clean(volume, run);
+        self.hidden.clean(volume, run);
     }
 
     /// Volumes of which acknowledged writes may be missing; `None`: no power loss is on record.

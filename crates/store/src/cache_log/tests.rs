@@ -1,5 +1,5 @@
 #![allow(clippy::unwrap_used)]
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use endio_state_machine::writeback::sessions::{Decision, SessionId};
 use endio_types::{BLOCK_BYTES, BLOCK_SIZE, Millis};
@@ -47,9 +47,19 @@ pub(super) fn clean(log: &CacheLog, start: u64, len: u64, up_to: Lsn) -> Lsn {
 
 /// Newest live record of each block.
 pub(super) fn blocks(replay: &mut Replay) -> BTreeMap<u64, Lsn> {
+    blocks_and_joints(replay).0
+}
+
+/// Newest live record of each block, and what unconverted records held together: pairs of neighbours, by the
+/// first of them.
+fn blocks_and_joints(replay: &mut Replay) -> (BTreeMap<u64, Lsn>, BTreeSet<(Lsn, u64)>) {
     let mut found = BTreeMap::new();
+    let mut joints = BTreeSet::new();
     let mut last = Lsn(0);
     while let Some(one) = replay.next_write().unwrap() {
+        for range in &one.unconverted {
+            joints.extend((range.start.0..range.end() - 1).map(|lblk| (one.lsn, lblk)));
+        }
         assert!(one.lsn > last, "in order");
         last = one.lsn;
         for range in &one.live {
@@ -63,7 +73,7 @@ pub(super) fn blocks(replay: &mut Replay) -> BTreeMap<u64, Lsn> {
             }
         }
     }
-    found
+    (found, joints)
 }
 
 #[test]
@@ -107,6 +117,69 @@ fn everything_appended_survives_a_kill() {
     assert!(log.holds(VOLUME, LblkRange::new(1, 1)));
     log.close_clean().unwrap();
     assert!(matches!(write(&log, 0, 1, 0), Err(CacheLogError::Closed)));
+}
+
+/// What each record holds together that is not converted, if it is more than one block in sequence.
+fn held_together(replay: &mut Replay) -> BTreeMap<Lsn, Vec<u64>> {
+    let mut held = BTreeMap::new();
+    while let Some(one) = replay.next_write().unwrap() {
+        let inside =
+            |part: &LblkRange| one.unconverted.iter().any(|r| r.intersection(*part) == Some(*part));
+        assert!(one.live.iter().all(inside), "what is live is not converted");
+        assert_eq!(one.payload.is_empty(), one.live.is_empty(), "no data that nobody needs");
+        let blocks: Vec<u64> =
+            one.unconverted.iter().flat_map(|range| range.start.0..range.end()).collect();
+        assert!(!blocks.is_empty());
+        if one.unconverted.iter().any(|range| range.len > 1) {
+            held.insert(one.lsn, blocks);
+        }
+    }
+    held
+}
+
+/// Seed 27580640. Two newer records lie over the whole of an older one: until it is converted, what it
+/// held together is one write.
+#[test]
+fn a_record_that_newer_ones_hide_still_says_what_was_one_write() {
+    let disk = SimDisk::default();
+    let (log, _) = open(&disk);
+    log.append_volume_open(VOLUME, "vol", Generation(3)).unwrap();
+    let hidden = write(&log, 0, 3, 1).unwrap();
+    let first = write(&log, 0, 1, 2).unwrap();
+    let rest = write(&log, 1, 2, 3).unwrap();
+    let again = |log: CacheLog| {
+        drop(log);
+        let (log, mut replay) = open(&disk);
+        assert_eq!(replay.remaining_blocks(), 3);
+        (log, held_together(&mut replay))
+    };
+    let (log, held) = again(log);
+    let rest_held = BTreeMap::from([(rest, vec![1, 2])]);
+    let mut all_held = rest_held.clone();
+    all_held.insert(hidden, vec![0, 1, 2]);
+    assert_eq!(held, all_held);
+    // Converted in a part: what is left is apart from it.
+    clean(&log, 2, 1, hidden);
+    let (log, held) = again(log);
+    all_held.insert(hidden, vec![0, 1]);
+    assert_eq!(held, all_held);
+    clean(&log, 1, 1, hidden);
+    let (log, held) = again(log);
+    assert_eq!(held, rest_held);
+    clean(&log, 0, 1, hidden);
+    let (log, held) = again(log);
+    assert_eq!(held, rest_held);
+    // A newer record of the same blocks after all of them.
+    let newest = write(&log, 0, 3, 4).unwrap();
+    let (log, held) = again(log);
+    assert_eq!(held, BTreeMap::from([(rest, vec![1, 2]), (newest, vec![0, 1, 2])]));
+    log.append_volume_closed(VOLUME).unwrap();
+    log.append_volume_open(VOLUME, "vol", Generation(4)).unwrap();
+    let first_again = write(&log, 0, 1, 5).unwrap();
+    assert!(first < first_again);
+    drop(log);
+    let (_, mut replay) = open(&disk);
+    assert_eq!(held_together(&mut replay), BTreeMap::new());
 }
 
 #[test]
@@ -336,6 +409,8 @@ fn op() -> impl Strategy<Value = Op> {
 struct Oracle {
     said: BTreeMap<u64, (u64, u64, Option<Lsn>)>,
     requests: BTreeMap<u64, u64>,
+    /// Older records may be gone.
+    trimmed: Lsn,
 }
 
 impl Oracle {
@@ -357,11 +432,35 @@ impl Oracle {
         live
     }
 
+    /// What records held together of which neither block was cleaned up to them, when the log ends with
+    /// record `last`.
+    fn joints(&self, last: Lsn) -> BTreeSet<(Lsn, u64)> {
+        let said = || self.said.range(..=last.0);
+        let is_cleaned = |lblk: u64, lsn: u64| {
+            said().filter(|(at, _)| **at > lsn).any(|(_, (start, len, clean))| {
+                clean.is_some_and(|up_to| up_to.0 >= lsn) && (*start..start + len).contains(&lblk)
+            })
+        };
+        let mut joints = BTreeSet::new();
+        for (lsn, (start, len, _)) in said().filter(|(_, (_, _, clean))| clean.is_none()) {
+            let neighbours = (*start..start + len - 1)
+                .filter(|lblk| !is_cleaned(*lblk, *lsn) && !is_cleaned(lblk + 1, *lsn));
+            joints.extend(neighbours.map(|lblk| (Lsn(*lsn), lblk)));
+        }
+        joints
+    }
+
     /// A restart: what is found is a prefix of what was said, and not less than promised.
     fn check(&mut self, replay: &mut Replay, promised: Lsn) {
         let last = replay.last_lsn();
         assert!(last >= promised, "{promised} was promised, {last} is the end");
-        assert_eq!(blocks(replay), self.blocks(last));
+        let (blocks, joints) = blocks_and_joints(replay);
+        assert_eq!(blocks, self.blocks(last));
+        assert!(self.joints(last).is_superset(&joints), "joined without need");
+        let is_kept = |(lsn, _): &&(Lsn, u64)| *lsn >= self.trimmed;
+        let needed: BTreeSet<(Lsn, u64)> =
+            self.joints(last).iter().filter(is_kept).copied().collect();
+        assert!(joints.is_superset(&needed), "{needed:?} held together, found {joints:?}");
         let mut table = SessionTable::new(SessionLimits::default());
         table.restore(replay.sessions().clone(), Millis(0));
         for (sequence, lsn) in &self.requests {
@@ -370,6 +469,7 @@ impl Oracle {
             assert_eq!(known, Lsn(*lsn) <= last, "request {sequence}");
         }
         self.said.split_off(&(last.0 + 1));
+        self.trimmed = self.trimmed.min(last.next());
         self.requests.retain(|_, lsn| *lsn <= last.0);
     }
 }
@@ -404,7 +504,9 @@ fn run(ops: Vec<Op>) {
             Op::Trim => {
                 let live = oracle.blocks(log.last_lsn());
                 let none_live = log.last_lsn().next();
-                log.trim(live.values().min().copied().unwrap_or(none_live)).unwrap();
+                let before = live.values().min().copied().unwrap_or(none_live);
+                log.trim(before).unwrap();
+                oracle.trimmed = oracle.trimmed.max(before);
                 continue;
             }
             Op::Rotate => {

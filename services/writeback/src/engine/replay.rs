@@ -202,9 +202,11 @@ impl Engine {
         if blocks == 0 {
             return Ok(());
         }
-        // Newer writes may have cut a write into pieces; it is still one write.
+        // Newer writes may lie over parts of a write, or over all of it: what it held together still does.
         for write in data {
-            state.dirty.join(write.write.blocks);
+            for range in &write.unconverted {
+                state.dirty.rejoin(*range, write.lsn);
+            }
         }
         state.credit.adopt(blocks);
         state.dirty_since = Some(Instant::now());
@@ -299,7 +301,13 @@ mod tests {
             result: 0,
         };
         let payload = Bytes::from(vec![0; blocks.len as usize * BLOCK_SIZE]);
-        ReplayedWrite { lsn: Lsn(lsn), write, live: vec![blocks], payload }
+        ReplayedWrite {
+            lsn: Lsn(lsn),
+            write,
+            live: vec![blocks],
+            unconverted: vec![blocks],
+            payload,
+        }
     }
 
     fn logged(entries: &[(u64, u64, u64)]) -> BTreeMap<u64, LoggedBlock> {

@@ -21,3 +21,4 @@ mod scenarios;
 mod silent;
 mod surface;
 mod unheard;
+mod whole;

@@ -207,7 +207,9 @@ impl Wb {
             return;
         }
         for write in data {
-            state.dirty.join(write.write.blocks);
+            for range in &write.unconverted {
+                state.dirty.rejoin(*range, write.lsn);
+            }
         }
         state.credit.adopt(blocks);
         state.dirty_since = Some(self.exec().now());

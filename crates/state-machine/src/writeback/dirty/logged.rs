@@ -86,6 +86,14 @@ impl State {
         self.was_sent |= older.was_sent;
     }
 
+    /// The version stands for something of record `lsn` as well, which is older than all that it knew.
+    pub(super) fn has_since(&mut self, lsn: Lsn) {
+        match (&mut self.logged, &mut self.unlogged) {
+            (Some(oldest), _) | (None, Some(oldest)) => *oldest = lsn,
+            (None, None) => {}
+        }
+    }
+
     /// Whether the log may have something of the block.
     pub(super) fn may_be_logged(&self) -> bool {
         self.was_sent
