@@ -55,8 +55,9 @@ async fn a_write_that_others_lie_over_goes_out_as_one_after_a_crash() {
         };
         client.io().write(request).await.unwrap();
     };
-    // Converted: what it held together is apart since.
+    // Converted: what they held together is apart since.
     write(10, 4, 1).await;
+    write(10, 4, 7).await;
     client.fsync(NAME).await.unwrap();
     begun.send_modify(Vec::clear);
     write(10, 2, 2).await;
