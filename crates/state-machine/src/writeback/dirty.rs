@@ -21,8 +21,9 @@
 //!   until they are converted; a chain of joined blocks is a *group*. Only a group longer than
 //!   [`GROUP_BLOCKS_MAX`] (many overlapping writes, or one of more than 1 MiB) is cut. Blocks in the
 //!   middle of a group that the stores hold already are *kept* (`stored`): they hold it together and
-//!   are not written again.
+//!   are not written again. What a write held together before a restart is joined anew (`rejoin`).
 
+mod joined;
 mod logged;
 mod stored;
 
@@ -33,7 +34,6 @@ use endio_types::{BLOCK_BYTES, Lblk, LblkRange};
 
 use super::Lsn;
 pub use logged::{LogBlock, LogPick, TooMuch};
-use stored::GAPS_MAX;
 pub use stored::{Settled, Waiting};
 
 /// Longest group of joined blocks that is picked as a whole: three times the longest write that
@@ -257,42 +257,6 @@ impl<D: Clone> DirtyMap<D> {
         Ok(credit)
     }
 
-    /// Waiting blocks of a range are parts of one write, of record `lsn`: they are picked together, and the log
-    /// has to keep that record as long as they wait. A replay, which inserts of each block the newest version
-    /// only, says so afterwards of what is left of each older write.
-    pub fn rejoin(&mut self, range: LblkRange, lsn: Lsn) {
-        self.join(range);
-        let is_younger = |block: &&Block<D>| block.waiting.as_ref().is_some_and(|v| v.since > lsn);
-        let blocks = self.overlapping(range).filter(|(_, block)| is_younger(block));
-        let younger: Vec<u64> = blocks.map(|(lblk, _)| lblk).collect();
-        for lblk in younger {
-            let block = self.blocks.get_mut(&lblk);
-            let Some(mut version) = block.and_then(|block| block.waiting.take()) else { continue };
-            self.ready.remove(&(version.since, lblk));
-            self.forget(&version, lblk, false);
-            version.since = lsn;
-            version.log.has_since(lsn);
-            self.remember(&version, lblk, false);
-            self.set_waiting(lblk, version);
-            if self.is_ready(lblk) {
-                self.ready.insert((lsn, lblk));
-            }
-        }
-    }
-
-    /// Waiting blocks of a range are parts of one write: they are picked together.
-    fn join(&mut self, range: LblkRange) {
-        if planted::is(Bug::WholeRequestsOff) {
-            return;
-        }
-        let before_last = range.start.0..range.end().saturating_sub(1).max(range.start.0);
-        for (_, block) in self.blocks.range_mut(before_last) {
-            if let Some(waiting) = &mut block.waiting {
-                waiting.joined = true;
-            }
-        }
-    }
-
     /// Returns whether credit for one more block is needed.
     fn insert_block(&mut self, lblk: u64, lsn: Lsn, end_bytes: u64, data: D) -> bool {
         let end_bytes = end_bytes.min(block_end(lblk));
@@ -439,54 +403,6 @@ impl<D: Clone> DirtyMap<D> {
             rejected = Some(group);
         }
         None
-    }
-
-    /// The waiting blocks that are joined to a waiting block, directly or over others.
-    fn group(&self, seed: u64) -> LblkRange {
-        let joined = |lblk: u64| {
-            self.blocks.get(&lblk).and_then(|b| b.waiting.as_ref()).is_some_and(|v| v.joined)
-        };
-        let is_waiting = |lblk: u64| self.blocks.get(&lblk).is_some_and(|b| b.waiting.is_some());
-        let (mut start, mut end) = (seed, seed + 1);
-        let mut gaps = usize::from(self.is_kept(seed));
-        let is_short = |len, gaps| len < GROUP_BLOCKS_MAX && gaps < GAPS_MAX;
-        while start > 0 && joined(start - 1) && is_short(end - start, gaps) {
-            start -= 1;
-            gaps += usize::from(self.is_kept(start) && !self.is_kept(start + 1));
-        }
-        while joined(end - 1) && is_waiting(end) && is_short(end - start, gaps) {
-            gaps += usize::from(self.is_kept(end) && !self.is_kept(end - 1));
-            end += 1;
-        }
-        LblkRange::new(start, end - start)
-    }
-
-    /// A group and its neighbours, whole groups as long as the limit allows. Grows forward first:
-    /// a sequential writer's data then leaves in its own order.
-    fn run_around(&self, group: LblkRange, limit: PickLimit) -> LblkRange {
-        let (mut start, mut end) = (group.start.0, group.end());
-        let fits = |more: LblkRange, len: u64| {
-            limit.within.is_none_or(|range| range.overlaps(more))
-                && len + more.len <= limit.blocks_max
-                && (more.start.0..more.end()).all(|lblk| self.is_ready(lblk))
-                // With its gaps it might be too many ranges: it has its own turn.
-                && self.gaps(more) == 0
-        };
-        while end - start < limit.blocks_max && self.is_ready(end) {
-            let more = self.group(end);
-            if more.start.0 != end || !fits(more, end - start) {
-                break;
-            }
-            end = more.end();
-        }
-        while end - start < limit.blocks_max && start > 0 && self.is_ready(start - 1) {
-            let more = self.group(start - 1);
-            if more.end() != start || !fits(more, end - start) {
-                break;
-            }
-            start = more.start.0;
-        }
-        LblkRange::new(start, end - start)
     }
 
     fn is_ready(&self, lblk: u64) -> bool {

@@ -157,69 +157,6 @@ fn a_write_over_a_block_in_flight_waits_as_a_whole() {
     assert_eq!(map.pick(inside).unwrap().range, range(0, 10));
 }
 
-/// Invariant `whole-requests`.
-#[test]
-fn what_is_left_of_a_write_around_a_newer_one_is_picked_with_it() {
-    let mut map = DirtyMap::new();
-    put(&mut map, 0, 10, 1);
-    put(&mut map, 4, 2, 2);
-    assert_eq!(map.pick(PickLimit::blocks(3)).unwrap().range, range(0, 10));
-    let mut replayed = DirtyMap::new();
-    put(&mut replayed, 0, 4, 1);
-    put(&mut replayed, 6, 4, 1);
-    put(&mut replayed, 4, 2, 2);
-    replayed.rejoin(range(0, 10), Lsn(1));
-    assert_eq!(replayed.pick(PickLimit::blocks(3)).unwrap().range, range(0, 10));
-}
-
-/// Invariant `whole-requests`, seed 27580640: the newer writes lie over all of the older one.
-#[test]
-fn what_was_written_over_a_write_before_a_restart_is_picked_with_all_that_it_was_written_over() {
-    let mut map = DirtyMap::new();
-    put(&mut map, 0, 3, 1);
-    put(&mut map, 0, 1, 2);
-    put(&mut map, 1, 2, 3);
-    let mut replayed = DirtyMap::new();
-    put(&mut replayed, 0, 1, 2);
-    put(&mut replayed, 1, 2, 3);
-    assert!(replayed.insert_logged(LogBlock { lblk: Lblk(3), end_bytes: 1, lsn: Lsn(9), data: 9 }));
-    assert_eq!(replayed.oldest_lsn(), Some(Lsn(2)));
-    for map in [&mut map, &mut replayed] {
-        map.rejoin(range(0, 3), Lsn(1));
-        // A restart after this one needs the older record again.
-        assert_eq!((map.oldest_lsn(), map.pending_blocks_up_to(Lsn(1))), (Some(Lsn(1)), 3));
-        let picked = map.pick(PickLimit { up_to: Some(Lsn(1)), ..PickLimit::blocks(1) }).unwrap();
-        assert_eq!((picked.range, picked.max_lsn), (range(0, 3), Lsn(3)));
-        let runs = map.complete(picked.io).unwrap().runs;
-        let run = |start, len, up_to| CleanRun { range: range(start, len), up_to: Lsn(up_to) };
-        assert_eq!(runs, [run(0, 1, 2), run(1, 2, 3)]);
-    }
-    assert!(map.is_clean());
-    // What only the data log has, and what is on its way there.
-    assert_eq!((replayed.oldest_lsn(), replayed.pending_up_to(Lsn(9))), (Some(Lsn(9)), false));
-    replayed.rejoin(range(3, 1), Lsn(4));
-    assert_eq!((replayed.oldest_lsn(), replayed.pending_up_to(Lsn(9))), (Some(Lsn(4)), false));
-    put(&mut replayed, 4, 1, 10);
-    let asked = replayed.gather_for_log(Lsn(10), 8).unwrap().unwrap();
-    replayed.rejoin(range(3, 2), Lsn(2));
-    assert!(replayed.pending_up_to(Lsn(2)));
-    replayed.log_ended(asked.number, true);
-    assert_eq!((replayed.oldest_lsn(), replayed.pending_up_to(Lsn(10))), (Some(Lsn(2)), false));
-    assert_eq!(replayed.pick(PickLimit::blocks(1)).unwrap().range, range(3, 2));
-    // Under a write-out nothing changes.
-    replayed.rejoin(range(3, 2), Lsn(1));
-    assert_eq!(replayed.oldest_lsn(), Some(Lsn(2)));
-}
-
-#[test]
-fn a_group_that_is_too_long_is_cut() {
-    let mut map = DirtyMap::new();
-    put(&mut map, 0, 2 * GROUP_BLOCKS_MAX, 1);
-    assert_eq!(map.pick(PickLimit::blocks(1)).unwrap().range.len, GROUP_BLOCKS_MAX);
-    assert_eq!(map.pick(PickLimit::blocks(1)).unwrap().range.len, GROUP_BLOCKS_MAX);
-    assert_eq!(map.pick(PickLimit::blocks(1)), None);
-}
-
 /// Scenario 36, dirty map. What was written later makes no earlier write-out longer: not one under way,
 /// not one that failed and begins again, and not one that takes only a part of what is dirty.
 #[test]
