@@ -61,6 +61,8 @@ pub enum Bug {
     DrainUnawaited,
     /// The owner hears of a takeover before that is durable.
     FencedEarly,
+    /// What is kept at hand of the stores does not follow their leases.
+    LeaseUnindexed,
 }
 
 impl Bug {
@@ -93,6 +95,7 @@ impl Bug {
         Self::OvertakenLogCounts,
         Self::DrainUnawaited,
         Self::FencedEarly,
+        Self::LeaseUnindexed,
     ];
 }
 

@@ -93,6 +93,8 @@ pub enum Planted {
     TailKept,
     /// An orderly stop does not wait until everything is written out.
     StoppedDirty,
+    /// What was confirmed of the maps in one session is not confirmed in the next.
+    ConfirmsKept,
 }
 
 impl Planted {
@@ -130,6 +132,7 @@ impl Planted {
         Self::EndForgotten,
         Self::TailKept,
         Self::StoppedDirty,
+        Self::ConfirmsKept,
     ];
 }
 

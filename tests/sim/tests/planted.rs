@@ -1,6 +1,6 @@
 //! Planted bugs are caught, each by the checkers that are there for it.
 //!
-//! Twenty-three of them run in the short form. All: `ENDIO_PLANTED_ALL=1 cargo test -p endio-sim-tests --features planted-bugs
+//! Twenty-four of them run in the short form. All: `ENDIO_PLANTED_ALL=1 cargo test -p endio-sim-tests --features planted-bugs
 //! --test planted -- --nocapture`; one: `ENDIO_PLANTED_ONE=NoFence` beside it; more seeds for each:
 //! `ENDIO_PLANTED_SEEDS=30000`; from another one on: `ENDIO_SEED=7000000`.
 #![cfg(feature = "planted-bugs")]
@@ -51,6 +51,10 @@ impl Plant {
             // What is acknowledged beyond the end is lost, if nobody looks at the size before.
             Self::Modelled(Planted::SizeGuessed) => {
                 Some(&["size_is_known", "no_lost_flushed_write", "liveness"])
+            }
+            // What `check` finds; and what reads may still use stays in quarantine.
+            Self::Pure(Bug::LeaseUnindexed) | Self::Modelled(Planted::ConfirmsKept) => {
+                Some(&["space_adds_up"])
             }
             Self::Modelled(Planted::LogFirstOff) => Some(&["log_first"]),
             Self::Pure(Bug::FencedEarly) => Some(&["taken-is-durable"]),
@@ -108,6 +112,7 @@ impl Plant {
             Planted::TrimTooMuch,
             Planted::EndForgotten,
             Planted::TailKept,
+            Planted::ConfirmsKept,
         ];
         match self {
             Self::Pure(bug) => pure.contains(&bug) || rare.contains(&bug),
@@ -161,6 +166,7 @@ fn bugs() -> Vec<Plant> {
         Bug::LoggedForEver,
         Bug::FencedEarly,
         Bug::ToldTwice,
+        Bug::LeaseUnindexed,
     ];
     let modelled = [
         Planted::LogFirstOff,

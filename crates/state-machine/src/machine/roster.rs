@@ -8,6 +8,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, btree_map};
 use std::ops::{Bound, Deref, DerefMut};
 
+use endio_types::planted::{self, Bug};
 use endio_types::{Millis, StoreId};
 
 use super::state::{StoreRt, WritebackRt};
@@ -71,6 +72,9 @@ impl Index {
         put(&mut self.fences, old.fence.then_some(id), new.fence.then_some(id));
         put(&mut self.punches, old.punch.map(|at| (at, id)), new.punch.map(|at| (at, id)));
         put(&mut self.untold, old.untold.then_some(id), new.untold.then_some(id));
+        if planted::is(Bug::LeaseUnindexed) {
+            return;
+        }
         put(&mut self.leases, old.lease.map(|at| (at, id)), new.lease.map(|at| (at, id)));
     }
 }

@@ -1,7 +1,6 @@
 //! What was one write before the writeback died is converted as one afterwards.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use endio_api::conversion::writeback_message::Message as FromWriteback;
 use endio_api::conversion::{BeginIo, Lane};
@@ -12,8 +11,6 @@ use tokio::sync::watch;
 
 const NAME: &str = "vol1";
 const BLOCK: u64 = 4096;
-/// Longest wait for something that comes if nothing is wrong.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Newer writes lie over all of an older one, each over a part. After a crash what is left goes out in one
 /// io_end all the same: a takeover in between would leave a state in which the older write was carried out in

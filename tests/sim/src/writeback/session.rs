@@ -33,8 +33,9 @@ pub struct Granted {
 impl Wb {
     /// Keeps a session for ever.
     pub(super) async fn keep_session(self) {
+        let mut confirms = Confirms::default();
         loop {
-            self.session().await;
+            self.session(&mut confirms).await;
             self.engine.link_up.set(false);
             self.engine.outbox.borrow_mut().clear();
             // Every answer that is owed becomes "away".
@@ -47,7 +48,7 @@ impl Wb {
         }
     }
 
-    async fn session(&self) -> Option<()> {
+    async fn session(&self, confirms: &mut Confirms) -> Option<()> {
         let (engine, exec) = (&self.engine, self.exec());
         let lease_us = u64::from(self.world.plan.limits.lease_ms) * MS;
         let begun = exec.now();
@@ -65,7 +66,9 @@ impl Wb {
         let every = (self.world.plan.confirm_ms * MS).min(lease_us / 3);
         let mut renew_at = exec.now();
         let mut renewals: VecDeque<u64> = VecDeque::new();
-        let mut confirms = Confirms::default();
+        if !self.world.planted(Planted::ConfirmsKept) {
+            *confirms = Confirms::default();
+        }
         loop {
             if exec.now() >= lease_ends {
                 return None;
