@@ -35,6 +35,10 @@ const ANEW_FROM: u64 = 8_000_000;
 const NEWS: u64 = 0x6e65_7773;
 /// From this seed on news of stores may come to writebacks late.
 const NEWS_FROM: u64 = 27_000_000;
+/// Decides what came after that.
+const HEAP: u64 = 0x6865_6170;
+/// From this seed on writes may lie over writes in a few blocks.
+const HEAP_FROM: u64 = 29_000_000;
 
 /// Numbers from one to another.
 #[derive(Clone, Copy, Debug)]
@@ -505,6 +509,10 @@ impl Plan {
         if seed >= NEWS_FROM && news.chance(30) {
             plan.limits.listed_stores_per_s = news.between(100, 20_000);
         }
+        let mut heap = Rng::new(seed ^ HEAP);
+        if seed >= HEAP_FROM && heap.chance(25) {
+            plan.heap_up(&mut heap);
+        }
         if is_lazy {
             plan.write_out_after_ms = 3_600_000;
         }
@@ -532,6 +540,28 @@ impl Plan {
         }
         if rng.chance(50) {
             self.late_calls = self.late_calls.max(rng.between(100, 1000));
+        }
+    }
+
+    /// Writes of some blocks each that lie over each other before any of them is written out, over two
+    /// writebacks that die in the middle of it and take the volumes from each other: what was one write is
+    /// visible as a whole or not at all, also where newer ones hide it.
+    fn heap_up(&mut self, rng: &mut Rng) {
+        self.writebacks = 2;
+        for volume in &mut self.volumes {
+            volume.in_place = false;
+            volume.blocks = volume.blocks.min(rng.between(3, 8));
+        }
+        self.mix.buffered += rng.between(20, 60);
+        self.mix.direct = rng.between(1, 3);
+        self.cells_max = self.cells_max.max(rng.between(8, 20));
+        self.write_around_blocks = 0;
+        self.write_out_after_ms = rng.between(20, 300);
+        self.write_out_blocks = self.write_out_blocks.min(rng.between(1, 8));
+        self.writeback_death_ms = rng.between(30, 400);
+        self.chaos.takeover += rng.between(2, 10);
+        if self.chaos.every_ms > 0 {
+            self.chaos.every_ms = self.chaos.every_ms.min(rng.between(10, 100));
         }
     }
 

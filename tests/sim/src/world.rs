@@ -95,6 +95,8 @@ pub enum Planted {
     StoppedDirty,
     /// What was confirmed of the maps in one session is not confirmed in the next.
     ConfirmsKept,
+    /// A replay forgets what a write held together once newer ones lie over all of it.
+    HiddenForgotten,
 }
 
 impl Planted {
@@ -133,6 +135,7 @@ impl Planted {
         Self::TailKept,
         Self::StoppedDirty,
         Self::ConfirmsKept,
+        Self::HiddenForgotten,
     ];
 }
 

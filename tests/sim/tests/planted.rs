@@ -68,7 +68,9 @@ impl Plant {
             | Self::Modelled(Planted::LossUntold | Planted::LossReplaced | Planted::LetGoUntold) => {
                 Some(&["errors_told_once"])
             }
-            Self::Pure(Bug::WholeRequestsOff) => Some(&["no_torn_write"]),
+            Self::Pure(Bug::WholeRequestsOff) | Self::Modelled(Planted::HiddenForgotten) => {
+                Some(&["no_torn_write"])
+            }
             // Which of the two is broken first is a matter of what is asked first.
             Self::Pure(
                 Bug::ConvertOnFirstRelease | Bug::ConvertDespiteFailure | Bug::FailedIsClean,
@@ -113,6 +115,8 @@ impl Plant {
             Planted::EndForgotten,
             Planted::TailKept,
             Planted::ConfirmsKept,
+            // In some ten thousand seeds, from 29,000,000 on.
+            Planted::HiddenForgotten,
         ];
         match self {
             Self::Pure(bug) => pure.contains(&bug) || rare.contains(&bug),

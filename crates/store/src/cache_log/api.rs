@@ -1,9 +1,11 @@
 //! What goes into the cache log, what comes out, and how it fails.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::PathBuf;
 
 use endio_state_machine::writeback::Lsn;
+use endio_state_machine::writeback::groups::joined;
 use endio_state_machine::writeback::sessions::RequestKey;
 use endio_types::{Generation, LblkRange, Reason, VolumeId};
 
@@ -62,6 +64,18 @@ pub struct ReplayedWrite {
 }
 
 impl ReplayedWrite {
+    /// What the write still holds together: what of it is not converted, and the blocks between that only the data
+    /// log has. A replay cleans these in the cache log, because their newer version is in the other one.
+    pub fn holds_together(&self, in_data_log: &BTreeSet<u64>) -> Vec<LblkRange> {
+        let blocks = self.write.blocks;
+        let is_known = |lblk: u64| {
+            self.unconverted.iter().any(|range| range.overlaps(LblkRange::new(lblk, 1)))
+        };
+        let logged = in_data_log.range(blocks.start.0..blocks.end());
+        let logged = logged.filter(|lblk| !is_known(**lblk)).map(|lblk| LblkRange::new(*lblk, 1));
+        together(&self.unconverted, &logged.collect::<Vec<_>>())
+    }
+
     /// The data of one live range; shares memory with the payload. `None` if it lies outside.
     pub fn data(&self, range: LblkRange) -> Option<bytes::Bytes> {
         let whole = self.write.blocks;
@@ -74,6 +88,13 @@ impl ReplayedWrite {
         let to = from.checked_add(len).filter(|to| *to <= self.payload.len())?;
         Some(self.payload.slice(from..to))
     }
+}
+
+/// Ranges of which none overlaps another, ascending, those that touch as one.
+pub(super) fn together(some: &[LblkRange], others: &[LblkRange]) -> Vec<LblkRange> {
+    let mut all = [some, others].concat();
+    all.sort_by_key(|range| range.start);
+    joined(all)
 }
 
 /// A volume that was open when the log ended.

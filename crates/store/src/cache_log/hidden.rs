@@ -34,31 +34,9 @@ impl Hidden {
         let mut records: BTreeMap<Lsn, Vec<LblkRange>> = BTreeMap::new();
         for (lblk, lsns) in self.blocks.values().flatten() {
             for lsn in lsns {
-                push_block(records.entry(*lsn).or_default(), *lblk);
+                records.entry(*lsn).or_default().push(LblkRange::new(*lblk, 1));
             }
         }
         records
     }
-}
-
-/// Appends a block behind ranges that ascend.
-pub(super) fn push_block(ranges: &mut Vec<LblkRange>, lblk: u64) {
-    match ranges.last_mut() {
-        Some(last) if last.end() == lblk => last.len += 1,
-        _ => ranges.push(LblkRange::new(lblk, 1)),
-    }
-}
-
-/// The union of ranges that ascend with others that do; none overlaps another.
-pub(super) fn union(one: &[LblkRange], other: &[LblkRange]) -> Vec<LblkRange> {
-    let mut all: Vec<LblkRange> = [one, other].concat();
-    all.sort_by_key(|range| range.start);
-    let mut union: Vec<LblkRange> = Vec::new();
-    for range in all {
-        match union.last_mut() {
-            Some(last) if last.end() == range.start.0 => last.len += range.len,
-            _ => union.push(range),
-        }
-    }
-    union
 }

@@ -4,9 +4,8 @@ use std::collections::{BTreeMap, VecDeque};
 
 use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::dirty::CleanRun;
+use endio_state_machine::writeback::groups::joined;
 use endio_types::{LblkRange, VolumeId};
-
-use super::hidden::push_block;
 
 /// Newest record of each block that is not known, durably, to be converted.
 #[derive(Debug, Default)]
@@ -90,13 +89,8 @@ impl Live {
 
     /// The parts of a record's range of which it is the newest record.
     pub(super) fn parts(&self, lsn: Lsn, volume: VolumeId, range: LblkRange) -> Vec<LblkRange> {
-        let mut parts: Vec<LblkRange> = Vec::new();
-        let Some(blocks) = self.blocks.get(&volume) else { return parts };
-        for (lblk, newest) in blocks.range(range.start.0..range.end()) {
-            if *newest == lsn {
-                push_block(&mut parts, *lblk);
-            }
-        }
-        parts
+        let Some(blocks) = self.blocks.get(&volume) else { return Vec::new() };
+        let newest = blocks.range(range.start.0..range.end()).filter(|(_, newest)| **newest == lsn);
+        joined(newest.map(|(lblk, _)| LblkRange::new(*lblk, 1)))
     }
 }

@@ -8,9 +8,8 @@ use endio_state_machine::writeback::Lsn;
 use endio_state_machine::writeback::sessions::SessionSnapshot;
 use endio_types::{LblkRange, VolumeId};
 
-use super::api::{CacheLogError, OpenVolume, ReplayedWrite};
+use super::api::{CacheLogError, OpenVolume, ReplayedWrite, together};
 use super::disk::Disk;
-use super::hidden::union;
 use super::scan::{Found, Scan, segment_name};
 
 /// The writes of a log that are not known to be converted, oldest first. Holds no payload; where one has live
@@ -45,9 +44,10 @@ impl Replay {
             let (lsn, write) = (found.header.lsn, found.header.write());
             let live = scan.live.parts(lsn, write.volume, write.blocks);
             let hidden = hidden.get(&lsn).map_or(&[][..], Vec::as_slice);
-            let unconverted = union(&live, hidden);
-            let holds_together = unconverted.iter().any(|range| range.len > 1);
-            if !live.is_empty() || holds_together {
+            let unconverted = together(&live, hidden);
+            // One block may hold together with what only the data log has of the same write.
+            let may_join = write.blocks.len > 1 && !unconverted.is_empty();
+            if !live.is_empty() || may_join {
                 let path = disk.path(&segment_name(found.number));
                 writes.push_back(Remaining { found: found.clone(), live, unconverted, path });
             }

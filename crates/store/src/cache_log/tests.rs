@@ -182,6 +182,33 @@ fn a_record_that_newer_ones_hide_still_says_what_was_one_write() {
     assert_eq!(held_together(&mut replay), BTreeMap::new());
 }
 
+/// At the first start the data log had a newer version of block 1, so what the cache log has of it was cleaned.
+#[test]
+fn a_write_holds_together_over_what_only_the_data_log_has() {
+    let disk = SimDisk::default();
+    let (log, _) = open(&disk);
+    let older = write(&log, 0, 3, 1).unwrap();
+    clean(&log, 1, 1, older);
+    drop(log);
+    let (log, mut replay) = open(&disk);
+    let one = replay.next_write().unwrap().unwrap();
+    let apart = [LblkRange::new(0, 1), LblkRange::new(2, 1)];
+    assert_eq!((one.lsn, one.unconverted.as_slice()), (older, &apart[..]));
+    assert_eq!(one.holds_together(&BTreeSet::new()), apart);
+    // What both logs have counts once; block 3 is no part of it.
+    assert_eq!(one.holds_together(&BTreeSet::from([1, 2, 3])), [LblkRange::new(0, 3)]);
+    // The same where newer records hide all that the cache log still has of it.
+    let newer = [write(&log, 0, 1, 2).unwrap(), write(&log, 2, 1, 3).unwrap()];
+    drop(log);
+    let (_, mut replay) = open(&disk);
+    let one = replay.next_write().unwrap().unwrap();
+    assert_eq!((one.lsn, one.live.as_slice()), (older, &[][..]));
+    assert_eq!(one.holds_together(&BTreeSet::from([1])), [LblkRange::new(0, 3)]);
+    for lsn in newer {
+        assert_eq!(replay.next_write().unwrap().map(|one| one.lsn), Some(lsn));
+    }
+}
+
 #[test]
 fn a_record_cut_short_by_a_kill_is_dropped_and_the_rest_kept() {
     let disk = SimDisk::default();

@@ -1,6 +1,6 @@
 //! What an earlier start of this writeback acknowledged and did not write out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use endio_api::conversion::LoggedBlock;
@@ -192,6 +192,7 @@ impl Engine {
         for lblk in outdated {
             state.dirty.log_may_have(Lblk(lblk));
         }
+        let in_data_log: BTreeSet<u64> = logged.keys().copied().collect();
         let lsn = self.log.last();
         for (lblk, LoggedBlock { end_bytes, data, .. }) in logged {
             state.view.wrote_up_to(end_bytes);
@@ -204,8 +205,8 @@ impl Engine {
         }
         // Newer writes may lie over parts of a write, or over all of it: what it held together still does.
         for write in data {
-            for range in &write.unconverted {
-                state.dirty.rejoin(*range, write.lsn);
+            for range in write.holds_together(&in_data_log) {
+                state.dirty.rejoin(range, write.lsn);
             }
         }
         state.credit.adopt(blocks);

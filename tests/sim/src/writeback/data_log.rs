@@ -1,7 +1,7 @@
 //! Small flushes: conversion keeps their data until it is written out. And what an opened volume has
 //! in the two logs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use bytes::Bytes;
@@ -196,6 +196,7 @@ impl Wb {
         for lblk in outdated {
             state.dirty.log_may_have(Lblk(lblk));
         }
+        let in_data_log: BTreeSet<u64> = logged.keys().copied().collect();
         let lsn = self.engine.log.last_lsn();
         for (lblk, Logged { end_bytes, data, .. }) in logged {
             state.view.wrote_up_to(end_bytes);
@@ -207,8 +208,11 @@ impl Wb {
             return;
         }
         for write in data {
-            for range in &write.unconverted {
-                state.dirty.rejoin(*range, write.lsn);
+            if write.live.is_empty() && self.world.planted(Planted::HiddenForgotten) {
+                continue;
+            }
+            for range in write.holds_together(&in_data_log) {
+                state.dirty.rejoin(range, write.lsn);
             }
         }
         state.credit.adopt(blocks);
