@@ -570,17 +570,21 @@ async fn write_replies(
     stall: Duration,
 ) -> Result<(), EndReason> {
     let mut stream = BufWriter::with_capacity(STEP, stream);
+    let mut has_given_way = false;
     while let Some(Reply { frames, permits, has_company }) = queue.recv().await {
         for frame in &frames {
             for step in frame.chunks(STEP) {
                 within(stall, stream.write_all(step)).await?;
             }
         }
-        if has_company && queue.is_empty() {
+        // Once for each step: whoever is ready later has a step of its own.
+        if has_company && !has_given_way && queue.is_empty() {
             give_way().await;
+            has_given_way = true;
         }
         if queue.is_empty() {
             within(stall, stream.flush()).await?;
+            has_given_way = false;
         }
         drop(permits);
     }
