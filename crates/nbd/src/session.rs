@@ -436,21 +436,13 @@ struct Permits {
     _memory: OwnedSemaphorePermit,
 }
 
-/// An answer on its way to the writer.
-struct Reply {
-    frames: Frames,
-    permits: Permits,
-    /// The request had to wait, and others may have waited for the same: their replies leave together.
-    has_company: bool,
-}
-
 struct Reader {
     input: Input,
     transmission: Arc<Transmission>,
     requests: Arc<Semaphore>,
     memory: Arc<Semaphore>,
     bytes_max: u32,
-    replies: mpsc::Sender<Reply>,
+    replies: mpsc::Sender<(Frames, Permits)>,
     jobs: TaskTracker,
     hang_up: Arc<dyn HangUp>,
     seat: Arc<Seat>,
@@ -499,7 +491,7 @@ impl Reader {
         }
         match self.transmission.check(&request, payload) {
             Err(fault) => {
-                let reply = Reply { frames: to.failed(&fault), permits, has_company: false };
+                let reply = (to.failed(&fault), permits);
                 self.replies.send(reply).await.map_err(|_| EndReason::Stalled)
             }
             Ok(job) => self.start(to, job, permits).await,
@@ -529,26 +521,20 @@ impl Reader {
         if job.is_mutation() && (self.seat.has_left() || self.hang_up.is_hung_up()) {
             return Err(EndReason::Closed);
         }
-        let is_flush = job == Job::Flush;
         let transmission = self.transmission.clone();
         let mut run = Box::pin(async move { transmission.run(to, job).await });
         match futures_util::poll!(run.as_mut()) {
             Poll::Ready(None) => Err(EndReason::Stopped),
             Poll::Ready(Some(frames)) => {
-                let reply = Reply { frames, permits, has_company: false };
-                let sent = self.replies.send(reply).await;
+                let sent = self.replies.send((frames, permits)).await;
                 sent.map_err(|_| EndReason::Stalled)
             }
             Poll::Pending => {
                 let (replies, stop) = (self.replies.clone(), self.stop.clone());
-                // Who flushes goes on with what waits for it: that reply leaves at once.
-                let has_company = !is_flush;
                 self.jobs.spawn(async move {
                     match run.await {
                         // If the writer is gone, nobody waits for the reply.
-                        Some(frames) => {
-                            drop(replies.send(Reply { frames, permits, has_company }).await);
-                        }
+                        Some(frames) => drop(replies.send((frames, permits)).await),
                         None => stop.cancel(),
                     }
                 });
@@ -566,45 +552,23 @@ async fn send(stream: &mut Box<dyn Stream>, bytes: &[u8]) -> Result<(), EndReaso
 /// Writes replies until the last sender is gone, or the client stops to take them.
 async fn write_replies(
     stream: WriteHalf<Box<dyn Stream>>,
-    mut queue: mpsc::Receiver<Reply>,
+    mut queue: mpsc::Receiver<(Frames, Permits)>,
     stall: Duration,
 ) -> Result<(), EndReason> {
     let mut stream = BufWriter::with_capacity(STEP, stream);
-    let mut has_given_way = false;
-    while let Some(Reply { frames, permits, has_company }) = queue.recv().await {
+    while let Some((frames, permits)) = queue.recv().await {
         for frame in &frames {
             for step in frame.chunks(STEP) {
                 within(stall, stream.write_all(step)).await?;
             }
         }
-        // Once for each step: whoever is ready later has a step of its own.
-        if has_company && !has_given_way && queue.is_empty() {
-            give_way().await;
-            has_given_way = true;
-        }
         if queue.is_empty() {
             within(stall, stream.flush()).await?;
-            has_given_way = false;
         }
         drop(permits);
     }
     within(stall, stream.flush()).await?;
     within(stall, stream.shutdown()).await
-}
-
-/// Lets the tasks run that are ready already. One commit wakes all requests that waited for it, and the first of
-/// them wakes the writer, which would send its reply alone. Unlike `tokio::task::yield_now` this does not look at
-/// the sockets in between: that would cost what it saves.
-async fn give_way() {
-    let mut has_given_way = false;
-    std::future::poll_fn(|context| {
-        if std::mem::replace(&mut has_given_way, true) {
-            return Poll::Ready(());
-        }
-        context.waker().wake_by_ref();
-        Poll::Pending
-    })
-    .await;
 }
 
 async fn within(

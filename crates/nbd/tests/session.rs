@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use client::{Conn, Counted, memory, pipe, request, server, somebody};
+use client::{Conn, memory, pipe, request, server, somebody};
 use endio_nbd::codec::Mode;
 use endio_nbd::consts::{cmd, cmd_flag};
 use endio_nbd::session::{CannotTell, HangUp};
@@ -204,32 +204,6 @@ async fn replies_come_in_the_order_in_which_requests_end() {
     assert_eq!(conn.reply(3).await.cookie, 2);
     gate.add_permits(1);
     assert_eq!(conn.reply(0).await.cookie, 1);
-}
-
-/// With the scheduler of the services: there the first of them wakes the writer, which is next then.
-#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn replies_of_requests_that_waited_for_the_same_leave_together() {
-    let (export, gate, begun) = Gated::new();
-    let server = server(export, Limits::default());
-    let (near, far) = pipe(1 << 16);
-    let writes = Arc::new(AtomicU64::new(0));
-    let counted = Counted { stream: far, writes: writes.clone() };
-    let _session =
-        tokio::spawn(async move { server.serve(counted, somebody(), Arc::new(CannotTell)).await });
-    let mut conn = Conn::open(near, Mode::Simple).await;
-    for cookie in 0..8 {
-        conn.send(request(cmd::WRITE, cookie, cookie, 1), b"x").await;
-    }
-    until(&begun, 8).await;
-    // Once it runs, the reader has waited for more: whatever it does next comes behind the replies.
-    tokio::spawn(async {}).await.unwrap();
-    let before = writes.load(Ordering::SeqCst);
-    tokio::spawn(async move { gate.add_permits(8) }).await.unwrap();
-    for _ in 0..8 {
-        assert_eq!(conn.reply(0).await.outcome, Ok(vec![]));
-    }
-    let more = writes.load(Ordering::SeqCst) - before;
-    assert!(more <= 2, "8 replies left in {more} steps");
 }
 
 #[tokio::test]

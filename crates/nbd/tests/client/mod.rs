@@ -1,17 +1,14 @@
 //! A client of its own for tests: it can do what no honest client does.
 #![allow(clippy::unwrap_used, dead_code)]
 
-use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::task::{Context, Poll};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use endio_nbd::codec::{Mode, ReplyHeader, Request};
 use endio_nbd::consts::{OPTION_MAGIC, chunk, opt};
 use endio_nbd::memory::{FixedExports, MemoryExport};
 use endio_nbd::{Client, Export, ExportInfo, Exports, Limits, Server};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream};
 
 /// A server of one export.
 pub(crate) fn server(export: impl Export, limits: Limits) -> Server {
@@ -125,45 +122,4 @@ pub(crate) fn pipe(bytes: usize) -> (DuplexStream, DuplexStream) {
 
 pub(crate) fn request(command: u16, cookie: u64, offset: u64, length: u64) -> Request {
     Request { flags: 0, command, cookie, offset, length }
-}
-
-/// Counts how often it is written to.
-pub(crate) struct Counted<S> {
-    pub(crate) stream: S,
-    pub(crate) writes: Arc<AtomicU64>,
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Counted<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        into: &mut ReadBuf<'_>,
-    ) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, into)
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Counted<S> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<std::io::Result<usize>> {
-        self.writes.fetch_add(1, Ordering::SeqCst);
-        Pin::new(&mut self.stream).poll_write(context, bytes)
-    }
-
-    fn poll_flush(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
-    }
-
-    fn poll_shutdown(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
-    }
 }
