@@ -64,7 +64,7 @@ pub struct ReplayedWrite {
 }
 
 impl ReplayedWrite {
-    /// What the write still holds together: what of it is not converted, and the blocks between that only the data
+    /// What the write still holds together: what of it is not converted, and the blocks of it that only the data
     /// log has. A replay cleans these in the cache log, because their newer version is in the other one.
     pub fn holds_together(&self, in_data_log: &BTreeSet<u64>) -> Vec<LblkRange> {
         let blocks = self.write.blocks;
